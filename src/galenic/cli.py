@@ -1,0 +1,236 @@
+"""The command line: verb -> (config dataclass, module with `plan` and `run`). Cheap to import.
+
+`galenic VERB --config FILE.yaml [--section.key value] [--plan]` runs one verb; `galenic build RECIPE` runs the
+steps of a recipe folder. A user's mistake is one line on stderr and exit code 2.
+"""
+
+import dataclasses
+import errno
+import importlib
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from galenic import __version__
+from galenic.runtime import Plan, UserError, nearest
+
+VERBS: dict[str, tuple[str, str, str]] = {
+    # verb: (config dataclass, module with plan(config) and run(config), what it does)
+    "corpus": (
+        "galenic.corpus.config:CorpusConfig",
+        "galenic.corpus.corpus",
+        "read, clean, deduplicate and label documents; make questions and conversations",
+    ),
+    "tokenizer": (
+        "galenic.corpus.config:TokenizerConfig",
+        "galenic.corpus.tokenizer",
+        "train the tokenizer and turn documents into token shards",
+    ),
+    "pretrain": (
+        "galenic.pretrain.config:PretrainConfig",
+        "galenic.pretrain.pretrain",
+        "train a model from scratch through the curriculum's phases",
+    ),
+    "sft": (
+        "galenic.align.config:SftConfig",
+        "galenic.align.sft",
+        "fine-tune an expert on conversations, loss on answers only",
+    ),
+    "merge": (
+        "galenic.merge.config:MergeConfig",
+        "galenic.merge.merge",
+        "merge experts of one base without data (MetaGPT and its rivals)",
+    ),
+    "flatten": (
+        "galenic.flatten.config:FlattenConfig",
+        "galenic.flatten.flatten",
+        "shift linear layers to smaller norm at the same outputs (Optimum Shifting)",
+    ),
+    "evaluate": (
+        "galenic.evaluate.config:EvaluateConfig",
+        "galenic.evaluate.evaluate",
+        "bits per byte and multiple choice with 95% intervals",
+    ),
+    "report": (
+        "galenic.report.config:ReportConfig",
+        "galenic.report.report",
+        "one self-contained HTML page of a whole run",
+    ),
+    "chat": (
+        "galenic.evaluate.config:ChatConfig",
+        "galenic.evaluate.chat",
+        "talk to a model in the terminal",
+    ),
+}
+
+USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
+       galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
+       galenic chat MODEL_FOLDER
+
+Galenic compounds medical language models. Not medical advice.
+
+verbs:
+{verbs}
+  build      run a recipe folder's steps in order, skip what is done, resume what was cut
+
+options:
+  --plan     print what would be read, written, computed and needed; do nothing
+  --version  print the version
+  -h, --help print this; `galenic VERB --help` lists the verb's options
+"""
+
+
+def load_object(path: str) -> Any:
+    """Imports `package.module:Name`."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+def option_names(config: type, prefix: str = "") -> list[str]:
+    """Lists the dotted option names of a config dataclass, nested dataclasses and list items included."""
+    names = []
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        names.append(prefix + field.name)
+        for kind in (hints[field.name], *typing.get_args(hints[field.name])):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                names += option_names(kind, prefix + field.name + ".")
+    return names
+
+
+def _one_line(error: Exception, config: type) -> str:
+    """Turns a parser's message into one line in the user's words, with the nearest right name."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
+    text = re.sub(r"Parser key \"([\w.-]+)\":", r"\1:", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    names = option_names(config)
+    unknown = re.search(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.-]+)", text)
+    if unknown:
+        word = unknown.group(1)
+        known = [*names, *(name.rsplit(".", 1)[-1] for name in names)]
+        text += nearest(word, known) or f"; known: {', '.join(n for n in names if '.' not in n)}"
+    return text
+
+
+def make_parser(verb: str) -> Any:
+    """Builds the jsonargparse parser of one verb from its config dataclass."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    config = load_object(VERBS[verb][0])
+    parser = ArgumentParser(prog=f"galenic {verb}", description=VERBS[verb][2], exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the options below")
+    parser.add_argument("--plan", action="store_true", help="print what would be done and do nothing")
+    parser.add_class_arguments(config)
+    return parser
+
+
+def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bool]:
+    """Builds a verb's config from command-line words or a mapping; returns it and whether `--plan` was given.
+
+    Raises:
+        UserError: unknown key, wrong type, missing value, contradiction, missing or malformed file.
+    """
+    from jsonargparse import ArgumentError
+
+    config = load_object(VERBS[verb][0])
+    parser = make_parser(verb)
+    try:
+        if isinstance(source, dict):
+            namespace = parser.parse_object(source)
+        else:
+            namespace = parser.parse_args(source)
+        namespace = parser.instantiate(namespace)
+    except (ArgumentError, TypeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(str(cause) if cause else _one_line(error, config)) from None
+    values = {field.name: namespace[field.name] for field in dataclasses.fields(config)}
+    return config(**values), bool(namespace.get("plan"))
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def print_plan(title: str, plan: Plan) -> None:
+    """Prints a plan as aligned lines."""
+    print(title)
+    rows = [("reads", path) for path in plan.reads] + [("writes", path) for path in plan.writes]
+    rows += list(plan.facts.items())
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, value in rows:
+        print(f"  {label:<{width}}  {value}")
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(verbs="\n".join(f"  {verb:<10} {text}" for verb, (_, _, text) in VERBS.items())))
+        return 0
+    if argv[0] == "--version":
+        print(f"galenic {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb == "build":
+        from galenic import build
+
+        return build.main(rest)
+    if verb not in VERBS:
+        raise UserError(f"unknown verb '{verb}'{nearest(verb, [*VERBS, 'build'])}; see galenic --help")
+    if verb == "chat" and rest and not rest[0].startswith("-"):
+        rest = ["--model", *rest]
+    if "-h" in rest or "--help" in rest:
+        make_parser(verb).print_help()
+        return 0
+    config, plan_only = parse_config(verb, rest)
+    module = importlib.import_module(VERBS[verb][1])
+    if plan_only:
+        print_plan(f"galenic {verb}", module.plan(config))
+    elif hasattr(config, "out"):
+        from galenic import build
+
+        build.run_verb(verb, config)
+    else:
+        module.run(config)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0 done, 2 a mistake the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, typing.TextIO | object) and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print("\ngalenic: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        message = _os_error(error)
+    except Exception as error:
+        if "No space left on device" not in str(error):
+            raise
+        message = "no space left on device; free some and run the same command to continue"
+    print(f"galenic: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _os_error(error: OSError) -> str:
+    place = f"{Path(error.filename)}: " if isinstance(error.filename, str) else ""
+    if error.errno == errno.ENOSPC:
+        return f"{place}no space left on device; free some and run the same command to continue"
+    return f"{place}{error.strerror or error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

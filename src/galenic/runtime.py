@@ -1,0 +1,280 @@
+"""What every room shares: user errors, plans, atomic files, progress bars, seeds.
+
+Import is cheap (no torch). Nothing here knows about a particular stage.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+# Hospitals use this: the telemetry of what we depend on is switched off before any of it is imported.
+for _name in ("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "SCARF_NO_ANALYTICS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("DAFT_ANALYTICS_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the command line prints it as one line and exits with code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a verb would do, told without doing it."""
+
+    reads: list[str]
+    """Files and folders that would be read."""
+    writes: list[str]
+    """Files and folders that would be written."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Label -> text: parameters, tokens, FLOPs, bytes, memory, time."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Returns ` (did you mean 'x'?)` for the option nearest to `word`, or an empty string."""
+    match = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def human(number: float) -> str:
+    """Formats a count for the console: 1234567 -> '1.2M'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Formats a duration: 75 -> '1:15', 3675 -> '1:01:15'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there appears at `path` at once, or never.
+
+    The caller creates a file or a folder at the temporary path. On success everything is flushed to disk and
+    renamed (an older folder of the same name is replaced); on any error the temporary is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    remove(temporary)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else []:
+            _fsync(file)
+        _fsync(temporary)
+        if temporary.is_dir():
+            remove(path)  # a folder cannot be renamed over one that holds files
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path: str | Path) -> None:
+    """Removes a file or folder if it exists."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON atomically, keys in the given order, non-ASCII kept."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
+    """Appends one row to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes JSON lines atomically and returns how many."""
+    count = 0
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Reads a JSON-lines file row by row.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object (file and line number named).
+    """
+    try:
+        file = open(path, encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
+            yield row
+
+
+def sha256_file(path: str | Path) -> str:
+    """Returns the hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------- progress
+
+
+class Bar(Protocol):
+    """A progress bar: `update` advances it and shows an optional note."""
+
+    def update(self, n: float = 1, note: str = "") -> None:
+        """Advances by `n` and shows `note`."""
+
+
+class _PlainBar:
+    """One line when it starts, every ten seconds, and when it ends: for logs and CI."""
+
+    def __init__(self, total: float, label: str, unit: str) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.note = 0.0, ""
+        self.started = self.printed = time.monotonic()
+
+    def update(self, n: float = 1, note: str = "") -> None:
+        self.done += n
+        self.note = note or self.note
+        now = time.monotonic()
+        if now - self.printed >= 10:
+            self.printed = now
+            self._line(now)
+
+    def _line(self, now: float) -> None:
+        elapsed = now - self.started
+        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
+        share = 100 * self.done / self.total if self.total else 100.0
+        print(
+            f"  {self.label}: {share:3.0f}% {human(self.done)}/{human(self.total)} {self.unit}, "
+            f"{duration(left)} left{'; ' + self.note if self.note else ''}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        elapsed = time.monotonic() - self.started
+        if elapsed >= 2:
+            note = "; " + self.note if self.note else ""
+            print(
+                f"  {self.label}: {human(self.done)} {self.unit} in {duration(elapsed)}{note}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+@contextmanager
+def progress(total: float, label: str, unit: str = "it") -> Iterator[Bar]:
+    """Shows progress with time left: a rich bar on a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        bar = _PlainBar(total, label, unit)
+        yield bar
+        bar.close()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as rich_progress:
+        task = rich_progress.add_task(label, total=total, note="")
+
+        class RichBar:
+            def update(self, n: float = 1, note: str = "") -> None:
+                fields = {"note": note} if note else {}
+                rich_progress.update(task, advance=n, **fields)
+
+        yield RichBar()
+
+
+# ---------------------------------------------------------------------------- numbers
+
+
+def torch_setup(seed: int) -> None:
+    """Seeds torch and makes it deterministic; call at the start of every stage that computes.
+
+    Denormals are flushed: they arise in optimizer moments and slow CPU kernels by an order of magnitude.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_flush_denormal(True)
+
+
+def peak_memory_bytes() -> int:
+    """Returns the process' peak resident memory in bytes since it started."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

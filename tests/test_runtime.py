@@ -1,0 +1,79 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from galenic import runtime
+from galenic.runtime import UserError, atomic_path, human, nearest, read_jsonl
+
+
+def test_atomic_path_file_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a" / "x.txt"
+    with atomic_path(target) as temporary:
+        temporary.write_text("one")
+        assert not target.exists()
+    assert target.read_text() == "one"
+    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
+        temporary.write_text("two")
+        raise RuntimeError
+    assert target.read_text() == "one"
+    assert sorted(os.listdir(target.parent)) == ["x.txt"]
+
+
+def test_atomic_path_replaces_a_folder(tmp_path):
+    target = tmp_path / "folder"
+    for name in ("old", "new"):
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert os.listdir(target) == ["new"]
+
+
+def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
+    code = (
+        "import sys, time\nfrom galenic.runtime import atomic_path\n"
+        f"with atomic_path({str(tmp_path / 'x')!r}) as t:\n"
+        "    t.write_text('half'); print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "x").exists()
+    with atomic_path(tmp_path / "x") as temporary:
+        assert not temporary.exists()  # the killed one's leftover is gone
+        temporary.write_text("whole")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_read_jsonl_names_file_and_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": \n')
+    with pytest.raises(UserError, match=r"rows.jsonl:3: not valid JSON"):
+        list(read_jsonl(path))
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: expected a JSON object, got list"):
+        list(read_jsonl(path))
+    with pytest.raises(UserError, match="no such file"):
+        list(read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_nearest_and_human():
+    assert nearest("pretran", ["pretrain", "merge"]) == " (did you mean 'pretrain'?)"
+    assert nearest("zzz", ["pretrain"]) == ""
+    assert [human(n) for n in (3, 1234, 14_470_764_320)] == ["3", "1.23k", "14.5B"]
+    assert [runtime.duration(s) for s in (5, 75, 3675)] == ["0:05", "1:15", "1:01:15"]
+
+
+def test_plain_progress_prints_lines_with_time_left(capsys, monkeypatch):
+    clock = iter([0.0, 11.0, 12.0, 22.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with runtime.progress(100, "label", "docs") as bar:
+        bar.update(50, "note")
+        bar.update(25)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["  label:  50% 50/100 docs, 0:11 left; note", "  label: 75 docs in 0:22; note"]
