@@ -97,6 +97,7 @@ def answer_loss(model: Any, samples: list[Sample], context: int) -> float:
     with torch.inference_mode():
         for start in range(0, len(rows), 8):
             batch = collate([[samples[i] for i in row] for row in rows[start : start + 8]], context, PAD)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
             logits = model(**batch, use_cache=False).logits[:, :-1].float()
             targets = labels[:, 1:]

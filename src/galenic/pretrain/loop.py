@@ -21,6 +21,7 @@ from galenic.runtime import (
     UserError,
     append_jsonl,
     atomic_path,
+    device,
     human,
     read_json,
     read_jsonl,
@@ -65,7 +66,8 @@ class Trainer:
     def __init__(
         self, model: Any, optim: OptimConfig, guard: GuardConfig, out: Path, checkpoint_seconds: float
     ) -> None:
-        self.model, self.optim, self.guard_config, self.out = model, optim, guard, out
+        self.device = device()
+        self.model, self.optim, self.guard_config, self.out = model.to(self.device), optim, guard, out
         self.optimizer = make_optimizer(model, optim)
         self.guard = self._make_guard()
         self.step = 0
@@ -92,6 +94,7 @@ class Trainer:
             UserError: the loss or the gradient is not finite; the last checkpoint is kept.
         """
         started = time.monotonic()
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         # The guard looks at the norm before clipping: afterwards it could never exceed the clip.

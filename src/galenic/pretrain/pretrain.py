@@ -89,7 +89,7 @@ def build_model(architecture: ArchitectureConfig, vocab_size: int, phase: PhaseC
 def set_context(model: Any, phase: PhaseConfig) -> None:
     """Gives a model the context length and RoPE base of a phase; weights stay."""
     model.config.max_position_embeddings = phase.context
-    model.set_rope_theta(phase.rope_theta)
+    model.config.rope_theta = phase.rope_theta
 
 
 def phase_batches(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> tuple[int, Any]:

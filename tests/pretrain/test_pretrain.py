@@ -1,0 +1,176 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from galenic.model import load
+from galenic.pretrain import pretrain
+from galenic.pretrain.config import ArchitectureConfig, GuardConfig, OptimConfig, PhaseConfig, PretrainConfig
+from galenic.runtime import UserError
+
+ARCHITECTURE = ArchitectureConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    num_swa_attention_heads=2,
+    num_swa_key_value_heads=1,
+    sliding_window=8,
+)
+
+
+def make_config(out, tokenizer_step, **changes):
+    Path(out).mkdir(parents=True, exist_ok=True)
+    phases = [
+        PhaseConfig(name="phase-1", tokens=1200, mixture={"general": 1.0}, context=32, rows=2),
+        PhaseConfig(
+            name="phase-2",
+            tokens=1600,
+            mixture={"general": 1.0, "medical": 3.0},
+            context=64,
+            rows=2,
+            rope_theta=1e6,
+            final_lr=1e-4,
+        ),
+    ]
+    values = {
+        "out": str(out),
+        "tokenizer": str(tokenizer_step),
+        "phases": phases,
+        "architecture": ARCHITECTURE,
+        "optim": OptimConfig(lr=1e-2, warmup_steps=4),
+        "guard": GuardConfig(history=5),
+        "heldout_tokens": 200,
+        "checkpoint_seconds": 0.0,
+    }
+    return PretrainConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer_step):
+    out = tmp_path_factory.mktemp("pretrain") / "30-pretrain"
+    config = make_config(out, tokenizer_step)
+    pretrain.run(config)
+    return out
+
+
+def rows(out, kind):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["kind"] == kind]
+
+
+def test_phases_follow_each_other_under_one_optimizer(trained):
+    train = rows(trained, "train")
+    assert [row["step"] for row in train] == list(range(1, len(train) + 1))
+    assert [row["phase"] for row in train] == sorted(row["phase"] for row in train)
+    assert [row["lr"] for row in train[:4]] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    assert {row["lr"] for row in train if row["phase"] == "phase-1" and row["step"] > 4} == {1e-2}
+    assert train[-1]["lr"] == pytest.approx(1e-4)
+    assert not list(trained.glob("checkpoint-*"))
+
+
+def test_each_phase_leaves_a_model_and_held_out_losses(trained):
+    heldout = rows(trained, "heldout")
+    assert [row["phase"] for row in heldout] == ["phase-1", "phase-2"]
+    # Phase two introduces the medical source: it must help there.
+    assert heldout[1]["bits_per_byte"]["medical"] < heldout[0]["bits_per_byte"]["medical"]
+    first, second = load(trained / "phase-1"), load(trained / "phase-2")
+    assert (first.config.rope_theta, second.config.rope_theta) == (1e5, 1e6)
+    assert (first.config.max_position_embeddings, second.config.max_position_embeddings) == (32, 64)
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+
+
+def same_models(one, other):
+    for phase in ("phase-1", "phase-2"):
+        a, b = (load_file(folder / phase / "model.safetensors") for folder in (one, other))
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(trained, tmp_path, tokenizer_step):
+    out = tmp_path / "30-pretrain"
+    config = make_config(out, tokenizer_step)
+    values = dataclasses.asdict(config)
+    code = (
+        "import json, sys, torch\ntorch.set_num_threads(1)\nfrom galenic.cli import parse_config\n"
+        "from galenic.pretrain import pretrain\n"
+        "config, _ = parse_config('pretrain', json.loads(sys.argv[1]))\nprint('ready', flush=True)\npretrain.run(config)\n"
+    )
+    total = len(rows(trained, "train"))
+    kills = 0
+    for target in (0, 5, 18, total - 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(values)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        process.stdout.readline()
+        metrics = out / "metrics.jsonl"
+        while process.poll() is None:
+            seen = metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
+            if seen >= target:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.wait()
+        process.stdout.close()
+    assert kills >= 3
+    pretrain.run(config)
+    same_models(trained, out)
+    assert [row["loss"] for row in rows(out, "train")] == [row["loss"] for row in rows(trained, "train")]
+    assert len(rows(out, "heldout")) == 2
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(trained, tmp_path, tokenizer_step):
+    pretrain.run(make_config(tmp_path / "a", tokenizer_step, checkpoint_seconds=1e9))
+    same_models(trained, tmp_path / "a")
+    pretrain.run(make_config(tmp_path / "b", tokenizer_step, checkpoint_seconds=1e9, seed=1))
+    with pytest.raises(AssertionError):
+        same_models(trained, tmp_path / "b")
+
+
+def test_plan_counts_what_training_does(trained, tokenizer_step, tmp_path):
+    config = make_config(tmp_path / "x", tokenizer_step)
+    facts = pretrain.plan(config).facts
+    model = load(trained / "phase-2")
+    total = sum(p.numel() for p in model.parameters())
+    from galenic.runtime import human
+
+    assert facts["parameters"].startswith(f"{human(total)} ")
+    assert facts["phase-1"].startswith("18 steps of 2 x 32 tokens")
+    assert os.listdir(tmp_path / "x") == []
+
+
+def test_unknown_source_and_missing_shards_are_refused(tmp_path, tokenizer_step):
+    phase = PhaseConfig(name="p", tokens=128, mixture={"medicla": 1.0}, context=32, rows=2)
+    config = make_config(tmp_path / "x", tokenizer_step, phases=[phase])
+    with pytest.raises(UserError, match="medicla"):
+        pretrain.plan(config)
+    with pytest.raises(UserError, match="did you mean 'medical'"):
+        pretrain.run(config)
+    with pytest.raises(UserError, match="no token shards"):
+        pretrain.run(make_config(tmp_path / "x", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mixture": {}}, "needs shares above 0"),
+        ({"mixture": {"a": -1.0}}, "needs shares above 0"),
+        ({"tokens": 10}, "fewer than one batch"),
+        ({"name": "a/b"}, "not a folder name"),
+    ],
+)
+def test_contradictory_phases_are_refused(changes, says):
+    values = {"name": "p", "tokens": 8192, "mixture": {"a": 1.0}}
+    with pytest.raises(UserError, match=says):
+        PhaseConfig(**{**values, **changes})
