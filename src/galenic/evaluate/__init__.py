@@ -1,0 +1,15 @@
+"""Room 7: measure what the models know.
+
+In: model folders, the tokenizer step (tokenizer and held-out token shards), questions, held-out conversations.
+Out: `results.json` (one entry a model) and `items/<model>.jsonl` (one row a question, every score kept).
+
+    held-out tokens ----> bits per byte, one number a domain --------+
+    conversations ------> bits per byte of the assistant's answers --+--> results.json --> report
+    questions ----------> accuracy with its 95% interval ------------+
+                            |
+                            +--> normalised average over the experts' domains (MetaGPT, arXiv 2406.11385, section 4)
+
+`statistics` holds the intervals and averages, `likelihood` the log-probabilities of tokens, `bits_per_byte` and
+`multiple_choice` the two measures, `inputs` what is read and refused. `evaluate` is the verb that runs them over all
+models; `chat` talks to one model in the terminal.
+"""

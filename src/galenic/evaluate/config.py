@@ -1,0 +1,119 @@
+"""What the verbs `evaluate` and `chat` can be told. Torch-free."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from galenic.runtime import UserError, nearest
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures models on held-out text, conversations and multiple-choice questions."""
+
+    out: str
+    """Output folder: results.json and items/."""
+    models: dict[str, str]
+    """Name -> model folder; evaluated and reported in this order."""
+    groups: dict[str, Literal["base", "expert", "merge", "flattened"]] = field(default_factory=dict)
+    """Model name -> its part in the pipeline; the report colours by it. Models left out are `other`."""
+    tokens: str
+    """Tokenizer step folder: the tokenizer, and tokens/<source>.heldout.* for the bits per byte."""
+    questions: str | None = None
+    """Folder of <kind>.jsonl question files; without it no accuracy is measured."""
+    conversations: str | None = None
+    """Folder of <set>.heldout.jsonl conversations; without it answers are not measured."""
+    experts: dict[str, str] = field(default_factory=dict)
+    """Question kind -> model that is the expert of that kind; the normalised average divides by its accuracy."""
+    questions_per_kind: int = 600
+    """At most so many questions of each kind, a sample fixed by the seed."""
+    kind_limits: dict[str, int] = field(default_factory=dict)
+    """Question kind -> its own limit in place of questions_per_kind."""
+    heldout_tokens: int = 6000
+    """At most about so many held-out tokens of each source (whole documents, sampled by the seed)."""
+    conversations_per_set: int = 100
+    """At most so many held-out conversations of each set."""
+    prompt: Literal["plain", "chat"] = "plain"
+    """`plain`: <s>Question: ... Answer: and the option; `chat`: <B_SYS>...<C_Q>...<C_A> and the option."""
+    system: str | None = None
+    """System message of the chat prompt; none takes the chat format's own."""
+    scoring: Literal["total", "per_byte", "pmi"] = "per_byte"
+    """Which score picks the option in the headline accuracy; all three are computed and recorded."""
+    shown: int = 10
+    """Questions kept in results.json with every model's pick, for the report."""
+    batch_tokens: int = 2048
+    """Tokens in one forward pass: bounds the memory of the logits."""
+    threads: int | None = None
+    """Torch threads; none leaves torch's choice."""
+    seed: int = 0
+    """Fixes which questions, documents and conversations are sampled."""
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        optional = [path for path in (self.questions, self.conversations) if path is not None]
+        return [*self.models.values(), self.tokens, *optional]
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UserError(
+                "models: name at least one model folder, such as models: {base: RUN/30-pretrain/...}"
+            )
+        for name in self.models:
+            if not SAFE_NAME.fullmatch(name):
+                raise UserError(f"models: '{name}' names a file; use letters, digits, '.', '_' and '-' only")
+        for name in self.groups:
+            if name not in self.models:
+                raise UserError(f"groups: no model is called '{name}'{nearest(name, self.models)}")
+        for kind, name in self.experts.items():
+            if name not in self.models:
+                raise UserError(f"experts.{kind}: no model is called '{name}'{nearest(name, self.models)}")
+        if self.experts and self.questions is None:
+            raise UserError("experts needs questions: the normalised average is over their accuracies")
+        if self.system is not None and self.prompt != "chat":
+            raise UserError(f"system is used by prompt=chat only; prompt is {self.prompt}")
+        limits = {
+            "questions_per_kind": self.questions_per_kind,
+            "heldout_tokens": self.heldout_tokens,
+            "conversations_per_set": self.conversations_per_set,
+            "batch_tokens": self.batch_tokens,
+            **{f"kind_limits.{kind}": limit for kind, limit in self.kind_limits.items()},
+        }
+        if self.threads is not None:
+            limits["threads"] = self.threads
+        for name, value in limits.items():
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.shown < 0:
+            raise UserError(f"shown is {self.shown}; it must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talks to one model in the terminal."""
+
+    model: str
+    """Model folder."""
+    system: str | None = None
+    """System message; none takes the chat format's own."""
+    max_new_tokens: int = 200
+    """Longest answer; never more than half the model's context."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 always takes the likeliest token."""
+    top_p: float = 0.9
+    """Sample from the smallest set of tokens that holds this probability."""
+    seed: int = 0
+    """Seeds the sampling: the same questions give the same answers."""
+
+    def reads(self) -> list[str]:
+        """Inputs, for the plan."""
+        return [self.model]
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")

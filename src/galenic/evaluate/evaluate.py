@@ -1,0 +1,302 @@
+"""The verb `evaluate`: every model, the same text and the same questions.
+
+Models go one after another. A model's rows and numbers appear at once when it is done, so a killed run begins again
+with the first model that is not.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from galenic.model import load, load_tokenizer
+from galenic.runtime import (
+    Bar,
+    Plan,
+    UserError,
+    human,
+    progress,
+    read_json,
+    read_jsonl,
+    torch_setup,
+    write_json,
+    write_jsonl,
+)
+
+from . import inputs, multiple_choice
+from .bits_per_byte import Scored, bits_per_byte, conversation
+from .config import EvaluateConfig
+from .multiple_choice import PromptFormat
+from .statistics import normalised_average, wilson
+
+
+def plan(config: EvaluateConfig) -> Plan:
+    """Checks every input and counts the work.
+
+    Raises:
+        UserError: a model folder, question, conversation or held-out shard that is missing or malformed.
+    """
+    questions = inputs.load_questions(config)
+    conversations = inputs.load_conversations(config)
+    sources = inputs.heldout_sources(config)
+    heldout = sum(min(entry["heldout"]["tokens"], config.heldout_tokens) for entry in sources.values())
+    weights = [_weights(name, path) for name, path in config.models.items()]
+    count = sum(len(rows) for rows in questions.values())
+    facts = {
+        "models": f"{len(config.models)} ({human(sum(f.stat().st_size for w in weights for f in w))}B of weights)",
+        "held-out text": f"about {human(heldout)} tokens of {len(sources)} sources, each model",
+        "questions": ", ".join(f"{len(rows)} {kind}" for kind, rows in questions.items()) or "none",
+        "conversations": ", ".join(f"{len(rows)} {name}" for name, rows in conversations.items()) or "none",
+        "options scored": human(4 * count * len(config.models)),
+    }
+    return Plan(
+        reads=config.reads(),
+        writes=[f"{config.out}/results.json", f"{config.out}/items/"],
+        facts=facts,
+    )
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluates every model of the config; finished ones are kept.
+
+    Raises:
+        UserError: see `plan`; also a model that was trained with another tokenizer.
+    """
+    torch_setup(config.seed)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    for name, path in config.models.items():
+        _weights(name, path)  # a wrong path is refused before any work
+    material = _load(config)
+    items = Path(config.out) / "items"
+    with progress(len(config.models) * material.work, "evaluate", unit="tokens") as bar:
+        for name in config.models:
+            if (items / f"{name}.json").exists():
+                bar.update(material.work, f"{name} is done")
+                continue
+            numbers, rows = _evaluate(config, name, material, bar)
+            write_jsonl(items / f"{name}.jsonl", rows)
+            write_json(items / f"{name}.json", numbers)
+    write_json(Path(config.out) / "results.json", _results(config, material, items))
+
+
+# ---------------------------------------------------------------------------- what is evaluated
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Material:
+    """Everything the models are measured on, tokenized once."""
+
+    tokenizer: Any
+    heldout: dict[str, list[Scored]]
+    answers: dict[str, list[Scored]]
+    questions: dict[str, list[dict[str, Any]]]
+
+    @property
+    def work(self) -> int:
+        """Progress units of one model: tokens scored, a question counted as 100."""
+        texts = [*self.heldout.values(), *self.answers.values()]
+        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * sum(
+            len(rows) for rows in self.questions.values()
+        )
+
+
+def _load(config: EvaluateConfig) -> _Material:
+    tokenizer = load_tokenizer(config.tokens)
+    conversations = inputs.load_conversations(config)
+    return _Material(
+        tokenizer=tokenizer,
+        heldout={source: inputs.load_heldout(config, source) for source in inputs.heldout_sources(config)},
+        answers={
+            name: [conversation(tokenizer, messages) for messages in rows]
+            for name, rows in conversations.items()
+        },
+        questions=inputs.load_questions(config),
+    )
+
+
+def _weights(name: str, path: str) -> list[Path]:
+    """Returns a model folder's weight files.
+
+    Raises:
+        UserError: no folder, or no weights in it.
+    """
+    folder = inputs.folder(path, f"models.{name}")
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise UserError(
+            f"models.{name}: {path} is not a model folder (config.json and *.safetensors expected)"
+        )
+    return files
+
+
+# ---------------------------------------------------------------------------- one model
+
+
+def _evaluate(
+    config: EvaluateConfig, name: str, material: _Material, bar: Bar
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns a model's numbers and its rows, one a question."""
+    path = config.models[name]
+    model = load(path)
+    if load_tokenizer(path).get_vocab() != material.tokenizer.get_vocab():
+        raise UserError(
+            f"models.{name}: {path} has another tokenizer than {config.tokens}; their tokens differ"
+        )
+    context = int(model.config.max_position_embeddings)
+
+    def measure(texts: list[Scored]) -> dict[str, float]:
+        value, size = bits_per_byte(
+            model,
+            texts,
+            context=context,
+            batch_tokens=config.batch_tokens,
+            advance=lambda n: bar.update(n, name),
+        )
+        return {"value": value, "bytes": size}
+
+    heldout = {source: measure(texts) for source, texts in material.heldout.items()}
+    answers = {
+        label: {"bits_per_byte": (found := measure(texts))["value"], "bytes": found["bytes"]}
+        for label, texts in material.answers.items()
+    }
+    rows, accuracy = _answer(config, model, material, context, bar, name)
+    numbers = {
+        "path": path,
+        "group": config.groups.get(name, "other"),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bits_per_byte": heldout,
+        "answers": answers,
+        "accuracy": accuracy,
+    }
+    return numbers, rows
+
+
+def _answer(
+    config: EvaluateConfig, model: Any, material: _Material, context: int, bar: Bar, name: str
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Returns the rows of all questions and the accuracy of each kind."""
+    rows: list[dict[str, Any]] = []
+    accuracy: dict[str, dict[str, Any]] = {}
+    prompt = PromptFormat(name=config.prompt, system=config.system)
+    for kind, questions in material.questions.items():
+        prompts = [
+            multiple_choice.tokenize(material.tokenizer, prompt, row["question"], row["options"], context)
+            for row in questions
+        ]
+        bare = _bare(config, model, material.tokenizer, questions, context)
+        totals = multiple_choice.option_log_probs(
+            model, prompts, batch_tokens=config.batch_tokens, advance=lambda n: bar.update(100 * n, name)
+        )
+        right = dict.fromkeys(multiple_choice.SCORINGS, 0)
+        for row, total in zip(questions, totals, strict=True):
+            scores = multiple_choice.scores(
+                total, [bare[option] for option in row["options"]], row["options"]
+            )
+            picks = {scoring: multiple_choice.best(values) for scoring, values in scores.items()}
+            for scoring, pick in picks.items():
+                right[scoring] += pick == row["answer"]
+            rounded = {scoring: [round(value, 6) for value in values] for scoring, values in scores.items()}
+            rows.append({"kind": kind, "id": row["id"], "answer": row["answer"], "picks": picks, **rounded})
+        accuracy[kind] = _accuracy(right, len(questions), config.scoring)
+        accuracy[kind]["truncated"] = sum(prompt.truncated for prompt in prompts)
+    return rows, accuracy
+
+
+def _bare(
+    config: EvaluateConfig, model: Any, tokenizer: Any, questions: list[dict[str, Any]], context: int
+) -> dict[str, float]:
+    """Returns log p(option | bare prompt) of every option; siblings recur, so each text is scored once."""
+    texts = sorted({option for row in questions for option in row["options"]})
+    prompt = PromptFormat(name=config.prompt, system=config.system)
+    prompts = [multiple_choice.tokenize(tokenizer, prompt, None, [text], context) for text in texts]
+    values = multiple_choice.option_log_probs(model, prompts, batch_tokens=config.batch_tokens)
+    return {text: value for text, (value,) in zip(texts, values, strict=True)}
+
+
+def _accuracy(right: dict[str, int], n: int, scoring: str) -> dict[str, Any]:
+    low, high = wilson(right[scoring], n)
+    scorings = {name: count / n for name, count in right.items()}
+    return {
+        "value": right[scoring] / n,
+        "low": low,
+        "high": high,
+        "n": n,
+        "chance": 0.25,
+        "scorings": scorings,
+    }
+
+
+# ---------------------------------------------------------------------------- all models
+
+
+def _results(config: EvaluateConfig, material: _Material, items: Path) -> dict[str, Any]:
+    """Joins the finished models, compares them with the experts, and picks the questions that are shown."""
+    models = {name: read_json(items / f"{name}.json") for name in config.models}
+    experts = {kind: models[expert]["accuracy"][kind]["value"] for kind, expert in config.experts.items()}
+    for numbers in models.values():
+        scores = {kind: found["value"] for kind, found in numbers["accuracy"].items()}
+        numbers["normalised_average"] = normalised_average(scores, experts)
+    return {
+        "models": models,
+        "experts": config.experts,
+        "shown": _shown(config, material.questions, items),
+        "protocol": _protocol(config, material),
+    }
+
+
+def _shown(
+    config: EvaluateConfig, questions: dict[str, list[dict[str, Any]]], items: Path
+) -> list[dict[str, Any]]:
+    """Picks questions of every kind in turn, by a hash that knows nothing of how the models did."""
+    queues = [
+        [
+            (kind, row)
+            for row in inputs.sample(rows, [row["id"] for row in rows], config.shown, config.seed + 1)
+        ]
+        for kind, rows in questions.items()
+    ]
+    turns = max((len(queue) for queue in queues), default=0)
+    chosen = [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][: config.shown]
+    wanted = {(kind, row["id"]) for kind, row in chosen}
+    picks: dict[tuple[str, str], dict[str, int]] = {key: {} for key in wanted}
+    for name in config.models:
+        for row in read_jsonl(items / f"{name}.jsonl"):
+            if (row["kind"], row["id"]) in wanted:
+                picks[row["kind"], row["id"]][name] = row["picks"][config.scoring]
+    return [
+        {
+            "kind": kind,
+            **{key: row[key] for key in ("question", "options", "answer")},
+            "source": row.get("source", ""),
+            "picks": picks[kind, row["id"]],
+        }
+        for kind, row in chosen
+    ]
+
+
+def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
+    """Says in words how each number was measured."""
+    prompt = PromptFormat(name=config.prompt, system=config.system)
+
+    def show(question: str | None) -> str:
+        ids, text = prompt.parts(material.tokenizer, question)
+        return material.tokenizer.decode(ids) + text + prompt.join + "{option}"
+
+    return {
+        "bits_per_byte": "sum over text tokens of -log2 p, divided by the UTF-8 bytes of the text; <s> and </s> are "
+        "not counted; documents longer than the context are scored in windows that advance by half a context; whole "
+        f"held-out documents, sampled by seed {config.seed} until {config.heldout_tokens} tokens a source",
+        "answers": "bits per byte of the assistant's turns in the chat format, given all before them; the end-of-turn "
+        f"token counts in the bits, not in the bytes; at most {config.conversations_per_set} conversations a set",
+        "accuracy": f"the option with the highest score '{config.scoring}' after the prompt; the first of equals; "
+        "95% interval by Wilson",
+        "prompt": show("{question}"),
+        "total": "log-likelihood of the option given the prompt",
+        "per_byte": "total divided by the option's UTF-8 bytes",
+        "pmi": f"total minus the option's log-likelihood after the bare prompt {show(None)!r}",
+        "normalised_average": "mean over question kinds of the accuracy divided by the accuracy of that kind's expert "
+        "(MetaGPT, arXiv 2406.11385, section 4)",
+        "scoring": config.scoring,
+    }

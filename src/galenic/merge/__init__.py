@@ -1,0 +1,48 @@
+"""Merging: several experts of one base become one model, without data.
+
+    base ----+--> io: headers only, checked before a weight is read
+    experts -+        |
+                      v
+         statistics: one pass, a T x T Gram matrix of task vectors per tensor
+                      |                          (norms, cosines, coefficients)
+                      v
+         methods: fixed blocks of elements --> io: safetensors, written in place, atomically
+
+Comes in: a recipe in mergekit's words (`config.MergeConfig`) that names Hugging Face folders of one shape. Goes
+out: `model/`, a Hugging Face folder, and `merge.json` with norms, cosines, coefficients and warnings.
+
+A task vector is `tau_t = theta_t - theta_0`: an expert minus its base. The methods and their sources:
+
+* `metagpt`: coefficients in closed form from the norms alone (MetaGPT, arXiv 2406.11385, Theorem 10);
+* `linear`: weight average (Model Soups, arXiv 2203.05482);
+* `task_arithmetic`: `theta_0 + sum lambda_t tau_t` (arXiv 2212.04089);
+* `ties`: trim, elect sign, disjoint mean (arXiv 2306.01708);
+* `dare_linear`: drop at random and rescale, then task arithmetic (arXiv 2311.03099).
+
+In Python: `merge(recipe, out)`, `merge_state_dicts(base, experts, method)`, `gram(base, experts)`,
+`metagpt_coefficients(gram)`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+# The function shares its name with the verb file; importing the name here, once, makes `galenic.merge.merge` the
+# function whatever is imported first. The file is cheap to import: torch comes when the work starts.
+from galenic.merge.merge import merge, merge_state_dicts
+
+if TYPE_CHECKING:
+    from galenic.merge.metagpt import metagpt_coefficients
+    from galenic.merge.statistics import gram
+
+__all__ = ["gram", "merge", "merge_state_dicts", "metagpt_coefficients"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "gram":
+        from galenic.merge.statistics import gram
+
+        return gram
+    if name == "metagpt_coefficients":
+        from galenic.merge.metagpt import metagpt_coefficients
+
+        return metagpt_coefficients
+    raise AttributeError(f"module 'galenic.merge' has no attribute '{name}'")

@@ -1,0 +1,198 @@
+"""What surrounds the weights of a Hugging Face folder: config, tokenizer, code, card."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from galenic import __version__
+from galenic.merge.config import MergeConfig, folder_label
+from galenic.runtime import UserError, read_json
+
+COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+"""Endings of the files that belong to a model and are copied from the base."""
+NOT_COMPANIONS = ("galenic.json", "trainer_state.json", "adapter_config.json")
+NOT_SETTINGS = (
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+"""Keys of config.json that do not say what the network computes."""
+
+
+def companions(folder: Path) -> list[Path]:
+    """Returns the files of a model folder that a merge copies, sorted: no weights, no card, no training state."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and (path.suffix in COMPANIONS or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")))
+        and path.name not in NOT_COMPANIONS
+        and not path.name.endswith(".index.json")
+    ]
+
+
+def check_folders(base: Path, experts: Mapping[str, Path]) -> list[str]:
+    """Compares configs and vocabularies of the experts with the base's.
+
+    Returns:
+        Warnings about settings that differ; the output has the base's.
+
+    Raises:
+        UserError: another architecture, or a token that means another row of the embedding.
+    """
+    warnings = []
+    config, vocabulary = _json_if_there(base / "config.json"), _vocabulary(base)
+    for name, folder in experts.items():
+        other = _json_if_there(folder / "config.json")
+        for key in ("model_type", "architectures"):
+            if key in config and key in other and config[key] != other[key]:
+                raise UserError(
+                    f"{folder / 'config.json'}: {key} is {other[key]}, the base's is {config[key]}"
+                )
+        settings = sorted((set(config) | set(other)) - set(NOT_SETTINGS))
+        if other and (different := [key for key in settings if config.get(key) != other.get(key)]):
+            warnings.append(
+                f"config.json of '{name}' differs from the base's in {', '.join(different)}; the base's is used"
+            )
+        tokens = _vocabulary(folder)
+        if vocabulary and not tokens:
+            warnings.append(
+                f"'{name}' has no tokenizer.json: its vocabulary could not be compared with the base's"
+            )
+        elif vocabulary and tokens != vocabulary:
+            raise UserError(f"{folder / 'tokenizer.json'}: {_difference(vocabulary, tokens)}")
+    return warnings
+
+
+def _json_if_there(path: Path) -> dict[str, Any]:
+    value = read_json(path) if path.exists() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Returns token -> row of the embedding, from tokenizer.json; empty if there is none."""
+    tokenizer = _json_if_there(folder / "tokenizer.json")
+    tokens = (tokenizer.get("model") or {}).get("vocab") or {}
+    if isinstance(tokens, list):  # Unigram models list [token, score] in order
+        tokens = {token[0]: row for row, token in enumerate(tokens)}
+    return tokens | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+
+
+def _difference(base: dict[str, int], other: dict[str, int]) -> str:
+    rows = sorted({t.get(token, -1) for token in set(base) ^ set(other) for t in (base, other)} - {-1})
+    rows = rows or sorted(base[token] for token in base if base[token] != other[token])
+    return (
+        f"its vocabulary differs from the base's between rows {rows[0]} and {rows[-1]} ({len(rows)} rows); rows of the "
+        "embedding would mix different tokens, so the models cannot be merged"
+    )
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write_companions(config: MergeConfig, folder: Path, summary: dict[str, Any]) -> None:
+    """Writes everything but the weights into a merged model's folder."""
+    base = Path(config.base_model)
+    for path in companions(base):
+        shutil.copyfile(path, folder / path.name)
+    settings = _json_if_there(base / "config.json")
+    if settings and config.dtype:
+        key = "torch_dtype" if "torch_dtype" in settings else "dtype"
+        settings[key] = config.dtype
+        _dump(folder / "config.json", settings)
+    recipe = recipe_yaml(config)
+    (folder / "README.md").write_text(_card(config, recipe, summary), encoding="utf-8")
+    _dump(
+        folder / "galenic.json",
+        {
+            "made_by": f"galenic {__version__} merge",
+            "parents": parents(config),
+            "recipe": recipe,
+            "merge": summary,
+        },
+    )
+
+
+def _dump(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def recipe_yaml(config: MergeConfig) -> str:
+    """Writes the recipe back as YAML, with the defaults that took effect and without the output folder."""
+    takes = {"ties": ("weight", "density"), "dare_linear": ("weight", "density"), "metagpt": ()}
+    keys = takes.get(config.merge_method, ("weight",))
+    rows = []
+    for model, weight, density in zip(config.models, config.weights(), config.densities(), strict=True):
+        numbers = {key: value for key, value in (("weight", weight), ("density", density)) if key in keys}
+        rows.append(
+            {"model": model.model, "name": model.label()} | ({"parameters": numbers} if numbers else {})
+        )
+    recipe: dict[str, Any] = {
+        "merge_method": config.merge_method,
+        "base_model": config.base_model,
+        "models": rows,
+    }
+    if config.dtype:
+        recipe["dtype"] = config.dtype
+    if config.merge_method == "dare_linear":
+        recipe["seed"] = config.seed
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+
+
+def parents(config: MergeConfig) -> list[str]:
+    """Returns the models a merge comes from, base first."""
+    return [config.base_model, *(model.model for model in config.models)]
+
+
+def _card(config: MergeConfig, recipe: str, summary: dict[str, Any]) -> str:
+    """Writes the model card: parents, coefficients, recipe, warnings."""
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    licence = _licence(Path(config.base_model))
+    if licence:
+        front["license"] = licence
+    front |= {"base_model": parents(config), "base_model_relation": "merge", "tags": ["merge", "galenic"]}
+    rows = [
+        f"| {name} | {summary['norms'][name]:.4g} | {summary['coefficients'][name]:.4f} |"
+        for name in config.names()
+    ]
+    warnings = _bullets("Warnings", summary["warnings"])
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"# Merge of {', '.join(config.names())}\n\n"
+        f"Made by galenic {__version__} with `{config.merge_method}` from the base "
+        f"`{folder_label(config.base_model)}`. Its config and tokenizer are the base's.\n\n"
+        "| expert | norm of task vector | coefficient |\n|---|--:|--:|\n" + "\n".join(rows) + "\n\n"
+        f"{warnings}"
+        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
+        "Not a medical device; nothing it writes is medical advice.\n"
+    )
+
+
+def _bullets(title: str, lines: Sequence[str]) -> str:
+    return f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines) + "\n" if lines else ""
+
+
+def _licence(folder: Path) -> str | None:
+    """Returns the licence a base's model card names, if it names one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    licence = front.get("license") if isinstance(front, dict) else None
+    return licence if isinstance(licence, str) else None

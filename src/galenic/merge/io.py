@@ -1,0 +1,267 @@
+"""Reading safetensors folders: headers first, then fixed blocks.
+
+A safetensors file is `u64 header length | JSON header | tensors`. Headers say names, types, shapes and byte
+ranges, so everything that can be wrong with a merge is found before a weight is read. Blocks are read with `pread`
+into fresh buffers: memory is bounded whatever the model's size, and odd alignments are harmless. Nothing is
+memory-mapped or unpickled.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from galenic.runtime import UserError, nearest, read_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+MAX_HEADER_BYTES = 100_000_000
+"""As in the safetensors library: a longer header is an attack or an accident."""
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+class Weights(Protocol):
+    """Named tensors that can be read in parts: a folder on disk or a state dict in memory."""
+
+    label: str
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns the flattened elements [start, stop) of a tensor, in its own dtype."""
+        ...
+
+
+class StateDict:
+    """A state dict in memory, read in parts like a folder."""
+
+    def __init__(self, state: Mapping[str, Tensor], label: str) -> None:
+        self.label = label
+        self.state = {name: tensor.detach() for name, tensor in state.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for name, t in self.state.items()
+        }
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns the flattened elements [start, stop) of a tensor."""
+        return self.state[name].reshape(-1)[start:stop]
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    file: Path
+    offset: int
+
+
+class Checkpoint:
+    """A model folder's safetensors, one file or shards with an index; a context manager that closes its files.
+
+    Only headers are read on opening.
+
+    Raises:
+        UserError: no folder, no safetensors, a missing shard, a truncated file, a header that contradicts the file
+            or the index, a shard outside the folder, or a data type that cannot be merged.
+    """
+
+    def __init__(self, folder: str | Path, label: str) -> None:
+        self.folder = Path(folder)
+        self.label = label
+        found: dict[str, TensorInfo] = {}
+        self._places: dict[str, _Place] = {}
+        self._descriptors: dict[Path, int] = {}
+        index = _read_index(self.folder)
+        for file in sorted(set(index.values())) if index else [_single_file(self.folder)]:
+            for name, info, offset in read_header(self.folder / file):
+                if index and index.get(name) != file:
+                    raise UserError(
+                        f"{self.folder / file}: holds '{name}', which {INDEX} does not place there"
+                    )
+                found[name] = info
+                self._places[name] = _Place(file=self.folder / file, offset=offset)
+        self.tensors: Mapping[str, TensorInfo] = found
+        absent = sorted(set(index) - set(found))
+        if absent:
+            raise UserError(
+                f"{self.folder / index[absent[0]]}: lacks '{absent[0]}', which {INDEX} places there"
+            )
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted({place.file for place in self._places.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns the flattened elements [start, stop) of a tensor, in its own dtype."""
+        info, place = self.tensors[name], self._places[name]
+        size = (stop - start) * info.dtype.itemsize
+        if place.file not in self._descriptors:
+            self._descriptors[place.file] = os.open(place.file, os.O_RDONLY)
+        buffer = bytearray(size)
+        view, done = memoryview(buffer), 0
+        while done < size:
+            offset = place.offset + start * info.dtype.itemsize + done
+            got = os.preadv(self._descriptors[place.file], [view[done:]], offset)
+            if got == 0:
+                raise UserError(f"{place.file}: ends inside '{name}'; the file changed while it was read")
+            done += got
+        return torch.frombuffer(buffer, dtype=info.dtype) if size else torch.empty(0, dtype=info.dtype)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Returns tensor name -> file name of a sharded folder, or an empty mapping."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    index = read_json(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{path}: has no weight_map")
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UserError(
+                f"{path}: '{name}' is placed in {file!r}, which is not a safetensors file of the folder"
+            )
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: missing, but {INDEX} places '{name}' there")
+    return places
+
+
+def _single_file(folder: Path) -> str:
+    files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if "model.safetensors" in files:
+        return "model.safetensors"
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"{folder}: {len(files)} safetensors files but no model.safetensors and no {INDEX}")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise UserError(
+            f"{folder}: only pickled weights, which are never loaded; save the model with safe_serialization first"
+        )
+    raise UserError(f"{folder}: no model.safetensors in it")
+
+
+def read_header(path: Path) -> list[tuple[str, TensorInfo, int]]:
+    """Reads a safetensors header: name, info and absolute byte offset of each tensor, in file order.
+
+    Raises:
+        UserError: the file is truncated, or its header is not valid, overlaps, leaves gaps, or disagrees with shapes.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise UserError(f"{path}: truncated or not safetensors (header of {length} bytes in {size})")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = [(name, _entry(entry)) for name, entry in header.items() if name != "__metadata__"]
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: malformed safetensors header ({error})") from None
+    entries.sort(key=lambda item: (item[1][2], item[1][3]))
+    found, end = [], 0
+    for name, (kind, shape, begin, stop) in entries:
+        if kind not in DTYPES:
+            raise UserError(f"{path}: '{name}' is {kind}, which cannot be merged; known: {', '.join(DTYPES)}")
+        info = TensorInfo(dtype=DTYPES[kind], shape=shape)
+        if begin != end or stop - begin != info.nbytes:
+            raise UserError(f"{path}: '{name}' of shape {list(shape)} cannot lie in bytes {begin} to {stop}")
+        found.append((name, info, 8 + length + begin))
+        end = stop
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise UserError(f"{path}: {state} ({size} bytes, header says {8 + length + end})")
+    return found
+
+
+def _entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    kind, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, begin, stop]
+    if not isinstance(kind, str) or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+        raise ValueError("a dtype, shape or offset is not what it should be")
+    return kind, tuple(shape), begin, stop
+
+
+def check_same_tensors(base: Weights, experts: Iterable[Weights]) -> None:
+    """Checks from headers alone that all models hold the same tensors.
+
+    Raises:
+        UserError: a missing or extra tensor, another shape, or a buffer of another type; the model is named.
+    """
+    for expert in experts:
+        missing = sorted(set(base.tensors) - set(expert.tensors))
+        extra = sorted(set(expert.tensors) - set(base.tensors))
+        if missing or extra:
+            hint = nearest(missing[0], extra) if missing else ""
+            parts = [f"lacks {_some(missing)}{hint}"] if missing else []
+            parts += [f"has in addition {_some(extra)}"] if extra else []
+            raise UserError(f"{expert.label}: not the tensors of {base.label}: {'; '.join(parts)}")
+        for name, info in base.tensors.items():
+            other = expert.tensors[name]
+            if other.shape != info.shape:
+                raise UserError(
+                    f"{expert.label}: '{name}' has shape {list(other.shape)}, in {base.label} {list(info.shape)}; "
+                    "only models of one shape can be merged"
+                )
+            if other.dtype != info.dtype and not (
+                other.dtype.is_floating_point and info.dtype.is_floating_point
+            ):
+                raise UserError(f"{expert.label}: '{name}' is {other.dtype}, in {base.label} {info.dtype}")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

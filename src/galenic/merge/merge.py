@@ -1,0 +1,206 @@
+"""The verb: `galenic merge --config merge.yaml --out DIR`.
+
+Headers are checked, one pass measures the task vectors, one pass writes the merged model. A killed merge is done
+again from the start: it takes seconds, and nothing of it is visible before it is whole.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, Method
+from galenic.runtime import Plan, UserError, atomic_path, human, progress, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from galenic.merge.io import Checkpoint
+
+
+def plan(config: MergeConfig) -> Plan:
+    """Tells from headers alone what a merge would read, write and need.
+
+    Raises:
+        UserError: a folder is missing or malformed, or the models do not fit together.
+    """
+    from galenic.merge.engine import output_tensors
+    from galenic.merge.statistics import CHUNK
+
+    with _open(config) as (base, experts, warnings):
+        output = output_tensors(config, base)
+        passes = {"metagpt": (1, 2), "linear": (1, 2), "ties": (4, 4)}
+        base_passes, expert_passes = passes.get(config.merge_method, (2, 2))
+        read = base_passes * base.nbytes + expert_passes * sum(expert.nbytes for expert in experts)
+        facts = {
+            "method": config.merge_method,
+            "experts": ", ".join(config.names()),
+            "tensors": str(len(output)),
+            "parameters": human(sum(info.numel for info in output.values())),
+            "to read": human(read) + "B",
+            "to write": human(sum(info.nbytes for info in output.values())) + "B",
+            # Blocks in the stored type, in float32 and in float64, of every model, and room for temporaries.
+            "memory for blocks": human(CHUNK * 32 * (len(experts) + 2)) + "B, whatever the model's size",
+        }
+        facts |= {f"warning {i}": text for i, text in enumerate(warnings, start=1)}
+        files = [str(file) for model in [base, *experts] for file in model.files]
+    return Plan(reads=files, writes=[f"{config.out}/model/", f"{config.out}/merge.json"], facts=facts)
+
+
+def run(config: MergeConfig) -> None:
+    """Merges: writes `model/`, then `merge.json`.
+
+    Raises:
+        UserError: a folder is missing or malformed, the models do not fit together, or hold NaN or infinity.
+    """
+    from galenic.merge.engine import measure, merged_blocks, output_tensors
+    from galenic.merge.folder import write_companions
+    from galenic.merge.statistics import float_names
+    from galenic.merge.writer import safetensors_writer
+
+    with _open(config) as (base, experts, warnings):
+        elements = sum(base.tensors[name].numel for name in float_names(base))
+        with progress(elements, "task vectors", "weights") as bar:
+            statistics = measure(config, base, experts, bar)
+        statistics.summary["warnings"] += warnings
+        with atomic_path(Path(config.out) / "model") as folder:
+            folder.mkdir()
+            with (
+                safetensors_writer(folder, output_tensors(config, base)) as writer,
+                progress(elements, f"merging ({config.merge_method})", "weights") as bar,
+            ):
+                for name, start, block in merged_blocks(config, base, experts, statistics, bar):
+                    writer.write(name, start, block)
+            write_companions(config, folder, statistics.summary)
+    write_json(Path(config.out) / "merge.json", statistics.summary)
+
+
+@contextmanager
+def _open(config: MergeConfig) -> Iterator[tuple["Checkpoint", list["Checkpoint"], list[str]]]:
+    """Opens and checks all models by their headers; yields base, experts and warnings."""
+    from galenic.merge.folder import check_folders
+    from galenic.merge.io import Checkpoint, check_same_tensors
+
+    _check_places(config)
+    with ExitStack() as stack:
+        base = stack.enter_context(Checkpoint(config.base_model, config.base_model))
+        experts = [stack.enter_context(Checkpoint(model.model, model.model)) for model in config.models]
+        check_same_tensors(base, experts)
+        folders = dict(zip(config.names(), [expert.folder for expert in experts], strict=True))
+        yield base, experts, check_folders(base.folder, folders)
+
+
+def _check_places(config: MergeConfig) -> None:
+    """Refuses an output that would lie in an input or replace one."""
+    out = Path(os.path.realpath(config.out))
+    for folder in [config.base_model, *(model.model for model in config.models)]:
+        source = Path(os.path.realpath(folder))
+        if out == source or source in out.parents:
+            raise UserError(f"out: {config.out} lies inside the input {folder}; choose another folder")
+        if out / "model" == source or out / "model" in source.parents:
+            raise UserError(
+                f"out: {config.out}/model would replace the input {folder}; choose another folder"
+            )
+
+
+# ---------------------------------------------------------------------------- in Python
+
+
+def merge(recipe: MergeConfig | Mapping[str, Any] | str | Path, out: str | Path | None = None) -> Path:
+    """Merges model folders and returns the merged model's folder.
+
+    Args:
+        recipe: a config, the same as a mapping (mergekit's keys), or the path of a YAML file.
+        out: output folder; needed unless the recipe names one.
+
+    Raises:
+        UserError: unknown keys, contradictions, folders that are missing or do not fit together.
+
+    Example:
+        >>> merge({"base_model": "base", "models": [{"model": "a"}, {"model": "b"}]}, "merged")  # doctest: +SKIP
+    """
+    config = recipe if isinstance(recipe, MergeConfig) else _read_recipe(recipe, out)
+    if out is not None and isinstance(recipe, MergeConfig) and str(out) != recipe.out:
+        raise UserError(f"out: {out} was given, but the config says {recipe.out}")
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    run(config)
+    return Path(config.out) / "model"
+
+
+def _read_recipe(recipe: Mapping[str, Any] | str | Path, out: str | Path | None) -> MergeConfig:
+    import yaml
+
+    from galenic.cli import parse_config
+
+    values: Any = recipe
+    if isinstance(recipe, str | Path):
+        try:
+            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{recipe}: no such file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{recipe}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{recipe}: a merge recipe is a mapping with base_model and models")
+    config, _ = parse_config("merge", {**values} if out is None else {**values, "out": str(out)})
+    return config
+
+
+def merge_state_dicts(
+    base: Mapping[str, "Tensor"],
+    experts: Mapping[str, Mapping[str, "Tensor"]] | Sequence[Mapping[str, "Tensor"]],
+    method: Method = "metagpt",
+    *,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    seed: int = 0,
+) -> dict[str, "Tensor"]:
+    """Merges state dicts in memory, to the same bits as folders.
+
+    Args:
+        base: the state dict the experts were fine-tuned from.
+        experts: name -> state dict, or a sequence of them (named "0", "1" ...). A tied tensor should be listed once,
+            or its norm counts twice.
+        method: as in a recipe.
+        weights: one per expert, where the method takes weights.
+        density: share of kept entries for `ties` and `dare_linear`.
+        dtype: of the result's floating-point tensors. Default: the base's.
+        seed: of `dare_linear`.
+
+    Returns:
+        The merged state dict, with new tensors.
+
+    Raises:
+        UserError: contradictions, tensors that differ in name or shape, NaN or infinity.
+    """
+    import torch
+
+    from galenic.merge.engine import measure, merged_blocks, output_tensors
+    from galenic.merge.io import StateDict, check_same_tensors
+
+    named = experts if isinstance(experts, Mapping) else {str(i): state for i, state in enumerate(experts)}
+    if weights is not None and len(weights) != len(named):
+        raise UserError(f"weights: {len(weights)} given for {len(named)} experts")
+    own = weights or [None] * len(named)
+    config = MergeConfig(
+        out="",
+        merge_method=method,
+        base_model="base",
+        models=[
+            MergeModel(model=f"experts/{name}", name=name, parameters=MergeParameters(weight=weight))
+            for name, weight in zip(named, own, strict=True)
+        ],
+        parameters=MergeParameters(density=density),
+        dtype=dtype,
+        seed=seed,
+    )
+    origin = StateDict(base, "base")
+    models = [StateDict(state, name) for name, state in named.items()]
+    check_same_tensors(origin, models)
+    statistics = measure(config, origin, models)
+    merged = {name: torch.empty(i.shape, dtype=i.dtype) for name, i in output_tensors(config, origin).items()}
+    for name, start, block in merged_blocks(config, origin, models, statistics):
+        merged[name].view(-1)[start : start + block.numel()] = block
+    return merged

@@ -1,0 +1,207 @@
+"""The statistics pass: Gram matrices of task vectors, and the magnitude threshold of TIES.
+
+Everything streams over a fixed grid: chunks of `CHUNK` elements are read, products are summed in float32 inside
+blocks of `BLOCK` elements, and block sums are added exactly (`math.fsum`). The result depends neither on the chunk
+size nor on the number of threads.
+"""
+
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from galenic.merge.io import Checkpoint, StateDict, Weights, check_same_tensors
+from galenic.runtime import Bar, UserError
+
+BLOCK = 4096
+"""Elements whose products are summed in the working precision."""
+CHUNK = 64 * BLOCK
+"""Elements of one tensor held at a time: 1 MiB per model in float32, the size of a core's cache."""
+
+HIGH_BINS, LOW_BINS = 1 << 15, 1 << 16
+"""The 31 bits of a float32 magnitude, split in two: the bins of the two selection passes."""
+
+
+def grid(numel: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Yields the [start, stop) ranges a tensor is processed in."""
+    for start in range(0, numel, chunk):
+        yield start, min(start + chunk, numel)
+
+
+def float_names(weights: Weights) -> list[str]:
+    """Returns the names of the tensors that are merged; integer and boolean buffers are not."""
+    return [name for name, info in weights.tensors.items() if info.dtype.is_floating_point]
+
+
+# ---------------------------------------------------------------------------- Gram matrices
+
+
+def gram(
+    base: Weights | Mapping[str, Tensor] | str | Path,
+    experts: Sequence[Weights | Mapping[str, Tensor] | str | Path],
+) -> dict[str, Tensor]:
+    """Computes the Gram matrix of the experts' task vectors, tensor by tensor.
+
+    Args:
+        base: the model the experts were fine-tuned from: a folder, a state dict or opened weights.
+        experts: T models with the same tensors.
+
+    Returns:
+        For each floating-point tensor, in the base's order, a (T, T) float64 matrix of the inner products
+        `<theta_i - theta_0, theta_j - theta_0>`. Their sum over tensors is the Gram matrix of the whole models.
+
+    Raises:
+        UserError: the models' tensors differ, a weight is NaN or infinite, or an integer buffer is not equal.
+    """
+    with ExitStack() as stack:
+        opened = [
+            _open(model, label, stack)
+            for model, label in zip(
+                [base, *experts], ["base", *(f"expert {i}" for i in range(len(experts)))], strict=True
+            )
+        ]
+        check_same_tensors(opened[0], opened[1:])
+        return gram_matrices(opened[0], opened[1:])
+
+
+def _open(model: Weights | Mapping[str, Tensor] | str | Path, label: str, stack: ExitStack) -> Weights:
+    if isinstance(model, str | Path):
+        return stack.enter_context(Checkpoint(model, str(model)))
+    return StateDict(model, label) if isinstance(model, Mapping) else model
+
+
+def gram_matrices(
+    base: Weights, experts: Sequence[Weights], bar: Bar | None = None, chunk: int = CHUNK
+) -> dict[str, Tensor]:
+    """Does the work of `gram` on checked, opened models; also checks integer buffers for equality.
+
+    Args:
+        base: the base model.
+        experts: T models with the same tensors.
+        bar: advanced by the number of elements.
+        chunk: elements read at a time, a multiple of `BLOCK`; the result does not depend on it.
+    """
+    assert chunk % BLOCK == 0
+    matrices = {}
+    for name, info in base.tensors.items():
+        if not info.dtype.is_floating_point:
+            _check_equal(name, base, experts)
+            continue
+        count = len(experts)
+        sums = [[array("d") for _ in range(count)] for _ in range(count)]
+        for start, stop in grid(info.numel, chunk):
+            deltas = task_vectors(name, start, stop, base, experts)
+            deltas = pad(deltas, (0, -deltas.shape[1] % BLOCK)).view(count, -1, BLOCK)
+            for i in range(count):
+                for j in range(i + 1):
+                    sums[i][j].extend((deltas[i] * deltas[j]).sum(-1).tolist())
+            if not all(math.isfinite(x) for i in range(count) for x in sums[i][i][-deltas.shape[1] :]):
+                _name_not_finite(name, start, stop, [base, *experts])
+            if bar:
+                bar.update(stop - start)
+        lower = [[math.fsum(sums[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
+        matrices[name] = torch.tensor(lower, dtype=torch.float64)
+    return matrices
+
+
+def task_vectors(name: str, start: int, stop: int, base: Weights, experts: Sequence[Weights]) -> Tensor:
+    """Returns the (T, stop - start) task vectors of a block, in float32 (float64 if any model is stored so)."""
+    origin = base.read(name, start, stop)
+    parts = [expert.read(name, start, stop) for expert in experts]
+    wide = torch.float64 if any(p.dtype == torch.float64 for p in [origin, *parts]) else torch.float32
+    return torch.stack([part.to(wide) - origin.to(wide) for part in parts])
+
+
+def total(matrices: Mapping[str, Tensor]) -> Tensor:
+    """Adds per-tensor (T, T) Gram matrices exactly, whatever their order.
+
+    Raises:
+        UserError: there is nothing to add.
+    """
+    if not matrices:
+        raise UserError("the models hold no floating-point tensors: there is nothing to merge")
+    rows = torch.stack(list(matrices.values())).flatten(1).T.tolist()
+    count = next(iter(matrices.values())).shape[0]
+    return torch.tensor([math.fsum(row) for row in rows], dtype=torch.float64).view(count, count)
+
+
+def _check_equal(name: str, base: Weights, experts: Sequence[Weights]) -> None:
+    for expert in experts:
+        for start, stop in grid(base.tensors[name].numel):
+            if not torch.equal(base.read(name, start, stop), expert.read(name, start, stop)):
+                raise UserError(
+                    f"{expert.label}: buffer '{name}' differs from {base.label}; integer and boolean tensors cannot "
+                    "be merged, they must be equal"
+                )
+
+
+def _name_not_finite(name: str, start: int, stop: int, models: Sequence[Weights]) -> None:
+    for model in models:
+        block = model.read(name, start, stop)
+        if not torch.isfinite(block).all():
+            index = start + int(torch.nonzero(~torch.isfinite(block))[0])
+            raise UserError(
+                f"{model.label}: '{name}' holds NaN or infinity (element {index}); mend or leave out the model"
+            )
+    raise UserError(f"'{name}': a task vector is too large for float32 squares (elements {start} to {stop})")
+
+
+# ---------------------------------------------------------------------------- thresholds
+
+
+def trim_thresholds(
+    base: Weights, experts: Sequence[Weights], keep: Sequence[int], chunk: int = CHUNK
+) -> tuple[list[float], list[int]]:
+    """Finds, per expert, the magnitude of its `keep`-th largest task-vector entry over the whole model.
+
+    Exact selection in two passes and bounded memory: a histogram of the upper bits of the float32 magnitude finds
+    the bin the answer lies in, a second one of the lower bits finds it. (Magnitudes are non-negative floats, whose
+    bit patterns are ordered as they are.)
+
+    Args:
+        base: the base model.
+        experts: T models with the same tensors.
+        keep: how many entries to keep of each, at least 1.
+        chunk: elements read at a time.
+
+    Returns:
+        T thresholds, and how many entries reach them: `keep`, or more where magnitudes tie.
+    """
+    count = len(experts)
+    high = torch.zeros(count, HIGH_BINS, dtype=torch.int64)
+    for keys in _magnitude_keys(base, experts, chunk):
+        for t in range(count):
+            high[t] += torch.bincount(keys[t] >> 16, minlength=HIGH_BINS)
+    bins, left = zip(*[_bin_from_above(high[t], keep[t]) for t in range(count)], strict=True)
+    low = torch.zeros(count, LOW_BINS, dtype=torch.int64)
+    for keys in _magnitude_keys(base, experts, chunk):
+        for t in range(count):
+            inside = keys[t][keys[t] >> 16 == bins[t]]
+            low[t] += torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS)
+    thresholds, kept = [], []
+    for t in range(count):
+        index, missing = _bin_from_above(low[t], left[t])
+        key = torch.tensor(bins[t] << 16 | index, dtype=torch.int32)
+        thresholds.append(key.view(torch.float32).item())
+        kept.append(keep[t] - missing + int(low[t, index]))
+    return thresholds, kept
+
+
+def _magnitude_keys(base: Weights, experts: Sequence[Weights], chunk: int) -> Iterator[Tensor]:
+    for name in float_names(base):
+        for start, stop in grid(base.tensors[name].numel, chunk):
+            deltas = task_vectors(name, start, stop, base, experts).float()
+            yield deltas.abs().view(torch.int32)
+
+
+def _bin_from_above(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """Returns the bin of the `rank`-th largest item, and how many of that bin are among the `rank` largest."""
+    above = histogram.flip(0).cumsum(0)
+    position = int(torch.searchsorted(above, rank))
+    before = int(above[position - 1]) if position else 0
+    return histogram.numel() - 1 - position, rank - before

@@ -1,0 +1,279 @@
+"""Model folders: what `save` writes and `load` reads.
+
+config.json  generation_config.json  model.safetensors (or shards and an index)
+tokenizer.json  tokenizer_config.json  special_tokens_map.json  chat_template.jinja
+modeling_baichuan_m1.py  galenic.json (how it was made)  README.md (model card)
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from galenic.model import modeling_baichuan_m1
+from galenic.model.modeling_baichuan_m1 import BaichuanM1Config, BaichuanM1ForCausalLM
+from galenic.runtime import UserError, atomic_path, nearest, read_json, write_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+MODELING_FILE = Path(modeling_baichuan_m1.__file__)
+AUTO_MAP = {
+    "AutoConfig": f"{MODELING_FILE.stem}.BaichuanM1Config",
+    "AutoModelForCausalLM": f"{MODELING_FILE.stem}.BaichuanM1ForCausalLM",
+}
+
+# With Galenic imported, AutoModelForCausalLM opens our folders without running code from them.
+AutoConfig.register("baichuan_m1", BaichuanM1Config, exist_ok=True)
+AutoModelForCausalLM.register(BaichuanM1Config, BaichuanM1ForCausalLM, exist_ok=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the library's progress bars and advice for calls whose outcome we check ourselves."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def load(
+    folder: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> BaichuanM1ForCausalLM:
+    """Loads a model folder, offline and without running code from it.
+
+    Args:
+        folder: holds config.json and safetensors weights.
+        dtype: what the weights are converted to.
+        attn_implementation: "sdpa", or "eager" where derivatives of higher order are needed.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        UserError: the folder, its config or a tensor is missing, damaged or of another model.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    with torch.device("meta"):
+        model = BaichuanM1ForCausalLM._from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.to(dtype)
+        for file in _weight_files(folder)
+        for name, tensor in _read_tensors(file, expected)
+    }
+    if missing := sorted(set(expected) - set(tensors)):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder}: the weights lack tensor {missing[0]}{more}; the folder is incomplete")
+    model.load_state_dict(tensors, assign=True)
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")  # refuses a damaged file in our words
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
+def _read_config(folder: Path) -> BaichuanM1Config:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, so this is not a model folder")
+    values = read_json(folder / "config.json")
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != "baichuan_m1":
+        raise UserError(
+            f"{folder / 'config.json'}: model_type is {kind!r}, this room reads 'baichuan_m1' only"
+        )
+    try:
+        return BaichuanM1Config.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder}: no weights ({WEIGHTS} or {INDEX})")
+    index = read_json(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise UserError(f"{folder / INDEX}: no 'weight_map' in it")
+    files = [folder / name for name in sorted({str(name) for name in names.values()})]
+    for file in files:
+        if file.parent != folder or not file.is_file():
+            raise UserError(f"{file}: {INDEX} names this file, but it is not in the folder")
+    return files
+
+
+def _read_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of one safetensors file after checking names and shapes against `expected`."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            names = sorted(reader.keys())
+            for name in names:
+                if name not in expected:
+                    hint = nearest(name, expected)
+                    raise UserError(f"{file}: tensor {name} does not belong to this model{hint}")
+                shape = tuple(reader.get_slice(name).get_shape())
+                if shape != expected[name]:
+                    raise UserError(
+                        f"{file}: tensor {name} has shape {shape}, config.json asks for {expected[name]}"
+                    )
+            for name in names:
+                yield name, reader.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or cut off ({' '.join(str(error).split())})") from None
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a model or tokenizer folder, offline.
+
+    Raises:
+        UserError: there is no readable tokenizer.json.
+    """
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no tokenizer.json, so there is no tokenizer here")
+    read_json(file)
+    try:
+        with _quiet():
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a bad file
+        raise UserError(f"{file}: not a usable tokenizer ({' '.join(str(error).split())})") from None
+
+
+# ---------------------------------------------------------------------------- save
+
+
+def save(
+    model: BaichuanM1ForCausalLM,
+    folder: str | Path,
+    *,
+    tokenizer: str | Path | None,
+    provenance: dict[str, Any],
+    parents: Iterable[str] = (),
+) -> None:
+    """Writes a model folder: all of it, or nothing. The same inputs give the same bytes.
+
+    Args:
+        model: what to save, in the dtype it has.
+        folder: where; an older folder there is replaced.
+        tokenizer: folder whose tokenizer files are copied; None for a model without one.
+        provenance: how the model was made (JSON values); goes to galenic.json and into the model card. Its keys
+            "title", "license" and "description" fill the card's places of that name.
+        parents: models this one was made from, as they should be named on the card.
+
+    Raises:
+        UserError: `tokenizer` is not a tokenizer folder.
+    """
+    if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").is_file():
+        raise UserError(f"{tokenizer}: no tokenizer.json, so there is no tokenizer to save with the model")
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        with _quiet():
+            model.save_pretrained(temporary, max_shard_size="5GB")
+        for file in temporary.glob("*.py"):
+            file.unlink()  # only the modelling file below, whichever class the model came from
+        config = read_json(temporary / "config.json")
+        config |= {"architectures": ["BaichuanM1ForCausalLM"], "auto_map": AUTO_MAP}
+        write_json(temporary / "config.json", dict(sorted(config.items())))
+        write_json(temporary / "generation_config.json", _generation_config(model.config))
+        shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
+        if tokenizer is not None:
+            for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):
+                if file.is_file():
+                    shutil.copyfile(file, temporary / file.name)
+        write_json(temporary / "galenic.json", provenance)
+        (temporary / "README.md").write_text(_card(model, provenance, list(parents)), encoding="utf-8")
+
+
+def _generation_config(config: BaichuanM1Config) -> dict[str, Any]:
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+CARD = """\
+# {title}
+
+{description}
+
+{parameters} parameters, {layers} layers, hidden size {hidden}, vocabulary {vocabulary}. The architecture is that of
+Baichuan-M1 (arXiv 2502.12671): global and sliding-window attention layers in turn, a two-tap convolution on keys and
+values, {head}.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+```
+
+`trust_remote_code` runs `modeling_baichuan_m1.py`, which lies in this folder. Nothing else is needed.
+{parents}
+## How it was made
+
+```json
+{recipe}
+```
+
+`galenic.json` holds the whole record.
+
+## Intended use and limits
+
+Research on training, merging and evaluating medical language models. It has not been assessed for safety or
+clinical accuracy, can state falsehoods fluently, and knows only what its training texts say.
+
+**It is not a medical device and its output is not medical advice.** Do not use it to diagnose, treat or triage.
+"""
+
+
+def _card(model: BaichuanM1ForCausalLM, provenance: dict[str, Any], parents: list[str]) -> str:
+    """Renders the model card. Nothing in it depends on when or where it is written."""
+    config = model.config
+    tags = ["medical", "baichuan_m1", "galenic"] + (["merge"] if len(parents) > 1 else [])
+    front = [f"license: {json.dumps(provenance.get('license', 'other'))}", "language: [en, zh]"]
+    front += ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += [f"base_model: {json.dumps(parents, ensure_ascii=False)}"] if parents else []
+    front += [f"tags: [{', '.join(tags)}]"]
+    recipe = json.dumps(provenance, ensure_ascii=False, indent=2).splitlines()
+    if len(recipe) > 60:
+        recipe = [*recipe[:60], f"... {len(recipe) - 60} more lines in galenic.json"]
+    listed = "\n".join(f"* {parent}" for parent in parents)
+    body = CARD.format(
+        title=provenance.get("title", "A Galenic medical language model"),
+        description=provenance.get(
+            "description", "A causal language model for medical text, made with Galenic."
+        ),
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=f"{config.vocab_size:,}",
+        head="and an output head with unit-length rows" if config.norm_head else "and a plain output head",
+        parents=f"\n## Made from\n\n{listed}\n" if parents else "",
+        recipe="\n".join(recipe),
+    )
+    return "\n".join(["---", *front, "---", "", body])

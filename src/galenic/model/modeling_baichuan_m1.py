@@ -1,0 +1,849 @@
+# Copyright 2026 The Galenic Authors. Licensed under the Apache License, Version 2.0.
+"""The Baichuan-M1 network: a decoder whose keys and values pass a two-tap convolution before attention.
+
+This one file is copied into every model folder, so it imports nothing but torch and transformers.
+
+    token ids [B, T]
+        |  embed_tokens
+        v
+    hidden [B, T, C] --> input_layernorm --> W_pack --> q | k | v       (rows: all q heads, k heads, v heads)
+        |                                              |   |   |
+        |                                              |  x[t] = tap0 * x[t-1] + tap1 * x[t]   per KV head
+        |                                            RoPE RoPE |
+        |                                              attention: even layers global, odd layers a window
+        +<------------------- o_proj ------------------+
+        +<-- down(silu(gate) * up) <-- post_attention_layernorm             (x num_hidden_layers)
+        v
+      norm --> logits = hidden @ (rows of lm_head, scaled to unit length)^T
+
+Documents never mix: padding (2-D `attention_mask`) and packed documents (`position_ids` that restart) are kept out
+of convolution, attention, window and positions alike.
+
+Source: Baichuan-M1 technical report (arXiv 2502.12671) sections 3 and 4; short convolution: KV Shifting Attention
+(arXiv 2411.19574). Tensor names and shapes are those of the published checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+IGNORED = -100  # label of a position that has no target
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
+class BaichuanM1Config(PreTrainedConfig):
+    """Sizes of a Baichuan-M1 network. The defaults are those of Baichuan-M1-14B.
+
+    Attributes:
+        vocab_size: rows of the embedding and of the output head.
+        hidden_size: width C of the residual stream.
+        intermediate_size: width of the gated feed-forward layer.
+        num_hidden_layers: number of layers L.
+        num_attention_heads: query heads of a global layer; its head dimension is hidden_size / this.
+        num_key_value_heads: key/value heads of a global layer.
+        num_swa_attention_heads: query heads of a sliding-window layer.
+        num_swa_key_value_heads: key/value heads of a sliding-window layer.
+        sliding_window: keys a query of a sliding-window layer sees, itself included.
+        sliding_window_layers: indices of the sliding-window layers; None means 1, 3, 5, ...
+        conv_window: taps of the convolution on keys and values: 2, or 1 for none (no tap parameters then).
+        hidden_act: activation of the gate; only "silu" exists.
+        max_position_embeddings: longest text the model was made for, in tokens. Nothing enforces it.
+        rope_theta: base of the rotary frequencies, for both kinds of layers.
+        rms_norm_eps: added to the mean square in every RMSNorm.
+        initializer_range: standard deviation of freshly drawn weights.
+        norm_head: True scales every row of the output head to unit length in each forward pass (NormHead);
+            False is a plain linear head.
+        use_cache: whether generation keeps keys, values and the convolution's last token.
+
+    Raises:
+        ValueError: sizes that contradict each other; the message names the field.
+    """
+
+    model_type = "baichuan_m1"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the library's convention)
+
+    vocab_size: int = 133120
+    hidden_size: int = 5120
+    intermediate_size: int = 17408
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 20
+    num_key_value_heads: int = 2
+    num_swa_attention_heads: int = 40
+    num_swa_key_value_heads: int = 8
+    sliding_window: int = 8192
+    sliding_window_layers: list[int] | None = None
+    conv_window: int = 2
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    norm_head: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 3
+
+    def __post_init__(self, **kwargs):
+        """Fills in the alternating layers and refuses contradictions."""
+        if self.sliding_window_layers is None:
+            self.sliding_window_layers = list(range(1, self.num_hidden_layers, 2))
+        self.sliding_window_layers = sorted(self.sliding_window_layers)
+        self._refuse_contradictions()
+        super().__post_init__(**kwargs)
+
+    def _refuse_contradictions(self) -> None:
+        sizes = (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "num_swa_attention_heads", "num_swa_key_value_heads", "sliding_window"),
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        for prefix in ("num", "num_swa"):
+            heads = getattr(self, f"{prefix}_attention_heads")
+            kv_heads = getattr(self, f"{prefix}_key_value_heads")
+            if self.hidden_size % (2 * heads):
+                raise ValueError(
+                    f"{prefix}_attention_heads={heads} must divide hidden_size={self.hidden_size} "
+                    "into heads of even size"
+                )
+            if heads % kv_heads:
+                raise ValueError(
+                    f"{prefix}_key_value_heads={kv_heads} must divide {prefix}_attention_heads={heads}"
+                )
+        layers = self.sliding_window_layers or []
+        outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
+        if outside or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"sliding_window_layers must be different indices from 0 to {self.num_hidden_layers - 1} "
+                f"(num_hidden_layers - 1), got {layers}"
+            )
+        if self.conv_window not in (1, 2):
+            raise ValueError(
+                f"conv_window must be 2 (previous and current token) or 1 (off), got {self.conv_window}"
+            )
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act must be 'silu', got {self.hidden_act!r}")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be false: the output head has its own weights")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """One word per layer, from which the library's caches choose what each layer keeps."""
+        kinds = (
+            ("full_attention", "sliding_attention") if self.conv_window == 1 else ("hybrid", "hybrid_sliding")
+        )
+        sliding = self.sliding_window_layers or []
+        return [kinds[i in sliding] for i in range(self.num_hidden_layers)]
+
+
+# ---------------------------------------------------------------------------- where tokens belong
+
+
+class Layout(NamedTuple):
+    """What each token of a forward pass may see. None stands for the usual case, which then costs nothing.
+
+    Attributes:
+        position_ids: [1 or B, T] int64, position of each token in its own document.
+        attention_mask: [B, past + T] bool, False on padding; None without padding.
+        starts: [B, T] bool, True on the first token of each packed document; None if a row is one document.
+        fill: [B, T] int64 in 0..T, 1 + index of the last real token at or before each one (0: none in this
+            chunk); None if the chunk holds no padding.
+    """
+
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    starts: torch.Tensor | None
+    fill: torch.Tensor | None
+
+
+def restarting_positions(starts: torch.Tensor) -> torch.Tensor:
+    """Turns document starts [B, T] (bool, column 0 True) into positions [B, T] that count from each start."""
+    index = torch.arange(starts.shape[1], device=starts.device)
+    return index - torch.cummax(index * starts, dim=1).values
+
+
+def packed_positions(
+    shape: tuple[int, int], cu_seq_lens: torch.Tensor | None, seqlens: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Returns the positions [B, T] of packed documents from their cumulative lengths, or None without any.
+
+    Args:
+        shape: (B, T).
+        cu_seq_lens: [documents + 1], from 0 to T, of a batch of one row (flash attention's form).
+        seqlens: [B, S], cumulative document ends of each row, padded with zeros (the published code's form).
+
+    Raises:
+        ValueError: both, or lengths for another batch.
+    """
+    if cu_seq_lens is not None and seqlens is not None:
+        raise ValueError("give cu_seq_lens_q or seqlens, not both")
+    ends = seqlens if cu_seq_lens is None else cu_seq_lens[None]
+    if ends is None:
+        return None
+    batch, length = shape
+    if ends.ndim != 2 or ends.shape[0] != batch:
+        form = (
+            "seqlens must be [batch, S]" if cu_seq_lens is None else "cu_seq_lens_q needs a batch of one row"
+        )
+        raise ValueError(f"{form}; got shape {tuple(ends.shape)} for a batch of {batch} rows")
+    starts = torch.zeros(batch, length + 1, dtype=torch.bool, device=ends.device)
+    starts.scatter_(1, ends.long().clamp(0, length), True)
+    starts[:, 0] = True
+    return restarting_positions(starts[:, :length])
+
+
+def lay_out(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    sliding_window: int | None,
+) -> Layout:
+    """Works out positions, padding and packed documents of one forward pass.
+
+    Args:
+        batch: rows B.
+        length: new tokens per row T.
+        device: where the tokens are.
+        attention_mask: [B, past + T], nonzero on real tokens, or None.
+        position_ids: [1 or B, T] or None. Without a cache and without padding, any step other than +1 starts a
+            new document.
+        cache: what earlier tokens left, or None.
+        sliding_window: window of the sliding layers; None if there are none.
+
+    Raises:
+        ValueError: masks or positions that cannot be honoured.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    mask = None
+    if attention_mask is not None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            raise ValueError(
+                "attention_mask must be 2-D [batch, past + new tokens]; the convolution needs it so"
+            )
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)} for {batch} rows of {length} tokens"
+            )
+        mask = attention_mask.to(device=device, dtype=torch.bool)
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None  # nothing is padding: the fast paths apply
+
+    if position_ids is None:
+        if mask is not None:
+            position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -length:]
+        else:
+            position_ids = torch.arange(length, device=device)[None] + past
+        restarts = None
+    else:
+        restarts = _restarts(position_ids.expand(batch, -1), mask)
+
+    if restarts is None:
+        starts = None
+    elif mask is None and cache is None:
+        starts = restarts
+    elif mask is not None:
+        raise ValueError(
+            "position_ids restart between real tokens: packed rows take no padding in attention_mask"
+        )
+    else:
+        raise ValueError("position_ids restart: packed documents cannot be combined with past_key_values")
+
+    if mask is None:
+        return Layout(position_ids, None, starts, None)
+    real = mask[:, -length:]
+    if sliding_window is not None and mask.shape[1] > sliding_window and not torch.compiler.is_compiling():
+        inner = mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1) & ~mask
+        if bool(inner.any()):
+            raise ValueError(
+                f"attention_mask has padding between real tokens of a row longer than sliding_window={sliding_window}; "
+                "pad on the left"
+            )
+    fill = None
+    if torch.compiler.is_compiling() or not bool(real.all()):
+        fill = torch.cummax(torch.arange(1, length + 1, device=device) * real, dim=1).values
+    return Layout(position_ids, mask, None, fill)
+
+
+def _restarts(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Marks tokens [B, T] whose position does not follow the previous real token's; None if there are none."""
+    length = position_ids.shape[1]
+    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if mask is not None:
+        real = mask[:, -length:]
+        jumps = jumps & real[:, 1:] & real[:, :-1]
+    if not torch.compiler.is_compiling() and not bool(jumps.any()):
+        return None
+    return F.pad(jumps, (1, 0), value=True)
+
+
+def _without_first_tokens(
+    labels: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Takes the target from padding and from first tokens of documents: nothing before them belongs to them."""
+    if attention_mask is not None and attention_mask.shape == labels.shape and not bool(attention_mask.all()):
+        real = attention_mask != 0
+        return labels.masked_fill(~(real & F.pad(real[:, :-1], (1, 0))), IGNORED)
+    starts = None if position_ids is None else _restarts(position_ids.expand(labels.shape[0], -1), None)
+    return labels if starts is None else labels.masked_fill(starts, IGNORED)
+
+
+# ---------------------------------------------------------------------------- pure functions
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Returns x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rotary_table(
+    position_ids: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns cosine and signed sine tables [1 or B, T, 1, head_dim] of the rotary embedding (half-split).
+
+    The angle of pair (i, i + head_dim/2) at position t is t * theta^(-2i/head_dim). The first half of the sine
+    table is negative, so that rotation is `x * cos + swap(x) * sin` with the halves of x swapped.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=dtype) / head_dim
+    angle = position_ids[..., None, None].to(dtype) * theta**-exponent
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Applies the rotary embedding to x [B, T, H, D] in the table's precision; returns x's dtype."""
+    cos, sin = table
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def convolve(
+    x: torch.Tensor, taps: torch.Tensor, history: torch.Tensor | None, starts: torch.Tensor | None
+) -> torch.Tensor:
+    """Mixes each token with the one before: y[t] = taps[h, 0] x[t-1] + taps[h, 1] x[t].
+
+    Args:
+        x: [B, T, H, D].
+        taps: [H, 2], one pair per head.
+        history: [B, 1, H, D], the token before x[:, 0]; None means zero.
+        starts: [B, T] bool, tokens before which nothing counts; None means none but history's absence.
+
+    Source: arXiv 2411.19574 section 3; the published code's `conv_k`, `conv_v`.
+    """
+    before, now = taps.to(x.dtype)[..., None].unbind(1)  # [H, 1] each
+    if history is None:
+        previous = F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
+    else:
+        previous = torch.cat((history, x[:, :-1]), dim=1)
+    if starts is not None:
+        before = before * ~starts[..., None, None]
+    return torch.addcmul(x * now, previous, before)
+
+
+def carry_over_padding(x: torch.Tensor, history: torch.Tensor | None, fill: torch.Tensor) -> torch.Tensor:
+    """Replaces padding in x [B, T, H, D] by the last real token before it (zero if there is none).
+
+    Then "the previous column" of every real token is the previous real token, and so is what the cache keeps.
+    `fill` is as in `Layout`.
+    """
+    if history is None:
+        history = x.new_zeros(x.shape[0], 1, *x.shape[2:])
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return torch.cat((history, x), dim=1)[rows, fill]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; differentiable to any order, forwards and backwards.
+
+    Args:
+        module: the calling layer (the interface asks for it).
+        query: [B, H, T, D].
+        key: [B, H_kv, S, D]; query head h reads KV head h // (H / H_kv).
+        value: [B, H_kv, S, D].
+        attention_mask: [B or 1, 1, T, S], added to the scores.
+        scaling: factor on the scores.
+        kwargs: what other implementations want.
+
+    Returns:
+        Output [B, T, H, D] and weights [B, H, T, S].
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = at_least_float32(scores).softmax(-1).to(value.dtype)
+    mixed = weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)
+    return mixed.flatten(1, 2).transpose(1, 2), weights
+
+
+def causal_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy of each next token, in float32 (nats per target token).
+
+    Args:
+        logits: [B, T, V]; column t predicts labels[:, t + 1].
+        labels: [B, T] int64; -100 has no target.
+        num_items_in_batch: what to divide the sum by; None means the number of targets.
+
+    Returns:
+        A scalar; 0 when there is no target.
+    """
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(logits.device).flatten()
+    total = F.cross_entropy(
+        at_least_float32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORED).sum().clamp_min(1)
+    return total / num_items_in_batch
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+class BaichuanM1RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the quotient in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [..., C] to [..., C] in the weight's dtype."""
+        normed = F.rms_norm(at_least_float32(x), self.weight.shape, eps=self.eps)
+        return normed.to(self.weight.dtype) * self.weight
+
+
+class BaichuanM1NormHead(nn.Module):
+    """Output head whose rows count only by direction: logits = hidden @ normalize(weight)^T.
+
+    The rows are scaled in every forward pass, one sweep over the weight: nothing cached can go stale when
+    training, merging or quantizing changes it. `materialize_norm_head` bakes the scaling in for good.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def normalized_weight(self) -> torch.Tensor:
+        """Returns the rows [V, C] at unit length (norms in float32)."""
+        full = at_least_float32(self.weight)
+        return F.normalize(full, dim=-1).to(self.weight.dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps [..., C] to logits [..., V]."""
+        return F.linear(hidden, self.normalized_weight())
+
+
+class BaichuanM1MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: BaichuanM1Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [B, T, C] to [B, T, C]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BaichuanM1Attention(nn.Module):
+    """Causal attention over convolved keys and values, global or within a window."""
+
+    def __init__(self, config: BaichuanM1Config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        sliding = "sliding" in config.layer_types[layer_idx]
+        self.sliding_window = config.sliding_window if sliding else None
+        self.num_heads = config.num_swa_attention_heads if sliding else config.num_attention_heads
+        self.num_key_value_heads = config.num_swa_key_value_heads if sliding else config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
+        self.W_pack = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.conv_window == 2:
+            self.conv_k = nn.Parameter(torch.empty(1, 1, self.num_key_value_heads, 1, 2))
+            self.conv_v = nn.Parameter(torch.empty(1, 1, self.num_key_value_heads, 1, 2))
+
+    def _convolve(self, kv: torch.Tensor, layout: Layout, cache: Cache | None) -> torch.Tensor:
+        """Convolves raw keys and values [B, T, 2 H_kv, D] along T, with the cache's last raw token before them."""
+        history = None
+        if cache is not None:
+            if not hasattr(cache.layers[self.layer_idx] if cache.layers else None, "conv_states"):
+                raise ValueError(
+                    "past_key_values has no room for the convolution; use DynamicCache(config=model.config)"
+                )
+            state: Any = cache.layers[self.layer_idx]
+            if state.has_previous_state[0]:
+                last = state.conv_states[0][..., -1:]  # [B, 2 H_kv D, 1]
+                history = last.transpose(1, 2).unflatten(2, kv.shape[2:])
+        if layout.fill is not None:
+            kv = carry_over_padding(kv, history, layout.fill)
+        taps = torch.cat((self.conv_k.flatten(0, 3), self.conv_v.flatten(0, 3)))  # [2 H_kv, 2]
+        mixed = convolve(kv, taps, history, layout.starts)
+        if cache is not None:  # last, because it overwrites what `history` looks at
+            cache.update_conv_state(kv.flatten(2).transpose(1, 2), self.layer_idx, conv_kernel_size=1)
+        return mixed
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layout: Layout,
+        attention_mask: torch.Tensor | None,
+        table: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attends.
+
+        Args:
+            hidden: [B, T, C], normalised.
+            layout: where documents and padding are.
+            attention_mask: what the chosen implementation takes, made for this kind of layer.
+            table: `rotary_table` of this kind of layer.
+            past_key_values: cache to read and extend.
+            kwargs: passed on to the implementation.
+
+        Returns:
+            Output [B, T, C] and attention weights or None.
+        """
+        kv_heads = self.num_key_value_heads
+        heads = self.W_pack(hidden).unflatten(-1, (-1, self.head_dim))
+        query, kv = heads.split((self.num_heads, 2 * kv_heads), dim=2)
+        if self.config.conv_window == 2:
+            kv = self._convolve(kv, layout, past_key_values)
+        key, value = kv.split((kv_heads, kv_heads), dim=2)
+        query, key = rotate(query, table).transpose(1, 2), rotate(key, table).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=0.0,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(mixed.flatten(2)), weights
+
+
+class BaichuanM1DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: BaichuanM1Config, layer_idx: int):
+        super().__init__()
+        self.self_attn = BaichuanM1Attention(config, layer_idx)
+        self.mlp = BaichuanM1MLP(config)
+        self.input_layernorm = BaichuanM1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BaichuanM1RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Maps [B, T, C] to [B, T, C]; `kwargs` are the attention's."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden), **kwargs)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class BaichuanM1PreTrainedModel(PreTrainedModel):
+    """What transformers has to know about the network."""
+
+    config: BaichuanM1Config  # pyrefly: ignore[bad-override-mutable-attribute]
+    config_class = BaichuanM1Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BaichuanM1DecoderLayer"]  # noqa: RUF012 (the library's convention)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": BaichuanM1DecoderLayer, "attentions": BaichuanM1Attention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draws fresh weights: normal matrices, ones in norms, convolution taps softmax(normal) over the two."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding | BaichuanM1NormHead):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, BaichuanM1RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, BaichuanM1Attention) and self.config.conv_window == 2:
+            for taps in (module.conv_k, module.conv_v):
+                init.copy_(taps, torch.randn_like(taps, dtype=torch.float32).softmax(-1))
+
+
+class BaichuanM1Model(BaichuanM1PreTrainedModel):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(self, config: BaichuanM1Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            BaichuanM1DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = BaichuanM1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.shape[0] == 0 or given.shape[1] == 0:
+            raise ValueError(
+                f"nothing to read: the input has shape {() if given is None else tuple(given.shape)}"
+            )
+        if inputs_embeds is not None:
+            return inputs_embeds
+        # On an accelerator this look would wait for the device; there the embedding kernel's own check speaks.
+        if given.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(edge) for edge in given.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                bad, last = low if low < 0 else high, self.config.vocab_size - 1
+                raise ValueError(f"token id {bad} is outside the vocabulary (0 to {last})")
+        return self.embed_tokens(given)
+
+    def _masks(self, hidden: torch.Tensor, layout: Layout, cache: Cache | None) -> dict[bool, Any]:
+        """Builds one mask per kind of layer (key: is it sliding), once for all layers."""
+        flash = "flash" in (self.config._attn_implementation or "")
+        if layout.starts is not None and flash and hidden.shape[0] > 1:
+            raise ValueError(
+                "packed documents under flash attention need a batch of one row; flatten the batch"
+            )
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": hidden,
+            "attention_mask": layout.attention_mask,
+            "past_key_values": cache,
+            # The library looks for documents here; it must not where padding explains the jumps.
+            "position_ids": layout.position_ids if layout.starts is not None else None,
+        }
+        kinds = {"sliding" in kind for kind in self.config.layer_types}
+        masks = {}
+        if False in kinds:
+            masks[False] = create_causal_mask(**arguments)
+        if True in kinds:
+            masks[True] = create_sliding_window_causal_mask(**arguments)
+        return masks
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Runs the layers.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, past + T], nonzero on real tokens. Padding may be left or right.
+            position_ids: [1 or B, T]; positions that restart mark packed documents (no cache, no padding).
+            past_key_values: cache of earlier tokens, extended in place.
+            inputs_embeds: [B, T, C] instead of input_ids.
+            use_cache: whether to return a cache; a new one is not made for packed documents.
+            seqlens: [B, S] cumulative document ends, zero-padded; another way to say position_ids.
+            cu_seq_lens_q: [documents + 1] cumulative lengths of a batch of one row; likewise.
+            kwargs: passed to the attention implementation.
+
+        Returns:
+            `last_hidden_state` [B, T, C], `past_key_values`, and what `output_*` asks for.
+
+        Raises:
+            ValueError: empty input, ids outside the vocabulary, masks or positions that cannot be honoured.
+        """
+        hidden = self._embed(input_ids, inputs_embeds)
+        batch, length = hidden.shape[:2]
+        if position_ids is None:
+            position_ids = packed_positions((batch, length), cu_seq_lens_q, seqlens)
+        layout = lay_out(
+            batch,
+            length,
+            hidden.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=past_key_values,
+            sliding_window=self.config.sliding_window if self.config.sliding_window_layers else None,
+        )
+        if use_cache and past_key_values is None and layout.starts is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks = self._masks(hidden, layout, past_key_values)
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        tables = {}
+        for layer in self.layers:
+            attention: Any = layer.self_attn
+            if attention.head_dim not in tables:
+                tables[attention.head_dim] = rotary_table(
+                    layout.position_ids, attention.head_dim, self.config.rope_theta, precision
+                )
+            hidden = layer(
+                hidden,
+                layout=layout,
+                attention_mask=masks[attention.sliding_window is not None],
+                table=tables[attention.head_dim],
+                past_key_values=past_key_values,
+                position_ids=layout.position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+
+class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
+    """The language model: hidden states to next-token logits, with loss and generation."""
+
+    def __init__(self, config: BaichuanM1Config):
+        super().__init__(config)
+        self.model = BaichuanM1Model(config)
+        if config.norm_head:
+            self.lm_head = BaichuanM1NormHead(config.hidden_size, config.vocab_size)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predicts the next token at every position.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, past + T], nonzero on real tokens.
+            position_ids: [1 or B, T]; positions that restart mark packed documents.
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: [B, T, C] instead of input_ids.
+            labels: [B, T], usually input_ids; -100 has no target. Padding and the first token of a packed or
+                padded document never are targets: nothing before them belongs to them.
+            use_cache: whether to return a cache; by default not while training or computing a loss.
+            logits_to_keep: logits for the last so many positions only (0: all), or for these indices.
+            num_items_in_batch: divisor of the summed loss; None means the number of targets in this batch.
+            kwargs: `seqlens`, `cu_seq_lens_q`, `output_hidden_states`, ... of `BaichuanM1Model.forward`.
+
+        Returns:
+            `loss` (float32 scalar, nats) if labels are given, `logits` [B, kept, V], `past_key_values`.
+
+        Raises:
+            ValueError: see `BaichuanM1Model.forward`; or labels together with `logits_to_keep`.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of every position: leave out logits_to_keep")
+        if use_cache is None and past_key_values is None and (self.training or labels is not None):
+            use_cache = False
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None and given is not None:  # the loss has to know the documents too
+            names = ("cu_seq_lens_q", "seqlens")
+            position_ids = packed_positions(
+                (given.shape[0], given.shape[1]), *(kwargs.pop(name, None) for name in names)
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            labels = _without_first_tokens(labels, attention_mask, position_ids)
+            loss = causal_loss(logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor | None:
+        """Keeps the 2-D mask for preallocated caches too: the convolution has to see where padding is."""
+        return attention_mask
+
+    @torch.no_grad()
+    def materialize_norm_head(self) -> None:
+        """Bakes the unit-length rows into a plain linear head (`config.norm_head = False`), in place.
+
+        Logits stay the same up to rounding. Does nothing if the head is plain already.
+        """
+        if not self.config.norm_head:
+            return
+        weight = self.lm_head.normalized_weight()
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(weight, requires_grad=self.lm_head.weight.requires_grad)
+        self.lm_head = head
+        self.config.norm_head = False
+
+
+__all__ = ["BaichuanM1Config", "BaichuanM1ForCausalLM", "BaichuanM1Model", "BaichuanM1PreTrainedModel"]

@@ -1,0 +1,335 @@
+"""The page's drawings: numbers in, SVG out.
+
+Colours are names, not values: the drawing holds placeholders that become the page's CSS variables, so one drawing is
+right by day and by night. Colours follow Okabe and Ito, safe for the colour-blind, and one meaning keeps one colour;
+no chart tells anything by colour alone. Text stays text. The same numbers give the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from galenic.runtime import human
+
+COLOURS = (
+    *("ink", "muted", "line", "card"),
+    *("general", "medical-basic", "medical-advanced"),
+    *("base", "expert", "merge", "flattened", "other"),
+    *("bad", "first", "second", "third", "fourth", "fifth", "sixth"),
+)
+"""Names of the page's CSS variables `--<name>`."""
+SERIES = ("first", "second", "third", "fourth", "fifth", "sixth")
+MARKERS = ("o", "s", "D", "^", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+WIDTH = 4.8  # inches; with 9.5 point letters it reads well on a phone and beside another chart on a desk
+_STYLE = {
+    "svg.hashsalt": "galenic",
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.unicode_minus": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+def colour(name: str) -> str:
+    """Returns the placeholder of a named colour."""
+    return f"#fe00{COLOURS.index(name):02x}"
+
+
+def draw(key: str, label: str, height: float, paint: Callable[[Axes], None]) -> Markup:
+    """Draws one chart as inline SVG.
+
+    Args:
+        key: unique on the page; the chart's ids begin with it.
+        label: what the chart shows, for those who cannot see it.
+        height: in inches.
+        paint: draws on the axes.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        paint(axes)
+        for side in axes.spines.values():
+            side.set_color(colour("line"))
+        axes.tick_params(colors=colour("muted"), length=3)
+        for text in (axes.xaxis.label, axes.yaxis.label):
+            text.set_color(colour("ink"))
+        legend = axes.get_legend()
+        for text in legend.get_texts() if legend else []:
+            text.set_color(colour("ink"))
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        axes.tick_params(axis="both", labelcolor=colour("ink"))
+        for patch in (figure.patch, axes.patch):
+            patch.set_visible(False)
+        canvas.print_svg(buffer, metadata=nothing)
+    return Markup(_inline(buffer.getvalue(), key, label))
+
+
+def _inline(text: str, key: str, label: str) -> str:
+    """Makes a stand-alone SVG file part of a page: own ids, the page's colours and fonts, its own size."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", text)
+    text = re.sub(r'(?:xlink:)?href="#([^"]+)"', rf'href="#{key}-\1"', text)
+    text = re.sub(r"#fe00([0-9a-f]{2})", lambda match: f"var(--{COLOURS[int(match[1], 16)]})", text)
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    head = f'<svg class="chart" viewBox="{box[1]}" role="img" aria-label="{escape(label)}">'
+    text = head + text[text.index(">") + 1 :]
+    text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
+    return re.sub(r"\n\s*", "\n", text)
+
+
+def _counts(axis: str, axes: Axes) -> None:
+    getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+    getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5))
+
+
+def smooth(values: Sequence[float], half: int) -> np.ndarray:
+    """Mean over the `half` values before and after each; fewer on both sides near the ends, so it does not lag."""
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def thin(count: int, points: int) -> np.ndarray:
+    """Returns at most `points` indices spread over `count`, both ends included."""
+    return np.unique(np.linspace(0, count - 1, min(count, points)).round().astype(int))
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def curves(
+    key: str,
+    label: str,
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    y_title: str,
+    phases: Sequence[tuple[str, float, float]] = (),
+    crosses: Sequence[tuple[float, float]] = (),
+    smoothed: bool = True,
+    log: bool = False,
+) -> Markup:
+    """Draws quantities over training tokens.
+
+    Args:
+        key: unique on the page.
+        label: for those who cannot see it.
+        lines: name -> (tokens, values).
+        y_title: axis title with its unit.
+        phases: (name, first token, last token), marked by boundaries and numbers.
+        crosses: (tokens, value) of points to mark with a cross.
+        smoothed: a moving average over the raw values.
+        log: logarithmic values.
+    """
+
+    def paint(axes: Axes) -> None:
+        for index, (name, (tokens, values)) in enumerate(lines.items()):
+            shade = colour(SERIES[index % len(SERIES)])
+            keep = thin(len(values), 300)
+            x, y = np.asarray(tokens, dtype=float), np.asarray(values, dtype=float)
+            if smoothed:
+                axes.plot(x[keep], y[keep], color=shade, linewidth=0.7, alpha=0.35)
+                y = smooth(values, max(1, len(values) // 50))
+            width = 1.6 if smoothed or len(values) < 3 else 1.2
+            axes.plot(
+                x[keep],
+                y[keep],
+                color=shade,
+                linewidth=width,
+                linestyle=DASHES[index % len(DASHES)],
+                label=name,
+            )
+        if crosses:
+            x, y = zip(*crosses, strict=True)
+            axes.plot(x, y, "x", color=colour("bad"), markersize=6, markeredgewidth=1.8, label="skipped step")
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        for index, (_, first, last) in enumerate(phases):
+            if index:
+                axes.axvline(first, color=colour("muted"), linewidth=0.9, linestyle=(0, (3, 3)))
+            axes.annotate(
+                f"phase {index + 1}",
+                ((first + last) / 2, 1.0),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                color=colour("muted"),
+                fontsize=9,
+            )
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel(y_title)
+        _counts("x", axes)
+        if len(lines) > 1 or crosses:
+            axes.legend(loc="best")
+
+    return draw(key, label, 2.7, paint)
+
+
+def dots(
+    key: str, label: str, rows: Sequence[str], columns: dict[str, Sequence[float | None]], *, x_title: str
+) -> Markup:
+    """Draws one line a row with one mark a column: how a number moves from column to column.
+
+    Args:
+        key: unique on the page.
+        label: for those who cannot see it.
+        rows: names, from the top.
+        columns: name -> a value for each row, or None.
+        x_title: axis title with its unit.
+    """
+
+    def paint(axes: Axes) -> None:
+        for row in range(len(rows)):
+            values = [value for column in columns.values() if (value := column[row]) is not None]
+            if values:
+                axes.plot(
+                    [min(values), max(values)], [row, row], color=colour("line"), linewidth=1.4, zorder=1
+                )
+        for index, (name, values) in enumerate(columns.items()):
+            points = [(value, row) for row, value in enumerate(values) if value is not None]
+            axes.plot(
+                [value for value, _ in points],
+                [row for _, row in points],
+                MARKERS[index % len(MARKERS)],
+                color=colour(SERIES[index % len(SERIES)]),
+                markersize=5.5,
+                label=name,
+            )
+        _rows(axes, rows)
+        axes.set_xlabel(x_title)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(3, len(columns)), columnspacing=1.0,
+                    handletextpad=0.2)  # fmt: skip
+
+    return draw(key, label, 1.3 + 0.23 * len(rows), paint)
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=colour("line"), linewidth=0.5, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+# ---------------------------------------------------------------------------- merging and flattening
+
+
+def heat(key: str, label: str, names: Sequence[str], matrix: Sequence[Sequence[float]]) -> Markup:
+    """Draws a symmetric matrix of cosines as shaded cells with their numbers."""
+
+    def paint(axes: Axes) -> None:
+        for row, values in enumerate(matrix):
+            for column, value in enumerate(values):
+                shade = colour("merge" if value >= 0 else "bad")
+                axes.add_patch(
+                    matplotlib.patches.Rectangle(
+                        (column - 0.5, row - 0.5),
+                        1,
+                        1,
+                        facecolor=shade,
+                        alpha=0.6 * min(1.0, abs(value)),
+                        linewidth=0,
+                    )
+                )
+                axes.text(
+                    column, row, f"{value:.3f}", ha="center", va="center", color=colour("ink"), fontsize=10
+                )
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+
+    return draw(key, label, 1.0 + 0.55 * len(names), paint)
+
+
+def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]], *, x_title: str) -> Markup:
+    """Draws (name, mean, half width of its 95% interval) as points with whiskers."""
+
+    def paint(axes: Axes) -> None:
+        for row, (_, mean, half) in enumerate(values):
+            axes.errorbar(
+                mean,
+                row,
+                xerr=half,
+                fmt=MARKERS[row % 2],
+                color=colour("base" if row == 0 else "flattened"),
+                markersize=7,
+                capsize=4,
+                linewidth=1.6,
+            )
+        _rows(axes, [name for name, _, _ in values])
+        axes.set_xlabel(x_title)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+
+    return draw(key, label, 1.0 + 0.35 * len(values), paint)
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+Bar = tuple[str, str, float, float, float]
+"""(name, group, value, low, high); low = value = high draws no whisker."""
+
+
+def bars(key: str, label: str, models: Sequence[Bar], *, mark: float, mark_name: str, x_title: str) -> Markup:
+    """Draws one bar a model with its interval, and a line to compare with.
+
+    Args:
+        key: unique on the page.
+        label: for those who cannot see it.
+        models: from the top.
+        mark: where the line stands.
+        mark_name: what the line means.
+        x_title: axis title with its unit.
+    """
+
+    def paint(axes: Axes) -> None:
+        places = np.arange(len(models))
+        shades = [colour(group) for _, group, *_ in models]
+        values, low, high = np.array([numbers for _, _, *numbers in models]).T
+        axes.barh(places, values, height=0.66, color=shades, alpha=0.85, linewidth=0)
+        if np.any(low < high):
+            whiskers = [values - low, high - values]
+            axes.errorbar(
+                values, places, xerr=whiskers, fmt="none", ecolor=colour("ink"), capsize=2.5, elinewidth=1.1
+            )
+        right = 1.06 * max(mark, *(high for *_, high in models))
+        axes.axvline(mark, color=colour("ink"), linewidth=1.3, linestyle=(0, (4, 2)))
+        axes.annotate(
+            mark_name,
+            (mark, 1.0),
+            xycoords=("data", "axes fraction"),
+            ha="right" if mark > 0.7 * right else "center",
+            va="bottom",
+            color=colour("ink"),
+            fontsize=9,
+        )
+        _rows(axes, [name for name, *_ in models])
+        axes.set_xlim(0, right)
+        axes.set_xlabel(x_title)
+
+    return draw(key, label, 1.0 + 0.24 * len(models), paint)

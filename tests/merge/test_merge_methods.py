@@ -1,0 +1,276 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galenic.merge import gram, merge_state_dicts, metagpt_coefficients
+from galenic.merge.io import StateDict
+from galenic.merge.methods import keep_mask, round_once, ties, trim
+from galenic.merge.statistics import BLOCK, total, trim_thresholds
+from galenic.runtime import UserError
+
+
+def doubles(base, experts):
+    """All tensors flattened into one float64 vector per model."""
+    return [torch.cat([s[n].double().flatten() for n in base]) for s in [base, *experts]]
+
+
+def flat(state):
+    return torch.cat([tensor.double().flatten() for tensor in state.values()])
+
+
+# ---------------------------------------------------------------------------- weighted sums
+
+
+def test_metagpt_is_a_convex_soup(states):
+    base, experts = states()
+    theta = doubles(base, experts)
+    coefficients = metagpt_coefficients(gram(base, experts))
+    merged = flat(merge_state_dicts(base, experts))
+    soup = sum(c * t for c, t in zip(coefficients, theta[1:], strict=True))
+    with_base = theta[0] + sum(c * (t - theta[0]) for c, t in zip(coefficients, theta[1:], strict=True))
+    torch.testing.assert_close(merged, soup, rtol=1e-7, atol=0)
+    torch.testing.assert_close(merged, with_base, rtol=1e-6, atol=1e-9)
+
+
+def test_metagpt_of_correlated_experts_minimises_the_paper_objective(states):
+    base, experts = states(norms=[1, 3, 0.5])
+    origin, *theta = doubles(base, experts)
+    taus = torch.stack([t - origin for t in theta])
+    weight = taus.square().sum(1)
+    merged = flat(merge_state_dicts({k: v.double() for k, v in base.items()}, experts)) - origin
+
+    def objective(tau):
+        return float((weight * (tau - taus).square().sum(1)).sum())
+
+    best = objective(merged)
+    for step in torch.eye(3, dtype=torch.float64) * 1e-3:
+        assert objective(merged + step @ taus) > best
+        assert objective(merged - step @ taus) > best
+
+
+def test_linear_averages_and_normalises_weights(states):
+    base, experts = states()
+    merged = merge_state_dicts(base, experts, "linear")
+    torch.testing.assert_close(
+        merged["lm_head.weight"], torch.stack([e["lm_head.weight"] for e in experts]).mean(0)
+    )
+    one = merge_state_dicts(base, experts, "linear", weights=[0.0, 7.0, 0.0])
+    assert all(torch.equal(one[name], experts[1][name]) for name in base)
+
+
+def test_task_arithmetic_of_zero_and_one(states):
+    base, experts = states()
+    same = merge_state_dicts(base, experts, "task_arithmetic", weights=[0.0, 0.0, 0.0])
+    assert all(torch.equal(same[name], base[name]) for name in base)
+    one = merge_state_dicts(base, experts, "task_arithmetic", weights=[0.0, 1.0, 0.0])
+    assert all(torch.equal(one[name], experts[1][name]) for name in base)
+    origin, *theta = doubles(base, experts)
+    default = flat(merge_state_dicts(base, experts, "task_arithmetic"))
+    torch.testing.assert_close(default, origin + 0.3 * sum(t - origin for t in theta), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["metagpt", "linear", "task_arithmetic", "ties", "dare_linear"])
+def test_the_experts_and_the_base_are_left_alone(states, method):
+    base, experts = states()
+    merged = merge_state_dicts(base, experts, method)
+    again, same = states()
+    assert all(torch.equal(again[n], base[n]) and torch.equal(same[1][n], experts[1][n]) for n in base)
+    merged["lm_head.weight"].zero_()
+    assert experts[0]["lm_head.weight"].any() and base["lm_head.weight"].any()
+
+
+# ---------------------------------------------------------------------------- TIES
+
+
+def reference_ties(base, experts, density):
+    """The paper's Algorithm 1 on whole vectors in float64, written independently."""
+    origin, *theta = [v.numpy() for v in doubles(base, experts)]
+    trimmed = []
+    for vector in theta:
+        tau = vector - origin
+        key = np.abs(tau.astype(np.float32))
+        keep = max(1, round(density * len(tau)))
+        threshold = np.sort(key)[::-1][keep - 1]
+        trimmed.append(np.where(key >= threshold, tau, 0.0))
+    stack = np.stack(trimmed)
+    sign = np.sign(stack.sum(0))
+    agree = (np.sign(stack) == sign) & (sign != 0)
+    count = agree.sum(0)
+    mean = np.divide((stack * agree).sum(0), count, out=np.zeros(len(origin)), where=count > 0)
+    return torch.from_numpy(origin + mean)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.55, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_equals_an_independent_reference(states, density, dtype):
+    base, experts = states(dtype=dtype, shapes={"a": (50, 31), "b": (400,), "c": (3, 3)})
+    merged = merge_state_dicts(base, experts, "ties", density=density, dtype="float32")
+    torch.testing.assert_close(flat(merged), reference_ties(base, experts, density), rtol=1e-7, atol=1e-10)
+
+
+def test_ties_trims_over_the_whole_model_not_per_tensor():
+    base = {"small": torch.zeros(10), "large": torch.zeros(10)}
+    expert = {"small": torch.full((10,), 0.01), "large": torch.full((10,), 1.0)}
+    merged = merge_state_dicts(base, [expert], "ties", density=0.5)
+    assert not merged["small"].any() and merged["large"].eq(1).all()
+
+
+def test_ties_elects_by_mass_and_averages_those_who_agree():
+    base = {"w": torch.zeros(4)}
+    experts = [
+        {"w": torch.tensor([3.0, 1, 1, 2])},
+        {"w": torch.tensor([-1.0, 1, -1, 0])},
+        {"w": torch.tensor([-1.0, 4, 0, 0])},
+    ]
+    merged = merge_state_dicts(base, experts, "ties", density=1.0)
+    assert merged["w"].tolist() == [3.0, 2.0, 0.0, 2.0]  # third entry: votes cancel exactly, the base stays
+
+
+def test_ties_weights_scale_votes_and_means_but_not_the_whole():
+    base = {"w": torch.zeros(2)}
+    experts = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([-2.0, 4.0])}]
+    assert merge_state_dicts(base, experts, "ties", weights=[3, 1], density=1.0)["w"].tolist() == [1.0, 2.5]
+    assert merge_state_dicts(base, experts, "ties", weights=[6, 2], density=1.0)["w"].tolist() == [1.0, 2.5]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=60), st.floats(0.01, 1), st.integers(1, 3))
+def test_threshold_is_the_exact_kth_magnitude(values, density, tensors):
+    delta = torch.tensor(values)
+    parts = [part for part in torch.tensor_split(delta, tensors) if part.numel()]
+    base = StateDict({str(i): torch.zeros_like(p) for i, p in enumerate(parts)}, "base")
+    expert = StateDict({str(i): p for i, p in enumerate(parts)}, "expert")
+    keep = max(1, round(density * len(values)))
+    (threshold,), (kept,) = trim_thresholds(base, [expert], [keep], chunk=7)
+    magnitudes = delta.abs().sort(descending=True).values
+    assert threshold == magnitudes[keep - 1]
+    assert kept == int((delta.abs() >= threshold).sum()) >= keep
+
+
+def test_trim_keeps_ties_and_negative_values():
+    assert trim(torch.tensor([1.0, -1.0, 0.5]), 1.0).tolist() == [1, -1, 0]
+    zero = ties(torch.ones(2), [torch.zeros(2)], [1.0])
+    assert zero.tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------------- DARE
+
+
+def test_dare_keeps_the_expectation():
+    base = {"w": torch.zeros(200_000)}
+    expert = {"w": torch.ones(200_000)}
+    merged = merge_state_dicts(base, [expert], "dare_linear", weights=[1.0], density=0.4)["w"]
+    assert set(merged.unique().tolist()) == {0.0, 2.5}
+    standard_error = 2.5 * math.sqrt(0.4 * 0.6 / len(merged))
+    assert abs(merged.double().mean() - 1) < 4 * standard_error
+
+
+def test_dare_at_density_one_is_task_arithmetic(states):
+    base, experts = states()
+    dare = merge_state_dicts(base, experts, "dare_linear", density=1.0)
+    plain = merge_state_dicts(base, experts, "task_arithmetic")
+    assert all(torch.equal(dare[name], plain[name]) for name in base)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**63), st.integers(1, 500), st.integers(0, 500), st.floats(0.01, 1))
+def test_mask_depends_on_nothing_but_its_key(seed, numel, cut, density):
+    cut = min(cut, numel)
+    whole = keep_mask(seed, "m", "t", 0, numel, density)
+    parts = [keep_mask(seed, "m", "t", 0, cut, density), keep_mask(seed, "m", "t", cut, numel, density)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_mask_changes_with_seed_model_and_tensor_and_looks_independent():
+    n = 100_000
+    reference = keep_mask(0, "m", "t", 0, n, 0.5)
+    for key in ((1, "m", "t"), (0, "n", "t"), (0, "m", "u")):
+        agreement = (keep_mask(*key, 0, n, 0.5) == reference).double().mean()
+        assert abs(agreement - 0.5) < 4 * 0.5 / math.sqrt(n)
+    neighbours = (reference[1:] == reference[:-1]).double().mean()
+    assert abs(neighbours - 0.5) < 4 * 0.5 / math.sqrt(n)
+
+
+def test_mask_is_splitmix64():
+    # First output of the published generator, seeded with the key, one element at a time.
+    import hashlib
+
+    key = int.from_bytes(hashlib.sha256(b"5\0m\0t").digest()[:8], "little")
+    for index in (0, 1, 77):
+        z = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        uniform = (z >> 11) / 2**53
+        assert keep_mask(5, "m", "t", index, index + 1, uniform + 1e-9).item()
+        assert not keep_mask(5, "m", "t", index, index + 1, uniform - 1e-9).item()
+
+
+def test_dare_of_one_model_does_not_depend_on_the_others(states):
+    base, experts = states()
+    named = dict(zip("abc", experts, strict=True))
+    alone = merge_state_dicts(base, {"b": named["b"]}, "dare_linear", weights=[1.0])
+    together = merge_state_dicts(base, named, "dare_linear", weights=[0.0, 1.0, 0.0])
+    assert all(torch.equal(alone[name], together[name]) for name in base)
+    other_seed = merge_state_dicts(base, {"b": named["b"]}, "dare_linear", weights=[1.0], seed=1)
+    assert not torch.equal(alone["lm_head.weight"], other_seed["lm_head.weight"])
+
+
+# ---------------------------------------------------------------------------- rounding
+
+
+def correctly_rounded(values, dtype):
+    """Rounds float64 to bfloat16 or float16 with integer arithmetic on exact fractions."""
+    digits, smallest = (8, -126) if dtype == torch.bfloat16 else (11, -14)
+    mantissa, exponent = torch.frexp(values)
+    del mantissa
+    ulp = torch.ldexp(torch.ones_like(values), (exponent - digits).clamp_min(smallest - digits + 1))
+    return (
+        torch.round(values / ulp) * ulp
+    )  # division by a power of two is exact; torch.round takes ties to even
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_element_is_rounded_twice(dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200_000, generator=generator, dtype=torch.float64) * 0.05
+    # Values just beside midpoints of two neighbours, where rounding by way of float32 goes wrong.
+    grid = values[:50_000].to(dtype).double()
+    step = torch.ldexp(torch.ones_like(grid), torch.frexp(grid)[1] - (8 if dtype == torch.bfloat16 else 11))
+    near = grid + step / 2 + torch.randn(50_000, generator=generator, dtype=torch.float64) * 1e-12
+    values = torch.cat([values, near, torch.tensor([0.0, -0.0, 1e-7, -3e-8, 1.0, 2.5e4])])
+    expected = correctly_rounded(values, dtype)
+    assert (round_once(values, dtype).double() != expected).sum() == 0
+    assert (values.to(dtype).double() != expected).sum() > 100  # the plain cast does round twice here
+
+
+@pytest.mark.parametrize("method", ["metagpt", "task_arithmetic"])
+def test_merged_bfloat16_is_the_correctly_rounded_float64_merge(states, method):
+    base, experts = states(dtype=torch.bfloat16, shapes={"a": (30 * BLOCK + 11,)})
+    merged = merge_state_dicts(base, experts, method)["a"]
+    assert merged.dtype == torch.bfloat16
+    origin, *theta = doubles(base, experts)
+    if method == "metagpt":
+        coefficients = metagpt_coefficients(total(gram(base, experts))).tolist()
+        exact = coefficients[0] * theta[0] + coefficients[1] * theta[1] + coefficients[2] * theta[2]
+    else:
+        exact = origin + (0.3 * (theta[0] - origin) + 0.3 * (theta[1] - origin) + 0.3 * (theta[2] - origin))
+    assert (merged.double() != correctly_rounded(exact, torch.bfloat16)).sum() == 0
+
+
+def test_overflow_of_the_output_dtype_is_refused(states):
+    base, experts = states(experts=1)
+    experts[0]["lm_head.weight"][0, 0] = 1e5
+    with pytest.raises(UserError, match=r"'lm_head.weight': merged values do not fit torch.float16"):
+        merge_state_dicts(base, experts, "linear", dtype="float16")
+
+
+def test_round_once_passes_infinity_on():
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not torch.isfinite(
+            round_once(torch.tensor([1e300, -1e300, math.inf, math.nan]).double(), dtype)
+        ).any()
