@@ -249,7 +249,9 @@ def test_anchored_shift_of_a_model_shortens_task_vectors():
     for p in expert.parameters():
         p.data += 0.1 * torch.randn_like(p)
     weights = {n: m.weight.detach().clone() for n, m in base.named_modules() if isinstance(m, nn.Linear)}
-    before = {n: float((m.weight.detach() - weights[n]).norm()) for n, m in expert.named_modules() if n in weights}
+    before = {
+        n: float((m.weight.detach() - weights[n]).norm()) for n, m in expert.named_modules() if n in weights
+    }
     shift(expert, collect(expert, batches()), output_budget=0.05, base=weights)
     for n, m in expert.named_modules():
         if n in weights:

@@ -46,7 +46,7 @@ class CorpusConfig:
     code_modules: int | None = None
     """Modules of the Python library to read; all by default."""
     limits: dict[str, int] = field(default_factory=dict)
-    """Source -> most documents of it; the medically most valuable ones stay."""
+    """Source -> most documents of it, rendered ones and plain ones counted apart; the most telling ones stay."""
     weights: dict[str, float] = field(default_factory=dict)
     """Source -> how many times an epoch repeats its documents; 1 by default."""
 

@@ -6,11 +6,8 @@ What is held out is chosen before anything is generated, so nothing can be made 
 is written, every training text is searched for every question and every held-out entity.
 """
 
-import math
-import platform
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ from galenic.corpus.clean import clean
 from galenic.corpus.config import CorpusConfig
 from galenic.corpus.conversations import dialogue_conversations, medical_conversations, split_rows
 from galenic.corpus.dedup import deduplicate
-from galenic.corpus.holdout import Mentions, check_no_leak, choose_transfer, prune, split_pairs, stable_key
+from galenic.corpus.holdout import Mentions, check_no_leak, choose_transfer, prune, split_pairs
+from galenic.corpus.output import write_corpus
 from galenic.corpus.preferences import preference_pairs
 from galenic.corpus.questions import recall_questions, transfer_questions, translation_questions
-from galenic.corpus.readers import Line, documents_of_lines
+from galenic.corpus.readers import documents_of_lines
 from galenic.corpus.readers.collect import Raw, collect
 from galenic.corpus.readers.disease_tables import disease_entities, disease_pair
 from galenic.corpus.readers.python_source import code_documents
@@ -36,26 +34,21 @@ from galenic.corpus.reasoning import (
 )
 from galenic.corpus.records import Document, Entity
 from galenic.corpus.render import Family, render
+from galenic.corpus.selection import (
+    LINES_PER_DOCUMENT,
+    Ledger,
+    document_id,
+    limit_documents,
+    limit_entities,
+    limit_lines,
+    split_documents,
+    together,
+    weighted,
+)
 from galenic.corpus.wheels import Wheels
-from galenic.runtime import Plan, UserError, atomic_path, progress, write_json, write_jsonl
+from galenic.runtime import Plan, UserError, progress
 
 Row = dict[str, Any]
-
-LINES_PER_DOCUMENT = {"hsk": (8, "\n\n"), "cedict": (20, "\n")}
-"""Source -> (dictionary entries or sentences in one document, what stands between them)."""
-
-_MOST_REPEATED = 10.0  # the report's cap on repetitions (section 2.1.2)
-
-
-@dataclass
-class Ledger:
-    """Every dropped document with its reason."""
-
-    rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
-
-    def drop(self, id: str, source: str, reason: str, detail: str, text: str) -> None:
-        """Notes one dropped document."""
-        self.rows.append((id, source, reason, detail, text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +92,7 @@ def run(config: CorpusConfig) -> None:
         bar.update(0, "reading")
         raw = collect(Wheels(config.wheels, config.requirements), ledger.drop, modules=config.code_modules)
 
-        raw.lines = _limit_lines(raw.lines, config, ledger)
+        raw.lines = limit_lines(raw.lines, config, ledger)
 
         # ---- what is asked about is set aside first
         bar.update(2, "holding out")
@@ -113,8 +106,8 @@ def run(config: CorpusConfig) -> None:
         documents = _plain_documents(config, raw, trained, asked_modules)
         entities = _all_entities(raw, trained, ledger)
         found = len(documents) + len(entities) + len(ledger.rows)
-        entities = _limit_entities(entities, config, ledger)
-        documents = _cleaned(_limit_documents(documents, config, ledger), ledger)
+        entities = limit_entities(entities, config, ledger)
+        documents = _cleaned(limit_documents(documents, config, ledger), ledger)
         family = Family(entities)
         texts = [document.text for document in documents] + [render(entity, family) for entity in entities]
         transfer = choose_transfer(
@@ -138,7 +131,7 @@ def run(config: CorpusConfig) -> None:
         for duplicate in duplicates:
             gone, kind = duplicate.document, "exact" if duplicate.exact else "near"
             ledger.drop(gone.id, gone.source, f"{kind} duplicate", duplicate.kept, gone.text)
-        documents = _weighted(_split(documents, config), config)
+        documents = weighted(split_documents(documents, config), config)
         if len(documents) + len(ledger.rows) != found:
             raise RuntimeError(
                 f"{found} documents found, {len(documents)} kept, {len(ledger.rows)} in the ledger"
@@ -149,7 +142,7 @@ def run(config: CorpusConfig) -> None:
         training = {document.id for document in documents if document.split == "train"}
         corpus = Corpus(
             documents=documents,
-            entities=[entity for entity in allowed if _document_id(entity) in training],
+            entities=[entity for entity in allowed if document_id(entity) in training],
             everything=entities,
             transfer=transfer,
         )
@@ -166,7 +159,9 @@ def run(config: CorpusConfig) -> None:
             _training_texts(documents, conversations, preferences),
         )
         bar.update(1, "writing")
-        _write(Path(config.out), config, documents, ledger, conversations, preferences, questions, transfer)
+        write_corpus(
+            Path(config.out), config, documents, ledger, conversations, preferences, questions, transfer
+        )
 
 
 # ---------------------------------------------------------------------------- text
@@ -196,86 +191,8 @@ def _all_entities(raw: Raw, trained: set[str], ledger: Ledger) -> list[Entity]:
     for entity in [*raw.entities, *(entity for pair in tables for entity in pair)]:
         if found.setdefault(entity.id, entity) is not entity:
             detail = "the same identifier twice"
-            ledger.drop(_document_id(entity), entity.source, "malformed record", detail, entity.name)
+            ledger.drop(document_id(entity), entity.source, "malformed record", detail, entity.name)
     return list(found.values())
-
-
-def _limit_lines(lines: list[Line], config: CorpusConfig, ledger: Ledger) -> list[Line]:
-    """Keeps as many dictionary lines as the limits can use (some go to questions): medical ones first."""
-    kept = []
-    for source, (per_document, _) in LINES_PER_DOCUMENT.items():
-        group = [line for line in lines if line.pair.source == source]
-        most = math.ceil(config.limits.get(source, len(group)) * per_document / (1 - config.pair_share))
-        chosen = sorted(
-            group, key=lambda line: (not line.pair.department, stable_key(config.seed, "line", line.pair.id))
-        )
-        if len(group) > most:
-            detail = f"{len(group) - most} of {len(group)} entries, one row for all"
-            ledger.drop(f"{source}/entries", source, "over the limit", detail, "")
-        kept += sorted(chosen[:most], key=lambda line: line.pair.id)
-    return kept
-
-
-def _limit_documents(documents: list[Document], config: CorpusConfig, ledger: Ledger) -> list[Document]:
-    """Keeps at most the configured number of documents of a source: medical ones first, then at random."""
-    kept = []
-    for source, group in _by_source(documents).items():
-        group.sort(key=lambda d: (not d.department, stable_key(config.seed, "limit", d.id)))
-        limit = config.limits.get(source, len(group))
-        kept += group[:limit]
-        for document in group[limit:]:
-            ledger.drop(document.id, source, "over the limit", f"{source}: {limit} documents", document.text)
-    return kept
-
-
-def _limit_entities(entities: list[Entity], config: CorpusConfig, ledger: Ledger) -> list[Entity]:
-    """Keeps at most the configured number of entities of a source, whole families: a parent with its children.
-
-    Families about which the terminology says most come first, loners (nothing to tell them from) a step behind
-    their merit; among equals a stable random order decides.
-    """
-    kept = []
-    for source, group in _by_source(entities).items():
-        limit = config.limits.get(source, len(group))
-        chosen = {
-            entity.id
-            for entity in (_richest_families(group, config.seed) if limit < len(group) else group)[:limit]
-        }
-        for entity in group:
-            if entity.id in chosen:
-                kept.append(entity)
-            else:
-                detail = f"{source}: {limit} entities"
-                ledger.drop(_document_id(entity), source, "over the limit", detail, entity.name)
-    return kept
-
-
-def _richest_families(entities: list[Entity], seed: int) -> list[Entity]:
-    known = {entity.id: entity for entity in entities}
-    families: dict[str, list[Entity]] = defaultdict(list)
-    for entity in entities:
-        families[(entity.parents or (entity.id,))[0]].append(entity)
-
-    def order(parent: str) -> tuple[int, int]:
-        size = len(families[parent])
-        richness = round(sum(map(_richness, families[parent])) / size) - (size < 3)
-        return -richness, stable_key(seed, "limit", parent)
-
-    ordered = [e for key in sorted(families, key=order) for e in (known.get(key), *families[key]) if e]
-    return list({entity.id: entity for entity in ordered}.values())
-
-
-def _richness(entity: Entity) -> int:
-    """Counts what there is to learn of an entity, 0 to 4; medicines in use count most among substances."""
-    facts = (entity.definition, entity.synonyms, entity.related, entity.kind == "medicine")
-    return sum(bool(fact) for fact in facts)
-
-
-def _by_source(records: Iterable[Any]) -> dict[str, list[Any]]:
-    groups: dict[str, list[Any]] = defaultdict(list)
-    for record in records:
-        groups[record.source].append(record)
-    return groups
 
 
 def _cleaned(documents: Iterable[Document], ledger: Ledger) -> list[Document]:
@@ -312,12 +229,12 @@ def _rendered(
             continue
         reason = "transfer entity" if entity.id in transfer else "mentions a transfer entity"
         ledger.drop(
-            _document_id(entity), entity.source, reason, entity.id, f"{entity.name}\n{entity.definition}"
+            document_id(entity), entity.source, reason, entity.id, f"{entity.name}\n{entity.definition}"
         )
     family = Family(allowed)
     documents = [
         Document(
-            id=_document_id(entity),
+            id=document_id(entity),
             text=render(entity, family),
             source=entity.source,
             licence=SOURCES[entity.source].licence,
@@ -328,55 +245,6 @@ def _rendered(
         for entity in allowed
     ]
     return allowed, _without_mentions(documents, forbidden, ledger)
-
-
-def _document_id(entity: Entity) -> str:
-    return f"{entity.source}/{entity.id}"
-
-
-# ---------------------------------------------------------------------------- split and weight
-
-
-def _together(document: Document) -> str:
-    """What a document must not be separated from: functions of a module, sections of a text."""
-    if document.source == "python-code":
-        return document.id.split(":")[0]
-    if document.source in ("guidelines", "python-docs"):
-        return document.id.rpartition("/")[0]
-    return document.id
-
-
-def _split(documents: list[Document], config: CorpusConfig) -> list[Document]:
-    """Sets a share of each source aside for losses (at least one group, if there are two)."""
-    heldout: set[str] = set()
-    for group in _by_source(documents).values():
-        sizes = Counter(_together(document) for document in group)
-        wanted = max(config.heldout_share * len(group), min(4, len(group) // 5))
-        taken = 0
-        for key in sorted(sizes, key=lambda k: (stable_key(config.seed, "heldout", k), k))[: len(sizes) - 1]:
-            if taken >= wanted:
-                break
-            heldout.add(key)
-            taken += sizes[key]
-    return [
-        replace(document, split="heldout" if _together(document) in heldout else "train")
-        for document in documents
-    ]
-
-
-def _weighted(documents: list[Document], config: CorpusConfig) -> list[Document]:
-    """Sets the weights: a source's own, more for what was found more than once (the mapping is ours)."""
-    return [
-        replace(
-            document,
-            weight=round(
-                config.weights.get(document.source, 1.0)
-                * min(_MOST_REPEATED, 1 + math.log2(document.duplicates)),
-                4,
-            ),
-        )
-        for document in documents
-    ]
 
 
 # ---------------------------------------------------------------------------- generate
@@ -407,7 +275,7 @@ def _conversations(
 ) -> dict[str, tuple[list[Row], list[Row]]]:
     """Returns expert -> (training rows, held-out rows)."""
     seed = config.seed
-    heldout = {_together(d) for d in corpus.documents if d.source == "python-code" and d.split == "heldout"}
+    heldout = {together(d) for d in corpus.documents if d.source == "python-code" and d.split == "heldout"}
     modules = {
         name: text
         for name, text in raw.modules.items()
@@ -448,99 +316,3 @@ def _training_texts(
             f"preferences.jsonl:{number}",
             "\n".join(str(row[key]) for key in ("prompt", "chosen", "rejected")),
         )
-
-
-# ---------------------------------------------------------------------------- write
-
-
-def _write(
-    out: Path,
-    config: CorpusConfig,
-    documents: list[Document],
-    ledger: Ledger,
-    conversations: dict[str, tuple[list[Row], list[Row]]],
-    preferences: list[Row],
-    questions: dict[str, list[Row]],
-    transfer: frozenset[str],
-) -> None:
-    place = {source: number for number, source in enumerate(SOURCES)}
-    documents = sorted(documents, key=lambda d: (place[d.source], d.id))
-    dropped = sorted(ledger.rows, key=lambda row: (place[row[1]], row[0], row[2], row[3]))
-    _write_parquet(out / "documents.parquet", [f.name for f in fields(Document)], map(astuple, documents))
-    _write_parquet(out / "ledger.parquet", ["id", "source", "reason", "detail", "text"], dropped)
-    for name, splits in conversations.items():
-        for split, rows in zip(("train", "heldout"), splits, strict=True):
-            write_jsonl(out / "sft" / f"{name}.{split}.jsonl", rows)
-    write_jsonl(out / "preferences.jsonl", preferences)
-    for name, rows in questions.items():
-        write_jsonl(out / "questions" / f"{name}.jsonl", rows)
-    wheels = Wheels(config.wheels, config.requirements)
-    write_json(out / "sources.json", _sources(documents, dropped, wheels))
-    counts = {
-        "conversations": {
-            f"{n}.{s}": len(r)
-            for n, both in conversations.items()
-            for s, r in zip(("train", "heldout"), both, strict=True)
-        },
-        "preferences": len(preferences),
-        "questions": {name: len(rows) for name, rows in questions.items()},
-        "transfer_entities": len(transfer),
-    }
-    write_json(out / "stats.json", _statistics(documents, dropped) | counts)
-
-
-def _write_parquet(path: Path, names: list[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows in their order; the same rows give the same bytes."""
-    import pyarrow
-    from pyarrow import parquet
-
-    columns = list(zip(*rows, strict=True)) or [()] * len(names)
-    types = {"quality": pyarrow.float64(), "value": pyarrow.float64(), "weight": pyarrow.float64()}
-    types["duplicates"] = pyarrow.int64()
-    arrays = [pyarrow.array(c, types.get(n, pyarrow.string())) for n, c in zip(names, columns, strict=True)]
-    with atomic_path(path) as temporary:
-        table = pyarrow.table(dict(zip(names, arrays, strict=True)))
-        parquet.write_table(table, temporary, compression="zstd", row_group_size=8192)
-
-
-def _sources(documents: list[Document], dropped: list[tuple[str, str, str, str, str]], wheels: Wheels) -> Row:
-    reasons = Counter((row[1], row[2]) for row in dropped)
-    groups = _by_source(documents)
-    table = {}
-    for name, source in SOURCES.items():
-        group = groups.get(name, [])
-        pin = f"{source.package} {wheels.requirements[source.package].version}" if source.package else ""
-        table[name] = {
-            "group": source.group,
-            "title": source.title,
-            "licence": source.licence,
-            "language": source.language,
-            "url_or_package": pin
-            or ("galenic" if name == "arithmetic" else f"CPython {platform.python_version()}"),
-            "documents": len(group),
-            "characters": sum(len(document.text) for document in group),
-            "dropped": {reason: count for (s, reason), count in sorted(reasons.items()) if s == name},
-            "heldout": sum(document.split == "heldout" for document in group),
-            "duplicates": sum(document.duplicates - 1 for document in group),
-        }
-    return table
-
-
-def _statistics(documents: list[Document], dropped: list[tuple[str, str, str, str, str]]) -> Row:
-    reasons = Counter(row[2] for row in dropped)
-
-    def counted(key: str) -> Row:
-        return dict(sorted(Counter(getattr(document, key) for document in documents).items()))
-
-    return {
-        "documents_in": len(documents) + len(dropped),
-        "kept": len(documents),
-        "dropped": dict(sorted(reasons.items())),
-        "exact_duplicates": reasons["exact duplicate"],
-        "near_duplicates": reasons["near duplicate"],
-        "characters": sum(len(document.text) for document in documents),
-        "by_language": counted("language"),
-        "by_category": counted("category"),
-        "by_department": counted("department"),
-        "by_split": counted("split"),
-    }

@@ -19,6 +19,7 @@ A question's prompt is computed once: its keys and values are cached, repeated f
 options' own tokens are run again.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,20 +170,28 @@ def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[float
     if prompts[0].shared:
         shared = torch.tensor([prompt.shared for prompt in prompts], device=device)
         cache = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
-        # reorder_cache takes convolution states along; batch_repeat_interleave of hybrid layers leaves them behind.
-        cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(options))
     rows = [row for prompt in prompts for row in prompt.rest]
     lengths = [length for prompt in prompts for length in prompt.lengths]
-    ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-    ids = ids.to(device)
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
-    log_probs = target_log_probs(logits[:, :-1], ids[:, 1:]).double().cpu().numpy()
-    sums = [
-        float(log_probs[index, len(row) - length - 1 : len(row) - 1].sum())
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True))
-    ]
+    sums = [0.0] * len(rows)
+    # Short and long options apart: together the short ones would be half padding.
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    middle = len(order) // 2
+    for part in (order[:middle], order[middle:]):
+        if not part:
+            continue
+        past = copy.deepcopy(cache)
+        if past is not None:
+            # reorder_cache takes convolution states along; batch_repeat_interleave leaves them behind.
+            past.reorder_cache(torch.tensor([index // options for index in part], device=device))
+        ids = torch.zeros(len(part), len(rows[part[-1]]), dtype=torch.long)
+        for place, index in enumerate(part):
+            ids[place, : len(rows[index])] = torch.tensor(rows[index])
+        ids = ids.to(device)
+        logits = model(input_ids=ids, past_key_values=past, use_cache=past is not None).logits
+        log_probs = target_log_probs(logits[:, :-1], ids[:, 1:]).double().cpu().numpy()
+        for place, index in enumerate(part):
+            end = len(rows[index]) - 1
+            sums[index] = float(log_probs[place, end - lengths[index] : end].sum())
     return [sums[start : start + options] for start in range(0, len(sums), options)]
 
 

@@ -16,9 +16,17 @@ from galenic.flatten.config import FlattenConfig
 from galenic.flatten.curvature import TraceEstimate, hessian_trace, standard_error
 from galenic.flatten.shifts import Shift
 from galenic.flatten.statistics import Statistics, check_called, run_batch, select_layers, watching
-from galenic.flatten.text import Batch, first_rows, mean_loss, read_rows, source_shares, summed_loss
+from galenic.flatten.text import (
+    Batch,
+    first_rows,
+    mean_loss,
+    per_token,
+    read_rows,
+    source_tokens,
+    summed_loss,
+)
 from galenic.model import BaichuanM1ForCausalLM, load, save
-from galenic.runtime import Plan, UserError, human, progress, read_json, torch_setup, write_json
+from galenic.runtime import Plan, human, progress, read_json, torch_setup, write_json
 
 PROBATION_ROWS = 8
 """Rows of training text on which every layer's own change of the loss is measured."""
@@ -37,15 +45,15 @@ def plan(config: FlattenConfig) -> Plan:
         widths = [i.shape[1] for n, i in weights.tensors.items() if len(i.shape) == 2 and "embed" not in n]
         files = [str(file) for file in weights.files]
     settings = read_json(Path(config.model) / "config.json")
-    _, train = source_shares(config, "train")
-    _, heldout = source_shares(config, "heldout")
+    train = sum(source_tokens(config, "train", config.train_tokens).values())
+    heldout = sum(source_tokens(config, "heldout", config.heldout_tokens).values())
     facts = {
         "mode": config.mode + (f", outputs move by {config.budget:g} of their norm" if config.budget else ""),
         "parameters": human(parameters),
         "layers": ", ".join(config.layers),
-        "training text": f"{human(min(config.train_tokens, train))} tokens",
-        "held-out text": f"{human(min(config.heldout_tokens, heldout))} tokens",
-        "memory": human(parameters * 4 * 4 + sum(width**2 * 8 for width in widths)) + "B and activations",
+        "training text": f"{human(train)} tokens",
+        "held-out text": f"{human(heldout)} tokens",
+        "memory": human(parameters * 4 * 4 + sum(width**2 * 8 for width in widths)) + "B besides activations",
     }
     if settings.get("norm_head"):
         facts["head"] = "NormHead: " + (
@@ -146,9 +154,7 @@ def _collect(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -
             total, count = total + float(loss), count + tokens
             bar.update()
     check_called(statistics, names)
-    if not count:
-        raise UserError("the training text has nothing to predict: every document is a single token")
-    return statistics, total / count
+    return statistics, per_token(total, count)
 
 
 def _measure(model: nn.Module, batches: Sequence[Batch], shifts: dict[str, Shift]) -> dict[str, float]:
@@ -281,7 +287,7 @@ def _notes(
         notes.append(
             f"The Hessian trace {verdict}: {before.mean:.4g} before, {after.mean:.4g} after, difference "
             f"{mean:+.3g} with standard error {error:.2g} over {len(change)} paired probes on "
-            f"{config.trace_rows} rows of training text. "
+            "the first rows of training text. "
             "The losses differ too, and the trace moves with the loss."
         )
     return notes

@@ -31,37 +31,30 @@ class Batch:
         return int(self.mask.sum())
 
 
-def source_shares(config: FlattenConfig, split: str) -> tuple[dict[str, float], int]:
-    """Returns the sources' shares of the text, and how many tokens of it there are at most.
+def source_tokens(config: FlattenConfig, split: str, tokens: int) -> dict[str, float]:
+    """Divides a budget of tokens over the sources by their shares; a small source gives all it has, never twice.
 
     Raises:
         UserError: an unknown source, or no text at all.
     """
-    known = read_meta(config.tokens)["sources"]
-    names = list(config.sources) or list(known)
+    names = list(config.sources) or list(read_meta(config.tokens)["sources"])
     sizes = {name: len(read_shard(config.tokens, name, split).tokens) for name in names}
-    sizes = {name: size for name, size in sizes.items() if size}
-    if not sizes:
+    shares = config.sources if isinstance(config.sources, dict) else sizes
+    whole = sum(shares[name] for name in names)
+    amounts = {name: min(sizes[name], tokens * shares[name] / whole) for name in names if sizes[name]}
+    if not amounts:
         raise UserError(f"{config.tokens}: its sources hold no {split} text")
-    shares = {name: float(size) for name, size in sizes.items()}
-    if isinstance(config.sources, dict):
-        shares = {name: config.sources[name] for name in sizes}
-    whole = sum(shares.values())
-    enough = min(size * whole / shares[name] for name, size in sizes.items())  # before a source would repeat
-    return {name: share / whole for name, share in shares.items()}, int(enough)
+    return amounts
 
 
 def read_rows(config: FlattenConfig, split: str, tokens: int) -> list[Batch]:
-    """Packs about so many tokens of a split into rows, chosen by the config's seed, and batches them.
-
-    No document repeats unless its weight says so; a corpus with less text gives less.
-    """
-    shares, available = source_shares(config, split)
-    shards = {name: read_shard(config.tokens, name, split) for name in shares}
+    """Packs about so many tokens of a split into rows, chosen by the config's seed, and batches them."""
+    amounts = source_tokens(config, split, tokens)
+    shards = {name: read_shard(config.tokens, name, split) for name in amounts}
     rows = phase_rows(
         shards,
-        shares,
-        tokens=min(tokens, available),
+        amounts,
+        tokens=round(sum(amounts.values())),
         context=config.row_length,
         seed=config.seed,
         name=f"flatten-{split}",
@@ -108,4 +101,15 @@ def mean_loss(model: nn.Module, batches: list[Batch]) -> float:
         loss, tokens = summed_loss(model(**batch.inputs).logits, batch)
         total += float(loss)
         count += tokens
+    return per_token(total, count)
+
+
+def per_token(total: float, count: int) -> float:
+    """Divides a summed loss by its number of predicted tokens.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not count:
+        raise UserError("the text has nothing to predict: every document is a single token")
     return total / count

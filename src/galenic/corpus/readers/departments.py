@@ -5,6 +5,7 @@ text its words. What gives no hint is `general medicine`.
 """
 
 import re
+from collections import Counter
 
 GENERAL = "general medicine"
 
@@ -171,17 +172,15 @@ _STEMS: dict[str, str] = {
     "pharmacology": "drug pharmac medication dose",
     "radiology": "radiolog radiograph imaging ultrasound mri",
 }
-_WORDS = {
-    department: re.compile(rf"\b(?:{'|'.join(stems.split())})", re.IGNORECASE)
-    for department, stems in _STEMS.items()
-}
+_NAMES = {f"d{number}": department for number, department in enumerate(_STEMS)}
+_WORDS = re.compile(
+    r"\b(?:" + "|".join(f"(?P<{key}>{'|'.join(_STEMS[name].split())})" for key, name in _NAMES.items()) + ")",
+    re.IGNORECASE,
+)
 
 
 def of_text(text: str, at_least: int = 2) -> str:
     """Returns the department whose word stems occur most often in `text`, if at least `at_least` times."""
-    best, most = GENERAL, at_least - 1
-    for department, pattern in _WORDS.items():
-        count = len(pattern.findall(text))
-        if count > most:
-            best, most = department, count
-    return best
+    counts = Counter(match.lastgroup for match in _WORDS.finditer(text))
+    best = max(_NAMES, key=lambda key: counts[key])  # of equals the first, the more specific
+    return _NAMES[best] if counts[best] >= at_least else GENERAL
