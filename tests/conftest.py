@@ -57,3 +57,10 @@ def conversations(tmp_path_factory):
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def plain_numerics():
+    """Undoes what a stage may have set for the whole process: Hypothesis needs subnormal numbers."""
+    torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)

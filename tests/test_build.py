@@ -59,7 +59,9 @@ def test_steps_run_in_order_and_once(recipe, tmp_path):
     assert step(tmp_path, "20-upper-more").joinpath("text.txt").read_text() == "ONETWO"
     done = json.loads(step(tmp_path, "20-upper-more").joinpath("done.json").read_text())
     assert done["inputs"] == {
-        "RUN/10-upper": json.loads(step(tmp_path, "10-upper").joinpath("done.json").read_text())["fingerprint"]
+        "RUN/10-upper": json.loads(step(tmp_path, "10-upper").joinpath("done.json").read_text())[
+            "fingerprint"
+        ]
     }
     assert done["versions"]["galenic"]
     assert "text: two" in step(tmp_path, "20-upper-more").joinpath("config.yaml").read_text()

@@ -36,7 +36,10 @@ def test_every_verb_parses_without_torch_and_says_its_options(verb):
         (["pretrain", "--config", "typo.yaml"], "did you mean 'warmup_steps'?"),
         (["pretrain", "--config", "list.yaml"], "did you mean 'mixture'?"),
         (["pretrain", "--config", "type.yaml"], "Got value: many"),
-        (["pretrain", "--config", "ok.yaml", "--optim.lr", "fast"], "optim.lr: Expected a float. Got value: fast"),
+        (
+            ["pretrain", "--config", "ok.yaml", "--optim.lr", "fast"],
+            "optim.lr: Expected a float. Got value: fast",
+        ),
         (["pretrain", "--config", "ok.yaml", "--optim.lr", "-1"], "optim.lr: -1.0 is not above 0"),
         (["pretrain", "--config", "broken.yaml"], "while parsing"),
         (["pretrain"], "out"),
@@ -46,9 +49,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     phase = "- {name: p, tokens: 8192, mixture: {wiki: 1.0}}"
     (tmp_path / "ok.yaml").write_text(f"out: o\ntokenizer: t\nphases:\n{phase}\n")
-    (tmp_path / "typo.yaml").write_text(f"out: o\ntokenizer: t\noptim: {{warmup_step: 3}}\nphases:\n{phase}\n")
-    (tmp_path / "list.yaml").write_text("out: o\ntokenizer: t\nphases:\n- {name: p, tokens: 8192, mixtur: {w: 1.0}}\n")
-    (tmp_path / "type.yaml").write_text("out: o\ntokenizer: t\nphases:\n- {name: p, tokens: many, mixture: {w: 1.0}}\n")
+    (tmp_path / "typo.yaml").write_text(
+        f"out: o\ntokenizer: t\noptim: {{warmup_step: 3}}\nphases:\n{phase}\n"
+    )
+    (tmp_path / "list.yaml").write_text(
+        "out: o\ntokenizer: t\nphases:\n- {name: p, tokens: 8192, mixtur: {w: 1.0}}\n"
+    )
+    (tmp_path / "type.yaml").write_text(
+        "out: o\ntokenizer: t\nphases:\n- {name: p, tokens: many, mixture: {w: 1.0}}\n"
+    )
     (tmp_path / "broken.yaml").write_text("out: [\n")
     before = sorted(os.listdir(tmp_path))
     assert cli.main(words) == 2
@@ -62,7 +71,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatc
 
 def test_overrides_win_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("out: o\ntokenizer: t\nphases: [{name: p, tokens: 8192, mixture: {w: 1.0}}]\noptim: {lr: 1e-3}\n")
+    path.write_text(
+        "out: o\ntokenizer: t\nphases: [{name: p, tokens: 8192, mixture: {w: 1.0}}]\noptim: {lr: 1e-3}\n"
+    )
     config, plan = cli.parse_config("pretrain", ["--config", str(path), "--optim.clip", "0.5", "--plan"])
     assert (config.optim.lr, config.optim.clip, config.phases[0].name, plan) == (1e-3, 0.5, "p", True)
 

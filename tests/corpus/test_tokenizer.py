@@ -51,7 +51,11 @@ def test_any_text_comes_back_whole(tokenizer, text):
 def test_digits_stand_alone_and_whitespace_is_kept(tokenizer):
     tokens = tokenizer.convert_ids_to_tokens(encode_text(tokenizer, "1234 mg\n\n\tdaily"))
     assert tokens[:4] == ["1", "2", "3", "4"]
-    assert not any(len(token) > 1 and any(c.isdigit() for c in token) for token in tokenizer.get_vocab() if "<" not in token)
+    assert not any(
+        len(token) > 1 and any(c.isdigit() for c in token)
+        for token in tokenizer.get_vocab()
+        if "<" not in token
+    )
 
 
 def test_markers_written_in_text_are_text(tokenizer):
@@ -104,7 +108,9 @@ def write_corpus(path, rows):
 
     path.mkdir()
     parquet.write_table(pa.Table.from_pylist(rows), path / "documents.parquet")
-    sources = {"wiki": {"group": "general", "documents": len(rows), "characters": sum(len(r["text"]) for r in rows)}}
+    sources = {
+        "wiki": {"group": "general", "documents": len(rows), "characters": sum(len(r["text"]) for r in rows)}
+    }
     (path / "sources.json").write_text(json.dumps(sources))
 
 

@@ -57,10 +57,3 @@ def inputs(tmp_path_factory):
         parents=[],
     )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def plain_numerics():
-    """Undoes what a stage may have set for the whole process: Hypothesis needs subnormal numbers."""
-    torch.set_flush_denormal(False)
-    torch.use_deterministic_algorithms(False)

@@ -73,10 +73,3 @@ def family(tmp_path):
     folders = [write_folder(tmp_path / "base", base)]
     folders += [write_folder(tmp_path / f"expert{t}", s, shards=1 + t % 2) for t, s in enumerate(experts)]
     return folders
-
-
-@pytest.fixture(autouse=True)
-def plain_numerics():
-    """Undoes what a stage may have set for the whole process: Hypothesis needs subnormal numbers."""
-    torch.set_flush_denormal(False)
-    torch.use_deterministic_algorithms(False)

@@ -36,7 +36,9 @@ def batches(step):
 
 def make_trainer(out, **guard):
     out.mkdir(exist_ok=True)
-    return Trainer(tiny(), OptimConfig(lr=1e-2, warmup_steps=3), GuardConfig(**guard), out, checkpoint_seconds=1e9)
+    return Trainer(
+        tiny(), OptimConfig(lr=1e-2, warmup_steps=3), GuardConfig(**guard), out, checkpoint_seconds=1e9
+    )
 
 
 def train(trainer, last):

@@ -30,12 +30,12 @@ def test_best_fit_places_each_piece_once_within_capacity(lengths):
 
 
 @given(st.integers(1, 500), st.integers(1, 64))
-def test_cut_covers_the_document_in_even_pieces(length, context):
+def test_cut_covers_the_document_in_full_pieces_and_a_rest(length, context):
     pieces = cut("s", 0, length, context)
-    assert [p.start for p in pieces] == [0, *np.cumsum([p.length for p in pieces])[:-1]]
+    assert [p.start for p in pieces] == list(range(0, length, context))
     assert sum(p.length for p in pieces) == length
-    assert max(p.length for p in pieces) <= context
-    assert max(p.length for p in pieces) - min(p.length for p in pieces) <= 1
+    assert all(p.length == context for p in pieces[:-1])
+    assert 1 <= pieces[-1].length <= context
 
 
 def test_draw_reads_every_document_once_before_any_twice():

@@ -110,7 +110,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(trained, tmp_path, tokenize
     kills = 0
     for target in (0, 5, 18, total - 1):
         process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(values)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", code, json.dumps(values)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         process.stdout.readline()
         metrics = out / "metrics.jsonl"

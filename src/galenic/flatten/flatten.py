@@ -26,7 +26,7 @@ from galenic.flatten.text import (
     summed_loss,
 )
 from galenic.model import BaichuanM1ForCausalLM, load, save
-from galenic.runtime import Plan, human, progress, read_json, torch_setup, write_json
+from galenic.runtime import Plan, folder_name, human, progress, read_json, torch_setup, write_json
 
 PROBATION_ROWS = 8
 """Rows of training text on which every layer's own change of the loss is measured."""
@@ -121,7 +121,7 @@ def run(config: FlattenConfig) -> None:
         Path(config.out) / "model",
         tokenizer=config.model,
         provenance=provenance,
-        parents=[config.model],
+        parents=[folder_name(config.model)],
     )
     write_json(Path(config.out) / "flatten.json", result)
 

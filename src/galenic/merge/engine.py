@@ -15,7 +15,7 @@ from galenic.merge.config import MergeConfig
 from galenic.merge.io import TensorInfo, Weights
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
 from galenic.merge.statistics import float_names, gram_matrices, grid, total, trim_thresholds
-from galenic.runtime import Bar, UserError
+from galenic.runtime import Bar, UserError, folder_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def measure(
         coefficients = [weight / sum(coefficients) for weight in coefficients]
     summary: dict[str, Any] = {
         "method": method,
-        "base": config.base_model,
+        "base": folder_name(config.base_model),
         "experts": names,
         "norms": dict(zip(names, matrix.diagonal().sqrt().tolist(), strict=True)),
         "cosines": cosines(matrix),

@@ -10,7 +10,7 @@ import yaml
 
 from galenic import __version__
 from galenic.merge.config import MergeConfig, folder_label
-from galenic.runtime import UserError, read_json
+from galenic.runtime import UserError, folder_name, read_json
 
 COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 """Endings of the files that belong to a model and are copied from the base."""
@@ -135,11 +135,12 @@ def recipe_yaml(config: MergeConfig) -> str:
     for model, weight, density in zip(config.models, config.weights(), config.densities(), strict=True):
         numbers = {key: value for key, value in (("weight", weight), ("density", density)) if key in keys}
         rows.append(
-            {"model": model.model, "name": model.label()} | ({"parameters": numbers} if numbers else {})
+            {"model": folder_name(model.model), "name": model.label()}
+            | ({"parameters": numbers} if numbers else {})
         )
     recipe: dict[str, Any] = {
         "merge_method": config.merge_method,
-        "base_model": config.base_model,
+        "base_model": folder_name(config.base_model),
         "models": rows,
     }
     if config.dtype:
@@ -151,7 +152,7 @@ def recipe_yaml(config: MergeConfig) -> str:
 
 def parents(config: MergeConfig) -> list[str]:
     """Returns the models a merge comes from, base first."""
-    return [config.base_model, *(model.model for model in config.models)]
+    return [folder_name(path) for path in (config.base_model, *(model.model for model in config.models))]
 
 
 def _card(config: MergeConfig, recipe: str, summary: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,12 +56,10 @@ def _hash(text: str) -> int:
 
 
 def cut(source: str, document: int, length: int, context: int) -> list[Piece]:
-    """Cuts a document into pieces of at most `context` tokens, as equal as can be."""
-    count = -(-length // context)
-    edges = [length * i // count for i in range(count + 1)]
+    """Cuts a document into pieces of `context` tokens and a rest: full pieces fill rows without padding."""
     return [
-        Piece(source=source, document=document, start=start, length=end - start)
-        for start, end in pairwise(edges)
+        Piece(source=source, document=document, start=start, length=min(context, length - start))
+        for start in range(0, length, context)
     ]
 
 
