@@ -253,8 +253,9 @@ def progress(total: float, label: str, unit: str = "it") -> Iterator[Bar]:
 
         class RichBar:
             def update(self, n: float = 1, note: str = "") -> None:
-                fields = {"note": note} if note else {}
-                rich_progress.update(task, advance=n, **fields)
+                rich_progress.update(task, advance=n)
+                if note:
+                    rich_progress.update(task, note=note)
 
         yield RichBar()
 
@@ -268,11 +269,12 @@ def torch_setup(seed: int) -> None:
     Denormals are flushed: they arise in optimizer moments and slow CPU kernels by an order of magnitude.
     """
     import torch
+    import torch.utils.deterministic as determinism
 
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory cost 4.5% of a training step and guards against code that reads it before writing.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(determinism, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module, unknown to types)
     torch.set_flush_denormal(True)
 
 

@@ -136,7 +136,7 @@ def test_the_verb_writes_shards_that_read_back(tmp_path):
         assert tokenizer.decode(ids[1:-1]) == row["text"]
         assert shard.bytes[index] == len(row["text"].encode())
         assert shard.weights[index] == row["weight"]
-    with pytest.raises(UserError, match="'wikl' is not a source .*did you mean 'wiki'"):
+    with pytest.raises(UserError, match=r"'wikl' is not a source .*did you mean 'wiki'"):
         read_shard(tmp_path / "out", "wikl", "train")
     offsets = tmp_path / "out" / "tokens" / "wiki.train.offsets.npy"
     np.save(offsets, np.array([0, 5], dtype=np.int64))

@@ -104,7 +104,8 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(trained, tmp_path, tokenize
     code = (
         "import json, sys, torch\ntorch.set_num_threads(1)\nfrom galenic.cli import parse_config\n"
         "from galenic.pretrain import pretrain\n"
-        "config, _ = parse_config('pretrain', json.loads(sys.argv[1]))\nprint('ready', flush=True)\npretrain.run(config)\n"
+        "config, _ = parse_config('pretrain', json.loads(sys.argv[1]))\n"
+        "print('ready', flush=True)\npretrain.run(config)\n"
     )
     total = len(rows(trained, "train"))
     kills = 0

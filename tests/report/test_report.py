@@ -278,9 +278,10 @@ def test_config_refuses_nothing_to_report():
         ReportConfig(out="x", title=" ", corpus="y")
 
 
-def flat(before, after, errors=(1.0, 1.0), heldout=(3.0, 3.0), **trace):
+def flat(before, after, errors=(1.0, 1.0), heldout=(3.0, 3.0), probes=8, **trace):
     estimates = [
-        {"mean": m, "standard_error": e, "probes": 8} for m, e in zip((before, after), errors, strict=True)
+        {"mean": m, "standard_error": e, "probes": probes}
+        for m, e in zip((before, after), errors, strict=True)
     ]
     return {
         "trace": {"before": estimates[0], "after": estimates[1], **trace},
@@ -295,6 +296,11 @@ def test_verdict_claims_no_more_than_the_errors_allow():
     assert "raised the trace of the Hessian by 10.0%" in verdict(flat(100.0, 110.0))
     assert "no more than its sampling error" in verdict(flat(100.0, 98.0))
     assert "went up by 0.0100 to 3.010" in verdict(flat(100.0, 90.0, heldout=(3.0, 3.01)))
+    # two probes say little: t is 12.7 with one degree of freedom, 2.36 with seven
+    assert "no more than its sampling error" in verdict(flat(100.0, 90.0, probes=2))
+    assert "no more than its sampling error" in verdict(flat(100.0, 90.0, probes=1))
+    assert "no more than its sampling error" in verdict(flat(100.0, 96.7))
+    assert "lowered" in verdict(flat(100.0, 96.6))
     paired = {"mean": -2.0, "standard_error": 0.1, "probes": 8}
     assert "lowered the trace of the Hessian by 2.0%" in verdict(flat(100.0, 98.0, difference=paired))
     assert "no more than its sampling error" in verdict(flat(100.0, 50.0, errors=(float("nan"), 1.0)))

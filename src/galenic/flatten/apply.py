@@ -38,10 +38,14 @@ def shift(
         UserError: the base lacks a layer, or shapes do not fit.
     """
     shifts = propose(model, statistics, output_budget, base)
-    modules = dict(model.named_modules())
     for name, proposal in shifts.items():
-        modules[name].weight.copy_(proposal.weight)
+        weight_of(model, name).copy_(proposal.weight)
     return shifts
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """Returns the weight (outputs, inputs) of a layer by its dotted name."""
+    return model.get_parameter(f"{name}.weight")
 
 
 def propose(
@@ -50,7 +54,7 @@ def propose(
     """Computes the shifts of all layers without touching the model; see `shift`."""
     spectra: dict[str, Spectrum] = {}
     proposals = {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         if name not in statistics.owner:
             continue
         if base is not None and name not in base:
@@ -59,7 +63,7 @@ def propose(
         if owner not in spectra:
             spectra[owner] = spectrum(statistics.grams[owner])
         proposals[name] = shift_weight(
-            module.weight,
+            weight_of(model, name),
             spectra[owner],
             output_budget=output_budget,
             base=base[name] if base is not None else None,
@@ -86,7 +90,7 @@ def output_changes(
     sums = {name: [0.0, 0.0] for name in shifts}
     modules = dict(model.named_modules())
     masks = Statistics()
-    differences = {name: s.weight.double() - modules[name].weight.double() for name, s in shifts.items()}
+    differences = {name: s.weight.double() - weight_of(model, name).double() for name, s in shifts.items()}
 
     def watch(name: str, module: Any, inputs: Tensor, outputs: Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from galenic.flatten.apply import output_changes, propose
+from galenic.flatten.apply import output_changes, propose, weight_of
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.curvature import TraceEstimate, hessian_trace, standard_error
 from galenic.flatten.shifts import Shift
@@ -177,17 +177,17 @@ def _shift_on_probation(
     budget: float,
 ) -> list[dict[str, Any]]:
     """Shifts layer after layer; one that moves the loss by more than the budget goes back. Returns the report rows."""
-    modules = dict(model.named_modules())
     rows = []
     loss = mean_loss(model, batches)
     with progress(len(shifts), "shifting", "layers") as bar:
         for name, proposal in shifts.items():
-            original = modules[name].weight.clone()
-            modules[name].weight.copy_(proposal.weight)
+            weight = weight_of(model, name)
+            original = weight.clone()
+            weight.copy_(proposal.weight)
             change = 0.0 if proposal.noop else mean_loss(model, batches) - loss
             back = not abs(change) <= budget  # NaN goes back too
             if back:
-                modules[name].weight.copy_(original)
+                weight.copy_(original)
             else:
                 loss += change
             rows.append(

@@ -44,7 +44,7 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and convolution taps are spared."""
+    """Decoupled weight decay of the layers' matrices; norms, convolution taps, embedding and head are spared."""
     clip: float = 1.0
     """Largest global gradient norm."""
 

@@ -42,9 +42,16 @@ def cosine_decay(progress: float, *, start: float, end: float) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only; norms (1-D) and convolution taps (5-D) are spared."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim != 2]
+    """AdamW with weight decay on the layers' matrices; norms, convolution taps, embedding and head are spared.
+
+    Only the direction of a NormHead row counts: decay would shrink the rows of rare words and so raise their
+    gradients without end.
+    """
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim != 2 or "embed_tokens" in name or "lm_head" in name
+            (others if spared else matrices).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},

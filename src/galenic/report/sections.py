@@ -182,5 +182,6 @@ def timings(run: Run) -> dict[str, Any] | None:
         "rows": rows,
         "keys": keys,
         "total": spell(total),
+        "rounded": f"{round(total / 60)} min" if total >= 120 else spell(total),
         "finished": sum(r["state"] == "done" for r in rows),
     }

@@ -32,7 +32,9 @@ def tiles(run: Run, content: Content) -> list[tuple[str, str, str]]:
         before, after = flat["trace"]["before"]["mean"], flat["trace"]["after"]["mean"]
         found.append(("Hessian trace", f"{after:.4g}", f"before flattening {before:.4g}"))
     if times := content["timings"]:
-        found.append(("time", times["total"], f"{times['finished']} of {len(times['rows'])} steps finished"))
+        found.append(
+            ("time", times["rounded"], f"{times['finished']} of {len(times['rows'])} steps finished")
+        )
     return found
 
 

@@ -83,6 +83,31 @@ def flattening(run: Run) -> dict[str, Any] | None:
     }
 
 
+# 97.5% quantiles of Student's t by degrees of freedom: a standard error from few probes is itself uncertain.
+_STUDENT = {
+    1: 12.71,
+    2: 4.30,
+    3: 3.18,
+    4: 2.78,
+    5: 2.57,
+    6: 2.45,
+    7: 2.36,
+    9: 2.26,
+    12: 2.18,
+    20: 2.09,
+    40: 2.02,
+    120: 1.98,
+}
+
+
+def half_width(estimate: dict[str, Any]) -> float:
+    """Returns half the width of an estimate's 95% interval, not a number where one probe tells nothing of the error."""
+    freedom = estimate["probes"] - 1
+    if freedom < 1:
+        return float("nan")
+    return _STUDENT[max(known for known in _STUDENT if known <= freedom)] * estimate["standard_error"]
+
+
 def verdict(data: dict[str, Any]) -> str:
     """Says in one sentence what the flattening did, and claims no more than the standard errors allow."""
     old, new = data["loss"]["heldout"]
@@ -99,10 +124,10 @@ def _curvature(trace: dict[str, Any] | None) -> str:
         return "left the curvature unmeasured"
     before, after = trace["before"], trace["after"]
     change = after["mean"] - before["mean"]
-    error = (before["standard_error"] ** 2 + after["standard_error"] ** 2) ** 0.5
+    half = (half_width(before) ** 2 + half_width(after) ** 2) ** 0.5
     if "difference" in trace:  # the same probes before and after
-        change, error = trace["difference"]["mean"], trace["difference"]["standard_error"]
-    if not abs(change) > 1.96 * error:
+        change, half = trace["difference"]["mean"], half_width(trace["difference"])
+    if not abs(change) > half:
         return "changed the trace of the Hessian by no more than its sampling error"
     share = f"by {100 * abs(change / before['mean']):.1f}%" if before["mean"] else f"by {abs(change):.3g}"
     return f"{'lowered' if change < 0 else 'raised'} the trace of the Hessian {share}"
