@@ -115,9 +115,10 @@ def write_corpus(path, rows):
 
 
 def test_the_verb_writes_shards_that_read_back(tmp_path):
+    texts = [*TEXTS[:9], "The marker </s> ends a document, <C_A> opens an answer."]
     rows = [
         {"text": text, "source": "wiki", "split": "heldout" if i % 5 == 0 else "train", "weight": 1.0 + i}
-        for i, text in enumerate(TEXTS[:10])
+        for i, text in enumerate(texts)
     ]
     write_corpus(tmp_path / "corpus", rows)
     config = TokenizerConfig(out=str(tmp_path / "out"), corpus=str(tmp_path / "corpus"), vocab_size=512)
@@ -133,6 +134,7 @@ def test_the_verb_writes_shards_that_read_back(tmp_path):
     for index, row in enumerate(kept):
         ids = shard.document(index)
         assert (ids[0], ids[-1]) == (1, 2)
+        assert ids[1:-1].min() > 9  # markers in the text are text
         assert tokenizer.decode(ids[1:-1]) == row["text"]
         assert shard.bytes[index] == len(row["text"].encode())
         assert shard.weights[index] == row["weight"]

@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus.chat_format import encode_conversation, encode_text
-from galenic.evaluate.multiple_choice import PromptFormat, best, option_log_probs, scores, tokenize
+from galenic.evaluate.multiple_choice import (
+    PromptFormat,
+    best,
+    most_shared_words,
+    option_log_probs,
+    scores,
+    tokenize,
+)
 from galenic.runtime import UserError
 
 OPTIONS = ["a disease of the airways", "fever", "心脏", "Question: drug 12"]
@@ -99,3 +106,9 @@ def test_scores_and_ties():
     assert found == {"total": [-6.0, -4.0], "per_byte": [-6 / 7, -2.0], "pmi": [-1.0, -3.0]}
     assert [best(values) for values in found.values()] == [1, 0, 0]
     assert best([1.0, 2.0, 2.0]) == 1
+
+
+def test_most_shared_words_counts_distinct_whole_words():
+    options = ["lung lung lung", "Lungs", "acute LUNG injury", "fever"]
+    assert most_shared_words("Which injury of the lung is acute?", options) == 2
+    assert most_shared_words("Nothing in common", options) == 0

@@ -5,6 +5,7 @@ above a coverage get an entry, the rest is spelled in bytes.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,7 @@ def run(config: TokenizerConfig) -> None:
         max_characters=config.max_characters,
     )
     save_tokenizer(tokenizer, out, config.system_prompt)
+    tokenizer.encode_special_tokens = True  # a marker written in a document is text
 
     # ---- encode
     with atomic_path(out / "tokens") as folder:
@@ -165,7 +167,7 @@ def train_bpe(texts: list[str], *, vocab_size: int, character_coverage: float, m
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         special_tokens=[*SPECIAL_TOKENS, *BYTES],
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     # The trainer marks the 256 bytes as special too; then the text "<0x41>" would be read as a byte.

@@ -15,6 +15,7 @@ from galenic.runtime import (
     Bar,
     Plan,
     UserError,
+    folder_name,
     human,
     progress,
     read_json,
@@ -165,7 +166,7 @@ def _evaluate(
     }
     rows, accuracy = _answer(config, model, material, context, bar, name)
     numbers = {
-        "path": path,
+        "path": folder_name(path),
         "group": config.groups.get(name, "other"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bits_per_byte": heldout,
@@ -261,9 +262,18 @@ def _results(config: EvaluateConfig, material: _Material, items: Path) -> dict[s
     return {
         "models": models,
         "experts": config.experts,
+        "shared_words": {kind: _shared_words(rows) for kind, rows in material.questions.items()},
         "shown": _shown(config, material.questions, items),
         "protocol": _protocol(config, material),
     }
+
+
+def _shared_words(rows: list[dict[str, Any]]) -> float:
+    """Accuracy of picking the option that shares most words with the question."""
+    right = [
+        multiple_choice.most_shared_words(row["question"], row["options"]) == row["answer"] for row in rows
+    ]
+    return sum(right) / len(right)
 
 
 def _shown(

@@ -20,6 +20,7 @@ options' own tokens are run again.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -213,3 +214,12 @@ def scores(total: Sequence[float], bare: Sequence[float], options: Sequence[str]
 def best(scores: Sequence[float]) -> int:
     """Returns the index of the highest score, the first of equals."""
     return int(np.argmax(scores))
+
+
+def most_shared_words(question: str, options: Sequence[str]) -> int:
+    """Returns the option with the most distinct words of the question in it, the first of equals.
+
+    What a reader without any knowledge could do: a model has to be held against it, not only against chance.
+    """
+    asked = set(re.findall(r"\w+", question.lower()))
+    return best([len(asked & set(re.findall(r"\w+", option.lower()))) for option in options])

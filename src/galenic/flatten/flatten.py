@@ -266,7 +266,8 @@ def _notes(
     back = [row["name"] for row in rows if row["rolled_back"]]
     if back:
         notes.append(
-            f"{len(back)} layers went back, as each moved the loss by more than {config.loss_budget:g}: "
+            f"{len(back)} layer{'s' if len(back) > 1 else ''} went back, "
+            f"having moved the loss by more than {config.loss_budget:g}: "
             f"{', '.join(back)}."
         )
     for split, text in (("train", "training"), ("heldout", "held-out")):

@@ -42,6 +42,7 @@ def evaluation(run: Run) -> dict[str, Any] | None:
         else 0,
         "kinds": [_kind(models, kind) for kind in kinds],
         "averages": _averages(models),
+        "shared_words": results.get("shared_words", {}),
         "best": {kind: max(model["accuracy"][kind]["value"] for model in models.values()) for kind in kinds},
         "best_average": max((m["normalised_average"] or 0 for m in models.values()), default=0),
         "experts": results["experts"],
