@@ -77,3 +77,11 @@ def test_plain_progress_prints_lines_with_time_left(capsys, monkeypatch):
         bar.update(25)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["  label:  50% 50/100 docs, 0:11 left; note", "  label: 75 docs in 0:22; note"]
+
+
+def test_folders_are_named_without_their_place(tmp_path):
+    (tmp_path / "30-pretrain" / "phase-1").mkdir(parents=True)
+    (tmp_path / "41-sft" / "model").mkdir(parents=True)
+    assert runtime.folder_name(str(tmp_path / "30-pretrain" / "phase-1")) == "30-pretrain/phase-1"
+    assert runtime.folder_name(str(tmp_path / "41-sft" / "model")) == "41-sft"
+    assert runtime.folder_name("org/model-on-the-hub") == "org/model-on-the-hub"

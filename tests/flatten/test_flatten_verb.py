@@ -71,7 +71,9 @@ def test_the_saved_model_is_the_measured_one(inputs, ridge):
         assert float(modules[layer["name"]].weight.detach().norm()) == pytest.approx(
             layer["norm_after"], rel=1e-6
         )
-    assert str(inputs / "model") in (ridge / "model/README.md").read_text()
+    card = (ridge / "model/README.md").read_text()
+    assert f'base_model: ["{inputs.name}"]' in card
+    assert str(inputs) not in card  # nobody's folders are told
 
 
 def test_a_run_again_gives_the_same_bytes(inputs, ridge):

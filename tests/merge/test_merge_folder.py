@@ -64,8 +64,12 @@ def test_the_output_is_a_whole_model_folder(family, tmp_path):
     ]
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     card = (out / "README.md").read_text()
+    assert str(tmp_path) not in card  # nobody's folders are told
     front = yaml.safe_load(card.split("---\n")[1])
-    assert front["base_model"] == [str(f) for f in family] and front["license"] == "apache-2.0"
+    assert (
+        front["base_model"] == [f"{f.parent.name}/{f.name}" for f in family]
+        and front["license"] == "apache-2.0"
+    )
     fenced = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert fenced["merge_method"] == "metagpt" and "parameters" not in fenced["models"][0]
     assert json.loads((out / "galenic.json").read_text())["parents"] == [str(f) for f in family]
@@ -88,7 +92,11 @@ def test_merge_json_tells_norms_cosines_and_coefficients(family, states, tmp_pat
     assert summary["effective_models"] == pytest.approx(
         1 / sum(c**2 for c in summary["coefficients"].values())
     )
-    assert summary["method"] == "metagpt" and summary["base"] == str(family[0]) and summary["warnings"] == []
+    assert (
+        summary["method"] == "metagpt"
+        and summary["base"] == f"{tmp_path.name}/base"
+        and summary["warnings"] == []
+    )
 
 
 def test_a_dominant_expert_is_warned_of(states, write, tmp_path):
