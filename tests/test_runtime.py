@@ -83,5 +83,5 @@ def test_folders_are_named_without_their_place(tmp_path):
     (tmp_path / "30-pretrain" / "phase-1").mkdir(parents=True)
     (tmp_path / "41-sft" / "model").mkdir(parents=True)
     assert runtime.folder_name(str(tmp_path / "30-pretrain" / "phase-1")) == "30-pretrain/phase-1"
-    assert runtime.folder_name(str(tmp_path / "41-sft" / "model")) == "41-sft"
+    assert runtime.folder_name(str(tmp_path / "41-sft" / "model")) == "41-sft/model"
     assert runtime.folder_name("org/model-on-the-hub") == "org/model-on-the-hub"

@@ -294,11 +294,9 @@ def device() -> str:
 
 
 def folder_name(path: str) -> str:
-    """Names a folder without telling where on this machine it lies: `run/30-pretrain/phase-1` -> `30-pretrain/phase-1`.
+    """Names a folder without telling where on this machine it lies: its last two parts.
 
-    What is no folder here (a Hub id) is returned as it is; a last part `model` is left out.
+    They are a path from the run folder: `/home/me/run/41-sft/model` -> `41-sft/model`. What is no folder here (a
+    Hub id) is returned as it is.
     """
-    if not Path(path).is_dir():
-        return path
-    parts = Path(path).resolve().parts
-    return parts[-2] if parts[-1] == "model" else "/".join(parts[-2:])
+    return "/".join(Path(path).resolve().parts[-2:]) if Path(path).is_dir() else path

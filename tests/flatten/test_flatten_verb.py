@@ -72,7 +72,7 @@ def test_the_saved_model_is_the_measured_one(inputs, ridge):
             layer["norm_after"], rel=1e-6
         )
     card = (ridge / "model/README.md").read_text()
-    assert f'base_model: ["{inputs.name}"]' in card
+    assert f'base_model: ["{inputs.name}/model"]' in card
     assert str(inputs) not in card  # nobody's folders are told
 
 
