@@ -45,7 +45,7 @@ lint: env
 	$(BIN)/ruff format --check src tests
 
 types: env
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 check: lint types
 
