@@ -191,3 +191,8 @@ def test_a_done_recipe_needs_no_heavy_import(recipe):
         "assert not {'torch', 'transformers', 'daft'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_recipe_path_outside_a_build_is_explained(recipe, tmp_path, capsys):
+    assert cli.main(["upper", "--out", str(tmp_path / "x"), "--source", "RUN/10-upper"]) == 2
+    assert "RUN/ is the run folder of `galenic build`" in capsys.readouterr().err

@@ -164,7 +164,12 @@ def input_digest(path: Path, run_dir: Path | None) -> str:
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         return _hash([[str(file.relative_to(path)), _file_digest(file)] for file in files])
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        hint = (
+            "; RUN/ is the run folder of `galenic build`, here a real path is needed"
+            if path.parts[0] == "RUN"
+            else ""
+        )
+        raise UserError(f"{path}: no such file or folder{hint}")
     return _file_digest(path)
 
 
