@@ -165,7 +165,7 @@ def input_digest(path: Path, run_dir: Path | None) -> str:
         return _hash([[str(file.relative_to(path)), _file_digest(file)] for file in files])
     if not path.exists():
         hint = (
-            "; RUN/ is the run folder of `galenic build`, here a real path is needed"
+            "; RUN/ is the run folder of `galenic build`, give a real path here"
             if path.parts[0] == "RUN"
             else ""
         )
