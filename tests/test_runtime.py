@@ -66,6 +66,7 @@ def test_nearest_and_human():
     assert nearest("pretran", ["pretrain", "merge"]) == " (did you mean 'pretrain'?)"
     assert nearest("zzz", ["pretrain"]) == ""
     assert [human(n) for n in (3, 1234, 14_470_764_320)] == ["3", "1.23k", "14.5B"]
+    assert [runtime.human_bytes(n) for n in (97_600_000, 2_160_000_000)] == ["97.6MB", "2.16GB"]
     assert [runtime.duration(s) for s in (5, 75, 3675)] == ["0:05", "1:15", "1:01:15"]
 
 

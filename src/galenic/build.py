@@ -34,7 +34,7 @@ from galenic.runtime import (
     UserError,
     atomic_path,
     duration,
-    human,
+    human_bytes,
     nearest,
     peak_memory_bytes,
     read_json,
@@ -298,7 +298,7 @@ def build(recipe: Path, run_dir: Path) -> None:
             print(f"{title}: done in {duration(time.monotonic() - step_started)}", flush=True)
     print(
         f"built {run_dir} in {duration(time.monotonic() - started)}, "
-        f"peak memory {human(peak_memory_bytes())}B",
+        f"peak memory {human_bytes(peak_memory_bytes())}",
         flush=True,
     )
     for step in steps:

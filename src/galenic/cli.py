@@ -7,6 +7,7 @@ steps of a recipe folder. A user's mistake is one line on stderr and exit code 2
 import dataclasses
 import errno
 import importlib
+import io
 import re
 import sys
 import typing
@@ -204,7 +205,7 @@ def _run(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0 done, 2 a mistake the user can mend."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, typing.TextIO | object) and hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         return _run(sys.argv[1:] if argv is None else argv)

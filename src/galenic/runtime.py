@@ -56,6 +56,11 @@ def human(number: float) -> str:
     return f"{number:.3g}"
 
 
+def human_bytes(number: float) -> str:
+    """Formats bytes for the console: 2160000000 -> '2.16GB'."""
+    return human(number).replace("B", "G") + "B"
+
+
 def duration(seconds: float) -> str:
     """Formats a duration: 75 -> '1:15', 3675 -> '1:01:15'."""
     minutes, rest = divmod(round(seconds), 60)

@@ -17,6 +17,7 @@ from galenic.runtime import (
     UserError,
     folder_name,
     human,
+    human_bytes,
     progress,
     read_json,
     read_jsonl,
@@ -45,7 +46,7 @@ def plan(config: EvaluateConfig) -> Plan:
     weights = [_weights(name, path) for name, path in config.models.items()]
     count = sum(len(rows) for rows in questions.values())
     facts = {
-        "models": f"{len(config.models)} ({human(sum(f.stat().st_size for w in weights for f in w))}B of weights)",
+        "models": f"{len(config.models)} ({human_bytes(sum(f.stat().st_size for w in weights for f in w))} of weights)",
         "held-out text": f"about {human(heldout)} tokens of {len(sources)} sources, each model",
         "questions": ", ".join(f"{len(rows)} {kind}" for kind, rows in questions.items()) or "none",
         "conversations": ", ".join(f"{len(rows)} {name}" for name, rows in conversations.items()) or "none",

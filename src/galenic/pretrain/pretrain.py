@@ -5,14 +5,22 @@ state, warm-up then constant learning rate, cosine decay, longer context and a l
 AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from galenic.corpus.chat_format import BOS, EOS, PAD
 from galenic.corpus.shards import Shard, read_meta, read_shard
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
-from galenic.runtime import Plan, UserError, append_jsonl, human, progress, torch_setup
+from galenic.runtime import (
+    Plan,
+    UserError,
+    append_jsonl,
+    human,
+    human_bytes,
+    progress,
+    sha256_file,
+    torch_setup,
+)
 
 # ---------------------------------------------------------------------------- plan
 
@@ -31,7 +39,7 @@ def plan(config: PretrainConfig) -> Plan:
         "parameters": f"{human(total)} ({human(matmul)} in matrix products)",
         "tokens": human(tokens),
         "FLOPs": f"{human(6 * matmul * tokens)} (6 x parameters x tokens)",
-        "state": f"{human(16 * total)}B (weights, gradients, two moments in float32)",
+        "state": f"{human_bytes(16 * total)} (weights, gradients, two moments in float32)",
     }
     for phase in config.phases:
         steps = phase.tokens // (phase.context * phase.rows)
@@ -191,12 +199,8 @@ def run(config: PretrainConfig) -> None:
                 "phase": phase.name,
                 "tokens": trainer.tokens,
                 "steps": trainer.step,
-                "data": _digest(Path(config.tokenizer) / "tokens" / "meta.json"),
+                "data": sha256_file(Path(config.tokenizer) / "tokens" / "meta.json"),
             }
             save(model, out / phase.name, tokenizer=config.tokenizer, provenance=provenance)
         first = last
     trainer.finish()
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
