@@ -29,7 +29,7 @@ def base(tmp_path_factory, tokenizer_step):
             num_swa_key_value_heads=1,
             sliding_window=8,
             sliding_window_layers=[1],
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=3,
@@ -130,3 +130,8 @@ def test_a_bad_line_is_named(base, tmp_path, conversations, line, says):
 def test_nothing_that_fits_is_refused(base, tmp_path, conversations):
     with pytest.raises(UserError, match="no conversation fits 16 tokens"):
         sft.run(make_config(tmp_path / "x", base, conversations, context=16))
+
+
+def test_a_context_beyond_the_model_is_refused(base, conversations, tmp_path):
+    with pytest.raises(UserError, match=r"context: 256 tokens, but .* was made for 128"):
+        sft.run(make_config(tmp_path / "out", base, conversations, context=256))

@@ -35,8 +35,8 @@ def _attention(rows: list[Tensor], weights: dict[str, Tensor], prefix: str, cfg,
         return packed[t][index * size : (index + 1) * size]
 
     def mixed(t: int, index: int, taps: Tensor) -> Tensor:
-        now = head(t, index) * taps[1]
-        return now + head(t - 1, index) * taps[0] if t > 0 else now
+        seen = range(min(t, len(taps) - 1) + 1)
+        return sum((head(t - lag, index) * taps[-1 - lag] for lag in seen), torch.zeros(size).double())
 
     results = []
     for t in range(len(rows)):
@@ -44,12 +44,9 @@ def _attention(rows: list[Tensor], weights: dict[str, Tensor], prefix: str, cfg,
         first = max(0, t - cfg.sliding_window + 1) if sliding else 0
         for h in range(heads):
             g = h // (heads // kv_heads)
-            k_taps = (
-                weights[prefix + "conv_k"][0, 0, g, 0] if cfg.conv_window == 2 else torch.tensor([0.0, 1.0])
-            )
-            v_taps = (
-                weights[prefix + "conv_v"][0, 0, g, 0] if cfg.conv_window == 2 else torch.tensor([0.0, 1.0])
-            )
+            k_taps = v_taps = torch.ones(1).double()
+            if cfg.conv_window > 1:
+                k_taps, v_taps = (weights[prefix + name][0, 0, g, 0] for name in ("conv_k", "conv_v"))
             query = _rotated(head(t, h), t, cfg.rope_theta)
             scores, values = [], []
             for s in range(first, t + 1):

@@ -99,14 +99,9 @@ def answer_loss(model: Any, samples: list[Sample], context: int) -> float:
         for start in range(0, len(rows), 8):
             batch = collate([[samples[i] for i in row] for row in rows[start : start + 8]], context, PAD)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            logits = model(**batch, use_cache=False).logits[:, :-1].float()
-            targets = labels[:, 1:]
-            losses = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="sum"
-            )
-            total += float(losses)
-            count += int((targets != IGNORE).sum())
+            output = model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False)
+            total += float(output.loss)
+            count += int((batch["labels"][:, 1:] != IGNORE).sum())
     return total / count
 
 
@@ -120,6 +115,11 @@ def run(config: SftConfig) -> None:
     if (out / "model").exists():
         return
     model, tokenizer = load(config.model), load_tokenizer(config.model)
+    if config.context > model.config.max_position_embeddings:
+        raise UserError(
+            f"context: {config.context} tokens, but {config.model} was made for "
+            f"{model.config.max_position_embeddings} (max_position_embeddings in its config.json)"
+        )
 
     # ---- data
     samples, too_long = encode_samples(config.conversations, tokenizer, config.context)

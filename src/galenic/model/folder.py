@@ -70,10 +70,12 @@ def load(
         The model on the CPU, in eval mode.
 
     Raises:
-        UserError: the folder, its config or a tensor is missing, damaged or of another model.
+        UserError: the folder, its config or a tensor is missing, damaged or of another model; or the tokenizer in it
+            has tokens that the model lacks.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    _refuse_other_tokenizer(folder, config)
     with torch.device("meta"):
         model = BaichuanM1ForCausalLM._from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
@@ -109,6 +111,27 @@ def _read_config(folder: Path) -> BaichuanM1Config:
         return BaichuanM1Config.from_dict(values)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from None
+
+
+def _refuse_other_tokenizer(folder: Path, config: BaichuanM1Config) -> None:
+    """Refuses a tokenizer whose tokens the model has no rows for; a model without tokenizer is fine."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    values = read_json(file)
+    try:
+        vocabulary = values["model"]["vocab"]
+        listed = not isinstance(vocabulary, dict)  # Unigram: [[token, score], ...]; the others: {token: id}
+        ids = {token: i for i, (token, *_) in enumerate(vocabulary)} if listed else dict(vocabulary)
+        ids |= {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+        token = max(ids, key=lambda name: ids[name], default=None)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: not a usable tokenizer (no vocabulary in it)") from None
+    if token is not None and ids[token] >= config.vocab_size:
+        raise UserError(
+            f"{file}: token {token!r} has id {ids[token]}, but config.json says vocab_size={config.vocab_size}: "
+            "the tokenizer belongs to another model"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The Galenic Authors. Licensed under the Apache License, Version 2.0.
-"""The Baichuan-M1 network: a decoder whose keys and values pass a two-tap convolution before attention.
+"""The Baichuan-M1 network: a decoder whose keys and values pass a short convolution before attention.
 
 This one file is copied into every model folder, so it imports nothing but torch and transformers.
 
@@ -60,15 +60,15 @@ class BaichuanM1Config(PreTrainedConfig):
         num_swa_key_value_heads: key/value heads of a sliding-window layer.
         sliding_window: keys a query of a sliding-window layer sees, itself included.
         sliding_window_layers: indices of the sliding-window layers; None means 1, 3, 5, ...
-        conv_window: taps of the convolution on keys and values: 2, or 1 for none (no tap parameters then).
+        conv_window: taps K of the convolution on keys and values, the current token's included: 2 in the
+            published models, 1 for none (no tap parameters then).
         hidden_act: activation of the gate; only "silu" exists.
-        max_position_embeddings: longest text the model was made for, in tokens. Nothing enforces it.
+        max_position_embeddings: longest text the model was made for, in tokens. Longer ones are refused.
         rope_theta: base of the rotary frequencies, for both kinds of layers.
         rms_norm_eps: added to the mean square in every RMSNorm.
         initializer_range: standard deviation of freshly drawn weights.
-        norm_head: True scales every row of the output head to unit length in each forward pass (NormHead);
-            False is a plain linear head.
-        use_cache: whether generation keeps keys, values and the convolution's last token.
+        norm_head: True scales every row of the output head to unit length (NormHead); False is a plain linear head.
+        use_cache: whether generation keeps keys, values and the convolution's last tokens.
 
     Raises:
         ValueError: sizes that contradict each other; the message names the field.
@@ -112,6 +112,7 @@ class BaichuanM1Config(PreTrainedConfig):
         sizes = (
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
             *("num_key_value_heads", "num_swa_attention_heads", "num_swa_key_value_heads", "sliding_window"),
+            *("conv_window", "max_position_embeddings"),
         )
         for name in sizes:
             value = getattr(self, name)
@@ -135,10 +136,6 @@ class BaichuanM1Config(PreTrainedConfig):
             raise ValueError(
                 f"sliding_window_layers must be different indices from 0 to {self.num_hidden_layers - 1} "
                 f"(num_hidden_layers - 1), got {layers}"
-            )
-        if self.conv_window not in (1, 2):
-            raise ValueError(
-                f"conv_window must be 2 (previous and current token) or 1 (off), got {self.conv_window}"
             )
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act must be 'silu', got {self.hidden_act!r}")
@@ -167,15 +164,36 @@ class Layout(NamedTuple):
     Attributes:
         position_ids: [1 or B, T] int64, position of each token in its own document.
         attention_mask: [B, past + T] bool, False on padding; None without padding.
-        starts: [B, T] bool, True on the first token of each packed document; None if a row is one document.
-        fill: [B, T] int64 in 0..T, 1 + index of the last real token at or before each one (0: none in this
-            chunk); None if the chunk holds no padding.
+        age: [B, T] int64, tokens of its own document before each token; None if a row is one document.
+        padding: how to move padding out of the convolution's way; None if this chunk holds no padding.
     """
 
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    starts: torch.Tensor | None
-    fill: torch.Tensor | None
+    age: torch.Tensor | None
+    padding: "PaddingOrder | None"
+
+
+class PaddingOrder(NamedTuple):
+    """Columns of [history of K - 1 tokens | chunk of T tokens] with padding moved to the front.
+
+    Attributes:
+        gather: [B, K - 1 + T] int64, the column that comes to each place: padding first, then the rest in order.
+        place: [B, T] int64, where each real token of the chunk went, counted from column K - 1.
+    """
+
+    gather: torch.Tensor
+    place: torch.Tensor
+
+
+def order_padding(real: torch.Tensor, history: int) -> PaddingOrder:
+    """Works out `PaddingOrder` for real tokens [B, T] (bool) after `history` earlier ones."""
+    filled = F.pad(real, (history, 0), value=True)
+    from_end = real.flip(1).cumsum(1).flip(1)  # real tokens from each one to the end
+    return PaddingOrder(
+        gather=torch.argsort(filled.to(torch.uint8), dim=1, stable=True),
+        place=real.shape[1] - from_end.clamp_min(1),
+    )
 
 
 def restarting_positions(starts: torch.Tensor) -> torch.Tensor:
@@ -222,7 +240,7 @@ def lay_out(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
-    sliding_window: int | None,
+    config: BaichuanM1Config,
 ) -> Layout:
     """Works out positions, padding and packed documents of one forward pass.
 
@@ -234,21 +252,26 @@ def lay_out(
         position_ids: [1 or B, T] or None. Without a cache and without padding, any step other than +1 starts a
             new document.
         cache: what earlier tokens left, or None.
-        sliding_window: window of the sliding layers; None if there are none.
+        config: the model's.
 
     Raises:
         ValueError: masks or positions that cannot be honoured.
     """
-    past = 0 if cache is None else cache.get_seq_length()
+    # A plain number for caches that grow, a tensor for preallocated ones.
+    past: Any = 0 if cache is None else cache.get_seq_length()
     mask = None
     if attention_mask is not None:
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise ValueError(
                 "attention_mask must be 2-D [batch, past + new tokens]; the convolution needs it so"
             )
-        if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        fits = attention_mask.shape[1] >= length
+        if isinstance(past, int):  # a preallocated cache may come with a mask for its whole length
+            fits = attention_mask.shape[1] == past + length
+        if attention_mask.shape[0] != batch or not fits:
+            after = f" after {past} in past_key_values" if isinstance(past, int) and past else ""
             raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)} for {batch} rows of {length} tokens"
+                f"attention_mask is {tuple(attention_mask.shape)} for {batch} rows of {length} tokens{after}"
             )
         mask = attention_mask.to(device=device, dtype=torch.bool)
         if not torch.compiler.is_compiling() and bool(mask.all()):
@@ -261,12 +284,21 @@ def lay_out(
             position_ids = torch.arange(length, device=device)[None] + past
         restarts = None
     else:
+        if (
+            position_ids.ndim != 2
+            or position_ids.shape[0] not in (1, batch)
+            or position_ids.shape[1] != length
+        ):
+            raise ValueError(
+                f"position_ids is {tuple(position_ids.shape)} for {batch} rows of {length} tokens"
+            )
         restarts = _restarts(position_ids.expand(batch, -1), mask)
+    _refuse_far_positions(position_ids, config.max_position_embeddings)
 
     if restarts is None:
-        starts = None
+        age = None
     elif mask is None and cache is None:
-        starts = restarts
+        age = restarting_positions(restarts)
     elif mask is not None:
         raise ValueError(
             "position_ids restart between real tokens: packed rows take no padding in attention_mask"
@@ -275,19 +307,32 @@ def lay_out(
         raise ValueError("position_ids restart: packed documents cannot be combined with past_key_values")
 
     if mask is None:
-        return Layout(position_ids, None, starts, None)
+        return Layout(position_ids, None, age, None)
     real = mask[:, -length:]
-    if sliding_window is not None and mask.shape[1] > sliding_window and not torch.compiler.is_compiling():
+    window = config.sliding_window
+    if config.sliding_window_layers and mask.shape[1] > window and not torch.compiler.is_compiling():
         inner = mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1) & ~mask
         if bool(inner.any()):
             raise ValueError(
-                f"attention_mask has padding between real tokens of a row longer than sliding_window={sliding_window}; "
-                "pad on the left"
+                f"attention_mask has padding between real tokens of a row longer than sliding_window={window}; "
+                "pad on the left, or give a mask if the text itself holds the pad token"
             )
-    fill = None
-    if torch.compiler.is_compiling() or not bool(real.all()):
-        fill = torch.cummax(torch.arange(1, length + 1, device=device) * real, dim=1).values
-    return Layout(position_ids, mask, None, fill)
+    padding = None
+    if config.conv_window > 1 and (torch.compiler.is_compiling() or not bool(real.all())):
+        padding = order_padding(real, config.conv_window - 1)
+    return Layout(position_ids, mask, None, padding)
+
+
+def _refuse_far_positions(position_ids: torch.Tensor, limit: int) -> None:
+    # On an accelerator this look would wait for the device.
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(edge) for edge in position_ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"position {low if low < 0 else high} is outside 0 to {limit - 1} (max_position_embeddings={limit}): "
+            "shorten the text, or raise config.max_position_embeddings to go beyond what the model was made for"
+        )
 
 
 def _restarts(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -343,39 +388,28 @@ def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.T
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-def convolve(
-    x: torch.Tensor, taps: torch.Tensor, history: torch.Tensor | None, starts: torch.Tensor | None
-) -> torch.Tensor:
-    """Mixes each token with the one before: y[t] = taps[h, 0] x[t-1] + taps[h, 1] x[t].
+def convolve(x: torch.Tensor, taps: torch.Tensor, age: torch.Tensor | None = None) -> torch.Tensor:
+    """Mixes each token with the K - 1 before it: y[t] = sum over j < K of taps[h, K - 1 - j] * x[t - j].
 
     Args:
-        x: [B, T, H, D].
-        taps: [H, 2], one pair per head.
-        history: [B, 1, H, D], the token before x[:, 0]; None means zero.
-        starts: [B, T] bool, tokens before which nothing counts; None means none but history's absence.
+        x: [B, K - 1 + T, H, D], the first K - 1 columns being what comes before (zeros if nothing does).
+        taps: [H, K], one row per head; the last tap is the current token's.
+        age: [B, T] int64, how many tokens before each one count; None means all.
+
+    Returns:
+        [B, T, H, D].
 
     Source: arXiv 2411.19574 section 3; the published code's `conv_k`, `conv_v`.
     """
-    before, now = taps.to(x.dtype)[..., None].unbind(1)  # [H, 1] each
-    if history is None:
-        previous = F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
-    else:
-        previous = torch.cat((history, x[:, :-1]), dim=1)
-    if starts is not None:
-        before = before * ~starts[..., None, None]
-    return torch.addcmul(x * now, previous, before)
-
-
-def carry_over_padding(x: torch.Tensor, history: torch.Tensor | None, fill: torch.Tensor) -> torch.Tensor:
-    """Replaces padding in x [B, T, H, D] by the last real token before it (zero if there is none).
-
-    Then "the previous column" of every real token is the previous real token, and so is what the cache keeps.
-    `fill` is as in `Layout`.
-    """
-    if history is None:
-        history = x.new_zeros(x.shape[0], 1, *x.shape[2:])
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    return torch.cat((history, x), dim=1)[rows, fill]
+    *before, now = taps.to(x.dtype)[..., None].unbind(1)  # [H, 1] each
+    length = x.shape[1] - len(before)
+    mixed = x[:, -length:] * now
+    for lag, tap in enumerate(reversed(before), start=1):
+        if age is not None:
+            tap = tap * (age >= lag)[..., None, None]
+        start = len(before) - lag
+        mixed = torch.addcmul(mixed, x[:, start : start + length], tap)
+    return mixed
 
 
 def eager_attention_forward(
@@ -410,6 +444,20 @@ def eager_attention_forward(
     return mixed.flatten(1, 2).transpose(1, 2), weights
 
 
+def inverse_lengths(weight: torch.Tensor) -> torch.Tensor:
+    """Returns 1 / length of every row of weight [V, C] as [V], in float32 or more."""
+    return (
+        torch.linalg.vector_norm(weight, dim=-1, dtype=at_least_float32(weight[:0]).dtype)
+        .clamp_min(1e-12)
+        .reciprocal()
+    )
+
+
+def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Turns labels [B, T] into the targets [B * T] of each position: the label of the next one, -100 at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
 def causal_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
@@ -423,13 +471,115 @@ def causal_loss(
     Returns:
         A scalar; 0 when there is no target.
     """
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(logits.device).flatten()
+    targets = shifted_targets(labels).to(logits.device)
     total = F.cross_entropy(
         at_least_float32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
     )
+    return total / _divisor(targets, num_items_in_batch)
+
+
+def _divisor(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | int:
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORED).sum().clamp_min(1)
-    return total / num_items_in_batch
+        return (targets != IGNORED).sum().clamp_min(1)
+    return num_items_in_batch
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward and gradients of `linear_cross_entropy` in one sweep over chunks of tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        unit_rows: bool,
+        chunk_elements: int,
+    ) -> torch.Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        exact = at_least_float32(hidden[:0]).dtype
+        scale = inverse_lengths(weight) if unit_rows else None
+        weight_in = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_weight else None
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        size = max(1, chunk_elements // weight.shape[0])
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            logits = F.linear(hidden[rows], weight_in).to(exact)
+            if scale is not None:
+                logits.mul_(scale)
+            counts = (targets[rows] != IGNORED).to(exact)[:, None]
+            target = targets[rows].clamp_min(0)[:, None]
+            probability = logits.softmax(-1)
+            # log(sum(exp(logits))), read off the largest probability, which cannot underflow.
+            top, at = probability.max(-1, keepdim=True)
+            log_sum = logits.gather(1, at) - top.log()
+            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            slope = probability.scatter_add_(1, target, -torch.ones_like(counts))  # d loss / d logits
+            del logits
+            if scale is not None:
+                slope.mul_(scale)
+            if torch.compiler.is_compiling():  # elsewhere the caller has dropped positions without target
+                slope.mul_(counts)
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight_in, out=grad_hidden[rows])
+            if grad_weight is not None and grad_weight.dtype == slope.dtype:
+                grad_weight.addmm_(slope.T, hidden[rows])
+            elif grad_weight is not None:
+                grad_weight += slope.T @ hidden[rows]
+        if grad_weight is not None and scale is not None:  # what would only lengthen a row does nothing
+            along = torch.linalg.vecdot(grad_weight, weight.to(exact)) * scale**2
+            grad_weight.addcmul_(weight.to(exact), along[:, None], value=-1)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
+            *(None, None, None),
+        )
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    unit_rows: bool,
+    chunk_elements: int = 2**25,
+) -> torch.Tensor:
+    """Summed cross-entropy of a linear head, without holding the logits of more than a chunk of tokens.
+
+    sum over n of log(sum over v of exp(z[n, v])) - z[n, targets[n]], z = hidden @ weight^T or, with `unit_rows`,
+    hidden @ normalize(weight)^T. Once differentiable; the gradients are computed on the way, with the slopes
+    d loss / d z = softmax(z) - onehot(targets) of a chunk dropped as soon as they are used.
+
+    Args:
+        hidden: [N, C].
+        weight: [V, C].
+        targets: [N] int64; -100 has no target.
+        unit_rows: whether the rows of weight count only by direction (NormHead).
+        chunk_elements: logits held at a time; 2^25 are 128 MB in float32, twice over.
+
+    Returns:
+        A scalar in float32 (float64 for float64 input), nats.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if not torch.compiler.is_compiling():  # a data-dependent shape; and positions without target cost nothing
+        kept = targets != IGNORED
+        if not bool(kept.all()):
+            hidden, targets = hidden[kept], targets[kept]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, unit_rows, chunk_elements)
 
 
 # ---------------------------------------------------------------------------- modules
@@ -452,22 +602,48 @@ class BaichuanM1RMSNorm(nn.Module):
 class BaichuanM1NormHead(nn.Module):
     """Output head whose rows count only by direction: logits = hidden @ normalize(weight)^T.
 
-    The rows are scaled in every forward pass, one sweep over the weight: nothing cached can go stale when
-    training, merging or quantizing changes it. `materialize_norm_head` bakes the scaling in for good.
+    Training differentiates through the lengths. Inference measures them once and keeps them, V numbers, until the
+    weight changes (in place, by loading, by moving) or the model changes between training and evaluation.
+    An edit through `weight.data`, which leaves no trace, has to be followed by `train()` or `eval()`.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self._kept: tuple[Any, torch.Tensor] | None = None
 
     def normalized_weight(self) -> torch.Tensor:
         """Returns the rows [V, C] at unit length (norms in float32)."""
         full = at_least_float32(self.weight)
         return F.normalize(full, dim=-1).to(self.weight.dtype)
 
+    def inverse_lengths(self) -> torch.Tensor:
+        """Returns 1 / length of every row [V] (float32 or more), kept from the last call if nothing changed."""
+        weight = self.weight
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return inverse_lengths(weight)  # no record of changes to rely on
+        state = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
+        if self._kept is None or self._kept[0] != state:
+            with torch.no_grad():
+                self._kept = (state, inverse_lengths(weight))
+        return self._kept[1]
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Maps [..., C] to logits [..., V]."""
-        return F.linear(hidden, self.normalized_weight())
+        if self.training or torch.is_grad_enabled():
+            self._kept = None
+            return F.linear(hidden, self.normalized_weight())
+        logits = F.linear(hidden, self.weight)
+        return (logits * self.inverse_lengths()).to(logits.dtype)
+
+    def train(self, mode: bool = True) -> "BaichuanM1NormHead":
+        """Switches the mode and forgets the kept lengths."""
+        self._kept = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._kept = None
+        return super()._apply(*args, **kwargs)
 
 
 class BaichuanM1MLP(nn.Module):
@@ -501,29 +677,39 @@ class BaichuanM1Attention(nn.Module):
         width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         self.W_pack = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        if config.conv_window == 2:
-            self.conv_k = nn.Parameter(torch.empty(1, 1, self.num_key_value_heads, 1, 2))
-            self.conv_v = nn.Parameter(torch.empty(1, 1, self.num_key_value_heads, 1, 2))
+        if config.conv_window > 1:
+            taps = (1, 1, self.num_key_value_heads, 1, config.conv_window)
+            self.conv_k, self.conv_v = nn.Parameter(torch.empty(taps)), nn.Parameter(torch.empty(taps))
 
     def _convolve(self, kv: torch.Tensor, layout: Layout, cache: Cache | None) -> torch.Tensor:
-        """Convolves raw keys and values [B, T, 2 H_kv, D] along T, with the cache's last raw token before them."""
-        history = None
-        if cache is not None:
-            if not hasattr(cache.layers[self.layer_idx] if cache.layers else None, "conv_states"):
-                raise ValueError(
-                    "past_key_values has no room for the convolution; use DynamicCache(config=model.config)"
-                )
-            state: Any = cache.layers[self.layer_idx]
-            if state.has_previous_state[0]:
-                last = state.conv_states[0][..., -1:]  # [B, 2 H_kv D, 1]
-                history = last.transpose(1, 2).unflatten(2, kv.shape[2:])
-        if layout.fill is not None:
-            kv = carry_over_padding(kv, history, layout.fill)
-        taps = torch.cat((self.conv_k.flatten(0, 3), self.conv_v.flatten(0, 3)))  # [2 H_kv, 2]
-        mixed = convolve(kv, taps, history, layout.starts)
-        if cache is not None:  # last, because it overwrites what `history` looks at
-            cache.update_conv_state(kv.flatten(2).transpose(1, 2), self.layer_idx, conv_kernel_size=1)
+        """Convolves raw keys and values [B, T, 2 H_kv, D] along T, after the raw ones the cache kept."""
+        history = self.config.conv_window - 1
+        before = None if cache is None else self._kept_raw(cache, history)  # [B, at most K - 1, 2 H_kv D]
+        missing = history if before is None else history - before.shape[1]
+        full = kv if before is None else torch.cat((before.unflatten(2, kv.shape[2:]), kv), dim=1)
+        if missing:
+            full = F.pad(full, (0, 0, 0, 0, missing, 0))
+        raw, rows = kv, torch.arange(full.shape[0], device=full.device)[:, None]
+        if layout.padding is not None:
+            raw = full = full[rows, layout.padding.gather]
+        taps = torch.cat((self.conv_k.flatten(0, 3), self.conv_v.flatten(0, 3)))  # [2 H_kv, K]
+        mixed = convolve(full, taps, layout.age)
+        if layout.padding is not None:
+            mixed = mixed[rows, layout.padding.place]
+        if cache is not None:  # last, because it overwrites what `before` looks at
+            cache.update_conv_state(raw.flatten(2).transpose(1, 2), self.layer_idx, conv_kernel_size=history)
         return mixed
+
+    def _kept_raw(self, cache: Cache, history: int) -> torch.Tensor | None:
+        """Returns the last raw keys and values [B, at most K - 1, 2 H_kv D] of earlier tokens, None at the start."""
+        state: Any = cache.layers[self.layer_idx] if len(cache.layers) > self.layer_idx else None
+        if not hasattr(state, "conv_states"):
+            raise ValueError(
+                "past_key_values has no room for the convolution; use DynamicCache(config=model.config)"
+            )
+        if not state.has_previous_state[0]:
+            return None
+        return state.conv_states[0][..., -history:].transpose(1, 2)
 
     def forward(
         self,
@@ -550,7 +736,7 @@ class BaichuanM1Attention(nn.Module):
         kv_heads = self.num_key_value_heads
         heads = self.W_pack(hidden).unflatten(-1, (-1, self.head_dim))
         query, kv = heads.split((self.num_heads, 2 * kv_heads), dim=2)
-        if self.config.conv_window == 2:
+        if self.config.conv_window > 1:
             kv = self._convolve(kv, layout, past_key_values)
         key, value = kv.split((kv_heads, kv_heads), dim=2)
         query, key = rotate(query, table).transpose(1, 2), rotate(key, table).transpose(1, 2)
@@ -608,13 +794,13 @@ class BaichuanM1PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draws fresh weights: normal matrices, ones in norms, convolution taps softmax(normal) over the two."""
+        """Draws fresh weights: normal matrices, ones in norms, convolution taps softmax(normal)."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding | BaichuanM1NormHead):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, BaichuanM1RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, BaichuanM1Attention) and self.config.conv_window == 2:
+        elif isinstance(module, BaichuanM1Attention) and self.config.conv_window > 1:
             for taps in (module.conv_k, module.conv_v):
                 init.copy_(taps, torch.randn_like(taps, dtype=torch.float32).softmax(-1))
 
@@ -653,7 +839,7 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
     def _masks(self, hidden: torch.Tensor, layout: Layout, cache: Cache | None) -> dict[bool, Any]:
         """Builds one mask per kind of layer (key: is it sliding), once for all layers."""
         flash = "flash" in (self.config._attn_implementation or "")
-        if layout.starts is not None and flash and hidden.shape[0] > 1:
+        if layout.age is not None and flash and hidden.shape[0] > 1:
             raise ValueError(
                 "packed documents under flash attention need a batch of one row; flatten the batch"
             )
@@ -663,7 +849,7 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             "attention_mask": layout.attention_mask,
             "past_key_values": cache,
             # The library looks for documents here; it must not where padding explains the jumps.
-            "position_ids": layout.position_ids if layout.starts is not None else None,
+            "position_ids": layout.position_ids if layout.age is not None else None,
         }
         kinds = {"sliding" in kind for kind in self.config.layer_types}
         masks = {}
@@ -717,15 +903,15 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=past_key_values,
-            sliding_window=self.config.sliding_window if self.config.sliding_window_layers else None,
+            config=self.config,
         )
-        if use_cache and past_key_values is None and layout.starts is None:
+        if use_cache and past_key_values is None and layout.age is None:
             past_key_values = DynamicCache(config=self.config)
 
         masks = self._masks(hidden, layout, past_key_values)
         precision = torch.promote_types(hidden.dtype, torch.float32)
         tables = {}
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # a draft that exits early lowers it
             attention: Any = layer.self_attn
             if attention.head_dim not in tables:
                 tables[attention.head_dim] = rotary_table(
@@ -767,6 +953,7 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predicts the next token at every position.
@@ -782,14 +969,18 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache; by default not while training or computing a loss.
             logits_to_keep: logits for the last so many positions only (0: all), or for these indices.
             num_items_in_batch: divisor of the summed loss; None means the number of targets in this batch.
+            skip_logits: with labels, compute the loss without ever holding all logits; the output's are None.
             kwargs: `seqlens`, `cu_seq_lens_q`, `output_hidden_states`, ... of `BaichuanM1Model.forward`.
 
         Returns:
             `loss` (float32 scalar, nats) if labels are given, `logits` [B, kept, V], `past_key_values`.
 
         Raises:
-            ValueError: see `BaichuanM1Model.forward`; or labels together with `logits_to_keep`.
+            ValueError: see `BaichuanM1Model.forward`; labels outside the vocabulary or of another shape, labels
+                together with `logits_to_keep`, or `skip_logits` without labels.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits leaves nothing to return without labels")
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of every position: leave out logits_to_keep")
         if use_cache is None and past_key_values is None and (self.training or labels is not None):
@@ -810,12 +1001,23 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
-        loss = None
         if labels is not None:
+            self._check_labels(labels, hidden)
             labels = _without_first_tokens(labels, attention_mask, position_ids)
-            loss = causal_loss(logits, labels, num_items_in_batch)
+        loss = logits = None
+        if labels is not None and skip_logits and self._head_is_bare():
+            targets = shifted_targets(labels).to(hidden.device)
+            total = linear_cross_entropy(
+                hidden.flatten(0, 1), self.lm_head.weight, targets, unit_rows=self.config.norm_head
+            )
+            loss = total / _divisor(targets, num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+            if labels is not None:
+                loss = causal_loss(logits, labels, num_items_in_batch)
+            if skip_logits:
+                logits = None
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -823,6 +1025,23 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _head_is_bare(self) -> bool:
+        """Whether the head's weight is all there is to it: no adapter, shards, offloading or hooks around it."""
+        head = self.lm_head
+        hooked = hasattr(head, "_hf_hook") or head._forward_hooks or head._forward_pre_hooks
+        return type(head) in (BaichuanM1NormHead, nn.Linear) and not hooked
+
+    def _check_labels(self, labels: torch.Tensor, hidden: torch.Tensor) -> None:
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels is {tuple(labels.shape)} for tokens of shape {tuple(hidden.shape[:2])}")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (labels >= self.config.vocab_size) | ((labels < 0) & (labels != IGNORED))
+            if bool(outside.any()):
+                bad, last = int(labels[outside][0]), self.config.vocab_size - 1
+                raise ValueError(
+                    f"label {bad} is outside the vocabulary (0 to {last}, or {IGNORED} for none)"
+                )
 
     @staticmethod
     def create_masks_for_generate(

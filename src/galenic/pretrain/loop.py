@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from galenic.model import BaichuanM1ForCausalLM
 from galenic.pretrain.config import GuardConfig, OptimConfig
 from galenic.pretrain.guard import GradientGuard
 from galenic.runtime import (
@@ -75,6 +76,10 @@ class Trainer:
     ) -> None:
         self.device = device()
         self.model, self.optim, self.guard_config, self.out = model.to(self.device), optim, guard, out
+        # Our network can do without holding the logits; others have no such argument.
+        self.forward_options = {"use_cache": False}
+        if isinstance(model, BaichuanM1ForCausalLM):
+            self.forward_options["skip_logits"] = True
         self.optimizer = make_optimizer(model, optim)
         self.guard = self._make_guard()
         self.step = 0
@@ -102,7 +107,7 @@ class Trainer:
         """
         started = time.monotonic()
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        loss = self.model(**batch, use_cache=False).loss
+        loss = self.model(**batch, **self.forward_options).loss
         loss.backward()
         # The guard looks at the norm before clipping: afterwards it could never exceed the clip.
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip))
