@@ -277,22 +277,20 @@ def lay_out(
         if not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None  # nothing is padding: the fast paths apply
 
+    restarts = None
     if position_ids is None:
         if mask is not None:
             position_ids = (mask.cumsum(1) - 1).clamp_min(0)[:, -length:]
         else:
             position_ids = torch.arange(length, device=device)[None] + past
-        restarts = None
     else:
-        if (
-            position_ids.ndim != 2
-            or position_ids.shape[0] not in (1, batch)
-            or position_ids.shape[1] != length
-        ):
+        if position_ids.shape not in ((1, length), (batch, length)):
             raise ValueError(
                 f"position_ids is {tuple(position_ids.shape)} for {batch} rows of {length} tokens"
             )
-        restarts = _restarts(position_ids.expand(batch, -1), mask)
+        # A compiled graph cannot look, so there a cache or padding means that nothing is packed.
+        if not torch.compiler.is_compiling() or (mask is None and cache is None):
+            restarts = _restarts(position_ids.expand(batch, -1), mask)
     _refuse_far_positions(position_ids, config.max_position_embeddings)
 
     if restarts is None:
@@ -338,6 +336,8 @@ def _refuse_far_positions(position_ids: torch.Tensor, limit: int) -> None:
 def _restarts(position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Marks tokens [B, T] whose position does not follow the previous real token's; None if there are none."""
     length = position_ids.shape[1]
+    if length == 1:
+        return None
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if mask is not None:
         real = mask[:, -length:]
@@ -389,11 +389,11 @@ def rotate(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 
 
 def convolve(x: torch.Tensor, taps: torch.Tensor, age: torch.Tensor | None = None) -> torch.Tensor:
-    """Mixes each token with the K - 1 before it: y[t] = sum over j < K of taps[h, K - 1 - j] * x[t - j].
+    """Mixes each token with the K - 1 before it: y[t] = sum over j < K of taps[K - 1 - j] * x[t - j].
 
     Args:
         x: [B, K - 1 + T, H, D], the first K - 1 columns being what comes before (zeros if nothing does).
-        taps: [H, K], one row per head; the last tap is the current token's.
+        taps: [1, 1, H, 1, K], one row per head; the last tap is the current token's.
         age: [B, T] int64, how many tokens before each one count; None means all.
 
     Returns:
@@ -401,7 +401,7 @@ def convolve(x: torch.Tensor, taps: torch.Tensor, age: torch.Tensor | None = Non
 
     Source: arXiv 2411.19574 section 3; the published code's `conv_k`, `conv_v`.
     """
-    *before, now = taps.to(x.dtype)[..., None].unbind(1)  # [H, 1] each
+    *before, now = taps.to(x.dtype).unbind(-1)  # [1, 1, H, 1] each
     length = x.shape[1] - len(before)
     mixed = x[:, -length:] * now
     for lag, tap in enumerate(reversed(before), start=1):
@@ -410,6 +410,12 @@ def convolve(x: torch.Tensor, taps: torch.Tensor, age: torch.Tensor | None = Non
         start = len(before) - lag
         mixed = torch.addcmul(mixed, x[:, start : start + length], tap)
     return mixed
+
+
+def last_columns(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns the last `length` columns of x [B, S, H, D], with zeros before them where x is too short."""
+    missing = length - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing > 0 else x[:, -length:]
 
 
 def eager_attention_forward(
@@ -446,11 +452,8 @@ def eager_attention_forward(
 
 def inverse_lengths(weight: torch.Tensor) -> torch.Tensor:
     """Returns 1 / length of every row of weight [V, C] as [V], in float32 or more."""
-    return (
-        torch.linalg.vector_norm(weight, dim=-1, dtype=at_least_float32(weight[:0]).dtype)
-        .clamp_min(1e-12)
-        .reciprocal()
-    )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).clamp_min(1e-12).reciprocal()
 
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -497,7 +500,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_elements: int,
     ) -> torch.Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        exact = at_least_float32(hidden[:0]).dtype
+        exact = torch.promote_types(hidden.dtype, torch.float32)
         scale = inverse_lengths(weight) if unit_rows else None
         weight_in = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -595,6 +598,8 @@ class BaichuanM1RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [..., C] to [..., C] in the weight's dtype."""
+        if x.dtype == self.weight.dtype and x.dtype.itemsize >= 4:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         normed = F.rms_norm(at_least_float32(x), self.weight.shape, eps=self.eps)
         return normed.to(self.weight.dtype) * self.weight
 
@@ -633,8 +638,7 @@ class BaichuanM1NormHead(nn.Module):
         if self.training or torch.is_grad_enabled():
             self._kept = None
             return F.linear(hidden, self.normalized_weight())
-        logits = F.linear(hidden, self.weight)
-        return (logits * self.inverse_lengths()).to(logits.dtype)
+        return F.linear(hidden, self.weight).mul_(self.inverse_lengths())
 
     def train(self, mode: bool = True) -> "BaichuanM1NormHead":
         """Switches the mode and forgets the kept lengths."""
@@ -673,43 +677,47 @@ class BaichuanM1Attention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.head_dim = config.hidden_size // self.num_heads
         self.scaling = self.head_dim**-0.5
+        self.history = config.conv_window - 1  # tokens before the current one that the convolution reads
         self.is_causal = True
         width = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         self.W_pack = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        if config.conv_window > 1:
+        if self.history:
             taps = (1, 1, self.num_key_value_heads, 1, config.conv_window)
             self.conv_k, self.conv_v = nn.Parameter(torch.empty(taps)), nn.Parameter(torch.empty(taps))
 
     def _convolve(self, kv: torch.Tensor, layout: Layout, cache: Cache | None) -> torch.Tensor:
         """Convolves raw keys and values [B, T, 2 H_kv, D] along T, after the raw ones the cache kept."""
-        history = self.config.conv_window - 1
-        before = None if cache is None else self._kept_raw(cache, history)  # [B, at most K - 1, 2 H_kv D]
-        missing = history if before is None else history - before.shape[1]
-        full = kv if before is None else torch.cat((before.unflatten(2, kv.shape[2:]), kv), dim=1)
-        if missing:
-            full = F.pad(full, (0, 0, 0, 0, missing, 0))
-        raw, rows = kv, torch.arange(full.shape[0], device=full.device)[:, None]
-        if layout.padding is not None:
-            raw = full = full[rows, layout.padding.gather]
-        taps = torch.cat((self.conv_k.flatten(0, 3), self.conv_v.flatten(0, 3)))  # [2 H_kv, K]
-        mixed = convolve(full, taps, layout.age)
-        if layout.padding is not None:
-            mixed = mixed[rows, layout.padding.place]
-        if cache is not None:  # last, because it overwrites what `before` looks at
-            cache.update_conv_state(raw.flatten(2).transpose(1, 2), self.layer_idx, conv_kernel_size=history)
-        return mixed
+        length, heads = self.history + kv.shape[1], kv.shape[2:]
+        taps = torch.cat((self.conv_k, self.conv_v), dim=2)  # [1, 1, 2 H_kv, 1, K]
+        if layout.padding is None:
+            if cache is None:
+                return convolve(last_columns(kv, length), taps, layout.age)
+            full = self._remember(cache, kv)
+            return convolve(last_columns(full.transpose(1, 2).unflatten(2, heads), length), taps, layout.age)
 
-    def _kept_raw(self, cache: Cache, history: int) -> torch.Tensor | None:
-        """Returns the last raw keys and values [B, at most K - 1, 2 H_kv D] of earlier tokens, None at the start."""
-        state: Any = cache.layers[self.layer_idx] if len(cache.layers) > self.layer_idx else None
-        if not hasattr(state, "conv_states"):
+        if cache is not None and self._conv_layer(cache).has_previous_state[0]:
+            kept = self._conv_layer(cache).conv_states[0].transpose(1, 2).unflatten(2, heads)
+            kv = torch.cat((kept, kv), dim=1)
+        rows = torch.arange(kv.shape[0], device=kv.device)[:, None]
+        full = last_columns(kv, length)[rows, layout.padding.gather]
+        if cache is not None:
+            self._remember(cache, full)
+        return convolve(full, taps)[rows, layout.padding.place]
+
+    def _remember(self, cache: Cache, kv: torch.Tensor) -> torch.Tensor:
+        """Gives the cache raw keys and values [B, T, 2 H_kv, D]; returns them after what it held, [B, 2 H_kv D, S]."""
+        self._conv_layer(cache)
+        columns = kv.flatten(2).transpose(1, 2)
+        return cache.update_conv_state(columns, self.layer_idx, conv_kernel_size=self.history)
+
+    def _conv_layer(self, cache: Cache) -> Any:
+        layer = cache.layers[self.layer_idx] if len(cache.layers) > self.layer_idx else None
+        if not hasattr(layer, "conv_states"):
             raise ValueError(
                 "past_key_values has no room for the convolution; use DynamicCache(config=model.config)"
             )
-        if not state.has_previous_state[0]:
-            return None
-        return state.conv_states[0][..., -history:].transpose(1, 2)
+        return layer
 
     def forward(
         self,
@@ -736,7 +744,7 @@ class BaichuanM1Attention(nn.Module):
         kv_heads = self.num_key_value_heads
         heads = self.W_pack(hidden).unflatten(-1, (-1, self.head_dim))
         query, kv = heads.split((self.num_heads, 2 * kv_heads), dim=2)
-        if self.config.conv_window > 1:
+        if self.history:
             kv = self._convolve(kv, layout, past_key_values)
         key, value = kv.split((kv_heads, kv_heads), dim=2)
         query, key = rotate(query, table).transpose(1, 2), rotate(key, table).transpose(1, 2)
@@ -815,6 +823,7 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             BaichuanM1DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = BaichuanM1RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.sliding = ["sliding" in kind for kind in config.layer_types]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -838,8 +847,12 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
 
     def _masks(self, hidden: torch.Tensor, layout: Layout, cache: Cache | None) -> dict[bool, Any]:
         """Builds one mask per kind of layer (key: is it sliding), once for all layers."""
-        flash = "flash" in (self.config._attn_implementation or "")
-        if layout.age is not None and flash and hidden.shape[0] > 1:
+        kinds = set(self.sliding[: self.config.num_hidden_layers])
+        implementation = self.config._attn_implementation or "eager"
+        alone = hidden.shape[1] == 1 and layout.attention_mask is None and implementation in ("eager", "sdpa")
+        if alone and isinstance(cache, DynamicCache):
+            return dict.fromkeys(kinds)  # one token sees all that a growing cache hands it
+        if layout.age is not None and "flash" in implementation and hidden.shape[0] > 1:
             raise ValueError(
                 "packed documents under flash attention need a batch of one row; flatten the batch"
             )
@@ -851,7 +864,6 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             # The library looks for documents here; it must not where padding explains the jumps.
             "position_ids": layout.position_ids if layout.age is not None else None,
         }
-        kinds = {"sliding" in kind for kind in self.config.layer_types}
         masks = {}
         if False in kinds:
             masks[False] = create_causal_mask(**arguments)
