@@ -288,37 +288,40 @@ def lay_out(
             raise ValueError(
                 f"position_ids is {tuple(position_ids.shape)} for {batch} rows of {length} tokens"
             )
-        # A compiled graph cannot look, so there a cache or padding means that nothing is packed.
-        if not torch.compiler.is_compiling() or (mask is None and cache is None):
-            restarts = _restarts(position_ids.expand(batch, -1), mask)
+        restarts = _restarts(position_ids.expand(batch, -1), mask)
     _refuse_far_positions(position_ids, config.max_position_embeddings)
 
-    if restarts is None:
-        age = None
-    elif mask is None and cache is None:
+    age = None
+    if restarts is not None and mask is None and cache is None:
         age = restarting_positions(restarts)
-    elif mask is not None:
-        raise ValueError(
-            "position_ids restart between real tokens: packed rows take no padding in attention_mask"
-        )
-    else:
-        raise ValueError("position_ids restart: packed documents cannot be combined with past_key_values")
+    elif restarts is not None:
+        rule = "packed rows take no padding in attention_mask and no past_key_values"
+        _refuse(restarts[:, 1:].any(), f"position_ids restart between real tokens: {rule}")
 
     if mask is None:
         return Layout(position_ids, None, age, None)
     real = mask[:, -length:]
     window = config.sliding_window
-    if config.sliding_window_layers and mask.shape[1] > window and not torch.compiler.is_compiling():
-        inner = mask.cummax(1).values & mask.flip(1).cummax(1).values.flip(1) & ~mask
-        if bool(inner.any()):
-            raise ValueError(
-                f"attention_mask has padding between real tokens of a row longer than sliding_window={window}; "
-                "pad on the left, or give a mask if the text itself holds the pad token"
-            )
+    if config.sliding_window_layers and mask.shape[1] > window:
+        number = mask.int()
+        inner = (number.cummax(1).values & number.flip(1).cummax(1).values.flip(1)) > number
+        _refuse(
+            inner.any(),
+            f"attention_mask has padding between real tokens of a row longer than sliding_window={window}; "
+            "pad on the left, or give a mask if the text itself holds the pad token",
+        )
     padding = None
     if config.conv_window > 1 and (torch.compiler.is_compiling() or not bool(real.all())):
         padding = order_padding(real, config.conv_window - 1)
     return Layout(position_ids, mask, None, padding)
+
+
+def _refuse(condition: torch.Tensor, message: str) -> None:
+    """Raises if the condition (bool scalar) holds. A compiled graph cannot look, so it asserts when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~condition, message)
+    elif bool(condition):
+        raise ValueError(message)
 
 
 def _refuse_far_positions(position_ids: torch.Tensor, limit: int) -> None:
@@ -351,9 +354,10 @@ def _without_first_tokens(
     labels: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """Takes the target from padding and from first tokens of documents: nothing before them belongs to them."""
-    if attention_mask is not None and attention_mask.shape == labels.shape and not bool(attention_mask.all()):
-        real = attention_mask != 0
-        return labels.masked_fill(~(real & F.pad(real[:, :-1], (1, 0))), IGNORED)
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        if torch.compiler.is_compiling() or not bool(attention_mask.all()):
+            real = attention_mask != 0
+            return labels.masked_fill(~(real & F.pad(real[:, :-1], (1, 0))), IGNORED)
     starts = None if position_ids is None else _restarts(position_ids.expand(labels.shape[0], -1), None)
     return labels if starts is None else labels.masked_fill(starts, IGNORED)
 
@@ -615,7 +619,8 @@ class BaichuanM1NormHead(nn.Module):
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self._kept: tuple[Any, torch.Tensor] | None = None
+        # (weight, its version, its address, 1 / lengths); holding the weight keeps its address from being reused.
+        self._kept: tuple[torch.Tensor, int, int, torch.Tensor] | None = None
 
     def normalized_weight(self) -> torch.Tensor:
         """Returns the rows [V, C] at unit length (norms in float32)."""
@@ -627,11 +632,11 @@ class BaichuanM1NormHead(nn.Module):
         weight = self.weight
         if torch.compiler.is_compiling() or weight.is_inference():
             return inverse_lengths(weight)  # no record of changes to rely on
-        state = (id(weight), weight.data_ptr(), weight._version, weight.dtype)
-        if self._kept is None or self._kept[0] != state:
+        kept = self._kept
+        if kept is None or kept[0] is not weight or kept[1:3] != (weight._version, weight.data_ptr()):
             with torch.no_grad():
-                self._kept = (state, inverse_lengths(weight))
-        return self._kept[1]
+                kept = self._kept = (weight, weight._version, weight.data_ptr(), inverse_lengths(weight))
+        return kept[3]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Maps [..., C] to logits [..., V]."""
