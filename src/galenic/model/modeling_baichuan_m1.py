@@ -118,6 +118,10 @@ class BaichuanM1Config(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        if (
+            self.sliding_window < 2
+        ):  # the library's caches keep everything when a window of 1 leaves nothing to keep
+            raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
         for prefix in ("num", "num_swa"):
             heads = getattr(self, f"{prefix}_attention_heads")
             kv_heads = getattr(self, f"{prefix}_key_value_heads")
