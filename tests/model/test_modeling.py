@@ -9,45 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_helpers import VOCABULARY, WINDOW, build, close, small, tokens
 from transformers import DynamicCache
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.model.modeling_baichuan_m1 import causal_loss, packed_positions, restarting_positions
-
-VOCABULARY, WINDOW = 48, 5
-
-
-def small(**changes) -> BaichuanM1Config:
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 24,
-        "intermediate_size": 20,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "num_swa_attention_heads": 6,
-        "num_swa_key_value_heads": 2,
-        "sliding_window": WINDOW,
-        "rope_theta": 100.0,
-    }
-    return BaichuanM1Config(**(sizes | changes))
-
-
-def build(attention: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0, **changes):
-    torch.manual_seed(seed)
-    model = BaichuanM1ForCausalLM._from_config(small(**changes), attn_implementation=attention, dtype=dtype)
-    with torch.no_grad():  # large weights and odd taps, so that every mistake shows
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.5 if parameter.numel() < 500 else 0.3)
-    return model.eval()
-
-
-def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(4, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +298,9 @@ def test_three_ways_to_name_documents_agree(model):
     starts = torch.tensor([[True, False, True, True]])
     assert restarting_positions(starts).tolist() == [[0, 1, 0, 0]]
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        packed_positions((2, 9), torch.tensor([0, 9]), None)
+        packed_positions(tokens(2, 9), torch.tensor([0, 9]), None)
     with pytest.raises(ValueError, match="not both"):
-        packed_positions((1, 9), torch.tensor([0, 9]), torch.tensor([[9]]))
+        packed_positions(tokens(1, 9), torch.tensor([0, 9]), torch.tensor([[9]]))
 
 
 def test_packing_that_cannot_be_honoured_is_refused(model):

@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 MODELING_FILE = Path(modeling_baichuan_m1.__file__)
 AUTO_MAP = {
     "AutoConfig": f"{MODELING_FILE.stem}.BaichuanM1Config",
@@ -81,11 +82,13 @@ def load(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = {
-        name: tensor.to(dtype)
-        for file in _weight_files(folder)
-        for name, tensor in _read_tensors(file, expected)
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    found: dict[str, Path] = {}
+    for file in _weight_files(folder):
+        for name, tensor in _read_tensors(file, expected):
+            if name in found:
+                raise UserError(f"{folder}: tensor {name} is in {found[name].name} and again in {file.name}")
+            tensors[name], found[name] = tensor.to(dtype), file
     if missing := sorted(set(expected) - set(tensors)):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: the weights lack tensor {missing[0]}{more}; the folder is incomplete")
@@ -159,10 +162,15 @@ def _read_tensors(file: Path, expected: dict[str, tuple[int, ...]]) -> Iterator[
                 if name not in expected:
                     hint = nearest(name, expected)
                     raise UserError(f"{file}: tensor {name} does not belong to this model{hint}")
-                shape = tuple(reader.get_slice(name).get_shape())
+                shape, kind = tuple(reader.get_slice(name).get_shape()), reader.get_slice(name).get_dtype()
                 if shape != expected[name]:
                     raise UserError(
                         f"{file}: tensor {name} has shape {shape}, config.json asks for {expected[name]}"
+                    )
+                if kind not in WEIGHT_TYPES:
+                    allowed = ", ".join(WEIGHT_TYPES)
+                    raise UserError(
+                        f"{file}: tensor {name} is of type {kind}; weights are {allowed}, quantised ones cannot be read"
                     )
             for name in names:
                 yield name, reader.get_tensor(name)

@@ -102,13 +102,14 @@ class BaichuanM1Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         """Fills in the alternating layers and refuses contradictions."""
+        self._refuse_wrong_values()
         if self.sliding_window_layers is None:
             self.sliding_window_layers = list(range(1, self.num_hidden_layers, 2))
-        self.sliding_window_layers = sorted(self.sliding_window_layers)
         self._refuse_contradictions()
+        self.sliding_window_layers = sorted(self.sliding_window_layers)
         super().__post_init__(**kwargs)
 
-    def _refuse_contradictions(self) -> None:
+    def _refuse_wrong_values(self) -> None:
         sizes = (
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
             *("num_key_value_heads", "num_swa_attention_heads", "num_swa_key_value_heads", "sliding_window"),
@@ -116,12 +117,26 @@ class BaichuanM1Config(PreTrainedConfig):
         )
         for name in sizes:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         if (
             self.sliding_window < 2
-        ):  # the library's caches keep everything when a window of 1 leaves nothing to keep
+        ):  # the library's caches keep everything where a window of 1 would keep nothing
             raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name in ("norm_head", "use_cache", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act must be 'silu', got {self.hidden_act!r}")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be false: the output head has its own weights")
+
+    def _refuse_contradictions(self) -> None:
         for prefix in ("num", "num_swa"):
             heads = getattr(self, f"{prefix}_attention_heads")
             kv_heads = getattr(self, f"{prefix}_key_value_heads")
@@ -134,20 +149,13 @@ class BaichuanM1Config(PreTrainedConfig):
                 raise ValueError(
                     f"{prefix}_key_value_heads={kv_heads} must divide {prefix}_attention_heads={heads}"
                 )
-        layers = self.sliding_window_layers or []
-        outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
-        if outside or len(set(layers)) < len(layers):
+        layers, last = self.sliding_window_layers, self.num_hidden_layers - 1
+        listed = isinstance(layers, list | tuple) and all(_is_whole(i) and 0 <= i <= last for i in layers)
+        if not listed or len(set(layers)) < len(layers):
             raise ValueError(
-                f"sliding_window_layers must be different indices from 0 to {self.num_hidden_layers - 1} "
-                f"(num_hidden_layers - 1), got {layers}"
+                f"sliding_window_layers must be a list of different indices from 0 to {last} "
+                f"(num_hidden_layers - 1), got {layers!r}"
             )
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act must be 'silu', got {self.hidden_act!r}")
-        if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings must be false: the output head has its own weights")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
     def layer_types(self) -> list[str]:
@@ -157,6 +165,10 @@ class BaichuanM1Config(PreTrainedConfig):
         )
         sliding = self.sliding_window_layers or []
         return [kinds[i in sliding] for i in range(self.num_hidden_layers)]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------------------- where tokens belong
@@ -207,12 +219,12 @@ def restarting_positions(starts: torch.Tensor) -> torch.Tensor:
 
 
 def packed_positions(
-    shape: tuple[int, int], cu_seq_lens: torch.Tensor | None, seqlens: torch.Tensor | None
+    tokens: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, seqlens: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Returns the positions [B, T] of packed documents from their cumulative lengths, or None without any.
 
     Args:
-        shape: (B, T).
+        tokens: [B, T, ...], whatever the documents are made of.
         cu_seq_lens: [documents + 1], from 0 to T, of a batch of one row (flash attention's form).
         seqlens: [B, S], cumulative document ends of each row, padded with zeros (the published code's form).
 
@@ -222,14 +234,20 @@ def packed_positions(
     if cu_seq_lens is not None and seqlens is not None:
         raise ValueError("give cu_seq_lens_q or seqlens, not both")
     ends = seqlens if cu_seq_lens is None else cu_seq_lens[None]
-    if ends is None:
+    if ends is None or tokens is None:
         return None
-    batch, length = shape
+    batch, length = tokens.shape[:2]
+    name = "seqlens" if cu_seq_lens is None else "cu_seq_lens_q"
     if ends.ndim != 2 or ends.shape[0] != batch:
         form = (
-            "seqlens must be [batch, S]" if cu_seq_lens is None else "cu_seq_lens_q needs a batch of one row"
+            "seqlens must be [batch, S]" if seqlens is not None else "cu_seq_lens_q needs a batch of one row"
         )
         raise ValueError(f"{form}; got shape {tuple(ends.shape)} for a batch of {batch} rows")
+    if not torch.compiler.is_compiling() and ends.numel():
+        low, high = (int(edge) for edge in ends.aminmax())
+        if low < 0 or high > length:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} has a document end at {bad} in rows of {length} tokens")
     starts = torch.zeros(batch, length + 1, dtype=torch.bool, device=ends.device)
     starts.scatter_(1, ends.long().clamp(0, length), True)
     starts[:, 0] = True
@@ -628,8 +646,7 @@ class BaichuanM1NormHead(nn.Module):
 
     def normalized_weight(self) -> torch.Tensor:
         """Returns the rows [V, C] at unit length (norms in float32)."""
-        full = at_least_float32(self.weight)
-        return F.normalize(full, dim=-1).to(self.weight.dtype)
+        return (self.weight * inverse_lengths(self.weight)[:, None]).to(self.weight.dtype)
 
     def inverse_lengths(self) -> torch.Tensor:
         """Returns 1 / length of every row [V] (float32 or more), kept from the last call if nothing changed."""
@@ -648,6 +665,14 @@ class BaichuanM1NormHead(nn.Module):
             self._kept = None
             return F.linear(hidden, self.normalized_weight())
         return F.linear(hidden, self.weight).mul_(self.inverse_lengths())
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "bias":
+            raise AttributeError(
+                "NormHead has no bias. Software that multiplies by lm_head.weight itself would leave out the scaling "
+                "of its rows: call model.materialize_norm_head() first, or take the model's own loss"
+            )
+        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> "BaichuanM1NormHead":
         """Switches the mode and forgets the kept lengths."""
@@ -705,8 +730,9 @@ class BaichuanM1Attention(nn.Module):
             full = self._remember(cache, kv)
             return convolve(last_columns(full.transpose(1, 2).unflatten(2, heads), length), taps, layout.age)
 
-        if cache is not None and self._conv_layer(cache).has_previous_state[0]:
-            kept = self._conv_layer(cache).conv_states[0].transpose(1, 2).unflatten(2, heads)
+        state: Any = None if cache is None else cache.layers[self.layer_idx]
+        if state is not None and state.has_previous_state[0]:
+            kept = state.conv_states[0].transpose(1, 2).unflatten(2, heads)
             kv = torch.cat((kept, kv), dim=1)
         rows = torch.arange(kv.shape[0], device=kv.device)[:, None]
         full = last_columns(kv, length)[rows, layout.padding.gather]
@@ -716,17 +742,8 @@ class BaichuanM1Attention(nn.Module):
 
     def _remember(self, cache: Cache, kv: torch.Tensor) -> torch.Tensor:
         """Gives the cache raw keys and values [B, T, 2 H_kv, D]; returns them after what it held, [B, 2 H_kv D, S]."""
-        self._conv_layer(cache)
         columns = kv.flatten(2).transpose(1, 2)
         return cache.update_conv_state(columns, self.layer_idx, conv_kernel_size=self.history)
-
-    def _conv_layer(self, cache: Cache) -> Any:
-        layer = cache.layers[self.layer_idx] if len(cache.layers) > self.layer_idx else None
-        if not hasattr(layer, "conv_states"):
-            raise ValueError(
-                "past_key_values has no room for the convolution; use DynamicCache(config=model.config)"
-            )
-        return layer
 
     def forward(
         self,
@@ -837,13 +854,20 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
         self.post_init()
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
+        if inputs_embeds is not None and input_ids is None:
+            given, width = inputs_embeds, self.config.hidden_size
+            if given.ndim != 3 or given.shape[2] != width:
+                form = f"[batch, tokens, hidden_size={width}]"
+                raise ValueError(f"inputs_embeds must be {form}, got {tuple(given.shape)}")
+        elif input_ids is not None and inputs_embeds is None:
+            given = input_ids
+            if given.ndim != 2 or given.dtype not in (torch.int64, torch.int32):
+                got = f"{tuple(given.shape)} of {str(given.dtype).removeprefix('torch.')}"
+                raise ValueError(f"input_ids must be whole numbers [batch, tokens], got {got}")
+        else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or given.shape[0] == 0 or given.shape[1] == 0:
-            raise ValueError(
-                f"nothing to read: the input has shape {() if given is None else tuple(given.shape)}"
-            )
+        if given.shape[0] == 0 or given.shape[1] == 0:
+            raise ValueError(f"nothing to read: the input has shape {tuple(given.shape)}")
         if inputs_embeds is not None:
             return inputs_embeds
         # On an accelerator this look would wait for the device; there the embedding kernel's own check speaks.
@@ -873,12 +897,28 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             # The library looks for documents here; it must not where padding explains the jumps.
             "position_ids": layout.position_ids if layout.age is not None else None,
         }
-        masks = {}
-        if False in kinds:
-            masks[False] = create_causal_mask(**arguments)
-        if True in kinds:
-            masks[True] = create_sliding_window_causal_mask(**arguments)
-        return masks
+        make = {False: create_causal_mask, True: create_sliding_window_causal_mask}
+        # Left alone, the library takes static caches' layers of both kinds for one.
+        return {kind: make[kind](**arguments, layer_idx=self.sliding.index(kind)) for kind in kinds}
+
+    def _check_cache(self, cache: Any) -> None:
+        """Refuses a cache whose layers are not this network's."""
+        sliding = self.sliding[: self.config.num_hidden_layers]
+        convolves, window = self.config.conv_window > 1, self.config.sliding_window
+        if isinstance(cache, Cache) and not convolves and cache.layer_class_to_replicate is not None:
+            return  # grows layers that keep everything, as they are used
+        layers = cache.layers if isinstance(cache, Cache) else []
+        fits = len(layers) == len(sliding) and all(
+            hasattr(layer, "conv_states") == convolves
+            and getattr(layer, "is_sliding", False) == slides
+            and getattr(layer, "sliding_window", window) == window
+            for layer, slides in zip(layers, sliding, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"past_key_values ({type(cache).__name__}) was not made for this network; "
+                "use DynamicCache(config=model.config)"
+            )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -914,9 +954,11 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             ValueError: empty input, ids outside the vocabulary, masks or positions that cannot be honoured.
         """
         hidden = self._embed(input_ids, inputs_embeds)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         batch, length = hidden.shape[:2]
         if position_ids is None:
-            position_ids = packed_positions((batch, length), cu_seq_lens_q, seqlens)
+            position_ids = packed_positions(hidden, cu_seq_lens_q, seqlens)
         layout = lay_out(
             batch,
             length,
@@ -1007,11 +1049,9 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
         if use_cache is None and past_key_values is None and (self.training or labels is not None):
             use_cache = False
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if position_ids is None and given is not None:  # the loss has to know the documents too
+        if position_ids is None:  # the loss has to know the documents too
             names = ("cu_seq_lens_q", "seqlens")
-            position_ids = packed_positions(
-                (given.shape[0], given.shape[1]), *(kwargs.pop(name, None) for name in names)
-            )
+            position_ids = packed_positions(given, *(kwargs.pop(name, None) for name in names))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
