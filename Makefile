@@ -5,14 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEELS := data/wheels
+PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard tests/parity/peers/*.txt))
 
-.PHONY: help starter smoke test test-slow lint types check env data clean
+.PHONY: help starter smoke test test-slow parity peers lint types check env data clean
 help:
 	@echo "make starter    train, merge, flatten, evaluate and report the starter model (about 25 minutes)"
 	@echo "make smoke      the same steps with tiny budgets (about a minute)"
 	@echo "make test       the tests; make test-slow: the long ones"
+	@echo "make parity     other people's software against ours, in environments of its own (make peers)"
 	@echo "make check      ruff and types"
-	@echo "make clean      remove the environment and the downloaded data"
+	@echo "make clean      remove the environments and the downloaded data"
 
 env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -35,10 +37,21 @@ smoke: env data
 	$(BIN)/galenic build recipes/smoke --run-dir runs/smoke
 
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not parity"
 
 test-slow: env data
 	$(BIN)/python -m pytest -m slow
+
+# The libraries clash with each other and with ours, so each list gets an environment. `torch` is pinned in each list
+# that needs it: a range would admit CUDA builds of gigabytes.
+peers: $(PEERS)
+.venvs/%/.installed: tests/parity/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary -r $<
+	@touch $@
+
+parity: env peers
+	$(BIN)/python -m pytest tests/parity
 
 lint: env
 	$(BIN)/ruff check src tests
@@ -50,4 +63,4 @@ types: env
 check: lint types
 
 clean:
-	rm -rf $(VENV) data
+	rm -rf $(VENV) .venvs data
