@@ -1,4 +1,4 @@
-"""`transformers serve` on an exported folder, asked through OpenAI's client."""
+"""`transformers serve` on an exported folder, by way of `galenic.model.serve`, asked through OpenAI's client."""
 
 import signal
 import socket
@@ -9,7 +9,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from parity_helpers import ANSWERS, DRIVERS, drive, executable, surroundings
+from parity_helpers import ANSWERS, ROOT, drive, executable, surroundings
 
 pytestmark = pytest.mark.parity
 
@@ -20,13 +20,13 @@ def server(folder, workspace):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [executable("newest"), "-I", DRIVERS / "serve.py", folder]
+    command = [executable("newest"), "-m", "galenic.model.serve", folder]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     log = workspace / "server.log"
     with open(log, "w") as output:
         process = subprocess.Popen(
             command,
-            env=surroundings(workspace / "cache"),
+            env=surroundings(workspace / "cache") | {"PYTHONPATH": str(ROOT / "src")},
             cwd=workspace,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -30,24 +30,21 @@ def our_loss(model: BaichuanM1ForCausalLM, theirs: dict) -> float:
         return model(**{name: torch.from_numpy(theirs[name]) for name in names}).loss.item()
 
 
-def test_trains_one_step_with_the_models_loss(tokenizer_step, tmp_path):
+@pytest.mark.parametrize("way", ["the model's loss", "a plain head"])
+def test_trains_one_step_with_our_loss(way, tokenizer_step, tmp_path):
     losses = []
     for packing in (False, True):
-        model, theirs = train(tmp_path, tokenizer_step, packing=packing, own_loss=True)
+        model, theirs = train(tmp_path, tokenizer_step, packing=packing, way=way)
         assert theirs["input_ids"].shape[0] == (1 if packing else 3)
-        assert (
-            "position_ids" in theirs
-        ) == packing  # packed documents are told apart by positions that restart
+        assert ("position_ids" in theirs) == packing  # positions that restart tell packed documents apart
         assert np.isfinite(theirs["norm"]) and theirs["changed"] > 0
         loss = our_loss(model, theirs)
         assert abs(float(theirs["loss"]) - loss) < 1e-4
-        print(f"SFTTrainer, packing={packing}: loss {float(theirs['loss']):.6f}, ours {loss:.6f}")
+        print(f"SFTTrainer, {way}, packing={packing}: loss {float(theirs['loss']):.6f}, ours {loss:.6f}")
         losses.append(loss)
-    assert (
-        abs(losses[0] - losses[1]) < 1e-4
-    )  # the same three conversations, side by side or one after the other
+    assert abs(losses[0] - losses[1]) < 1e-4  # the same conversations, side by side or one after the other
 
 
 def test_the_trainers_own_loss_never_trains_another_head(tokenizer_step, tmp_path):
-    _, theirs = train(tmp_path, tokenizer_step, packing=False, own_loss=False)
-    assert "refusal" in theirs and "NormHead" in str(theirs["refusal"])
+    _, theirs = train(tmp_path, tokenizer_step, packing=False, way="neither")
+    assert "materialize_norm_head" in str(theirs["refusal"])

@@ -1,7 +1,7 @@
 """One step of TRL's SFTTrainer on the CPU; saves the batch and the loss it saw.
 
 TRL 1.16 computes the loss from `lm_head.weight` itself, which leaves out what the head does with its rows (NormHead).
-`OwnLossTrainer` takes the model's loss instead.
+Two ways out: `OwnLossTrainer` takes the model's loss, or the head is made a plain one first.
 """
 
 import json
@@ -15,9 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 
-class OwnLossTrainer(SFTTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+class RecordingTrainer(SFTTrainer):
+    def training_step(self, model, inputs, *arguments):
         batches.append({name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)})
+        return super().training_step(model, inputs, *arguments)
+
+
+class OwnLossTrainer(RecordingTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -25,6 +30,8 @@ job = json.loads(Path(sys.argv[1]).read_text())
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(job["folder"], trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=True)
+if job["way"] == "a plain head":
+    model.materialize_norm_head()
 before = model.model.layers[0].self_attn.W_pack.weight.detach().clone()
 settings = SFTConfig(
     output_dir=job["checkpoints"],
@@ -41,7 +48,7 @@ settings = SFTConfig(
     disable_tqdm=True,
 )
 batches = []
-trainer = (OwnLossTrainer if job["own_loss"] else SFTTrainer)(
+trainer = (OwnLossTrainer if job["way"] == "the model's loss" else RecordingTrainer)(
     model, args=settings, train_dataset=Dataset.from_list(job["conversations"]), processing_class=tokenizer
 )
 try:
