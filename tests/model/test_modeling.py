@@ -149,23 +149,6 @@ def test_materialized_norm_head_is_the_same_model(model):
 # ---------------------------------------------------------------------------- cache
 
 
-@settings(deadline=None, max_examples=25)
-@given(cuts=st.lists(st.integers(1, 17), max_size=6), left=st.integers(0, 4), attention=st.booleans())
-def test_any_split_into_chunks_equals_the_whole(cuts, left, attention):
-    model = build("eager" if attention else "sdpa")
-    rows = tokens(2, 18)
-    mask = torch.ones_like(rows)
-    mask[0, :left] = 0
-    whole = model(rows, attention_mask=mask).logits
-    cache, pieces = None, []
-    edges = [0, *sorted(set(cuts)), 18]
-    for start, end in itertools.pairwise(edges):
-        out = model(rows[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        pieces.append(out.logits)
-    close(torch.cat(pieces, 1)[mask.bool()], whole[mask.bool()])
-
-
 def test_token_by_token_far_beyond_the_window(model):
     row = tokens(1, 31)
     cache, pieces = DynamicCache(config=model.config), []
@@ -174,19 +157,6 @@ def test_token_by_token_far_beyond_the_window(model):
     close(torch.cat(pieces, 1), model(row).logits)
     assert cache.layers[1].keys.shape[2] == WINDOW - 1  # the window's memory is bounded
     assert cache.layers[1].conv_states[0].shape[-1] == 1
-
-
-def test_right_padded_prompts_can_be_continued():
-    model = build(sliding_window=64)
-    rows, more = tokens(2, 6), tokens(2, 3, seed=5)
-    mask = torch.ones_like(rows)
-    mask[0, 4:] = 0
-    cache = model(rows, attention_mask=mask, use_cache=True).past_key_values
-    full_mask = torch.cat((mask, torch.ones_like(more)), 1)
-    continued = model(more, attention_mask=full_mask, past_key_values=cache).logits
-    alone = model(torch.cat((rows[:1, :4], more[:1]), 1)).logits[:, 4:]
-    close(continued[:1], alone)
-    close(continued[1:], model(torch.cat((rows[1:], more[1:]), 1)).logits[:, 6:])
 
 
 def test_a_hole_longer_than_the_window_can_serve_is_refused(model):
@@ -200,66 +170,7 @@ def test_a_cache_without_room_for_the_convolution_is_refused(model):
         model(tokens(1, 3), past_key_values=DynamicCache())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_sample": False},
-        {"num_beams": 3, "num_return_sequences": 3},
-        {"do_sample": True, "temperature": 0.7},
-        {"do_sample": True, "num_beams": 2},
-    ],
-)
-def test_generation_is_the_same_with_and_without_cache(model, options):
-    rows = tokens(2, 8)
-    mask = torch.ones_like(rows)
-    mask[1, :3] = 0
-    outputs = []
-    for use_cache in (True, False):
-        torch.manual_seed(3)
-        outputs.append(
-            model.generate(
-                rows,
-                attention_mask=mask,
-                max_new_tokens=14,
-                eos_token_id=None,
-                use_cache=use_cache,
-                **options,
-            )
-        )
-    assert torch.equal(*outputs)
-    alone = model.generate(rows[:1], max_new_tokens=14, eos_token_id=None, do_sample=False)
-    if options == {"do_sample": False}:
-        assert torch.equal(alone, outputs[0][:1])
-
-
-def test_speculation_and_static_caches_give_the_greedy_text(model):
-    row = tokens(1, 4).repeat(1, 3)
-    greedy = model.generate(row, max_new_tokens=16, do_sample=False, eos_token_id=None)
-    for options in ({"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}):
-        assert torch.equal(
-            model.generate(row, max_new_tokens=16, do_sample=False, eos_token_id=None, **options), greedy
-        )
-
-
 # ---------------------------------------------------------------------------- padding and packing
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_rows_equal_the_rows_alone(attention, side):
-    model = build(attention)
-    lengths = (11, 1, 4, 7)
-    rows, mask = torch.full((4, 11), 3), torch.zeros(4, 11, dtype=torch.long)
-    texts = [tokens(1, n, seed=n) for n in lengths]
-    for i, text in enumerate(texts):
-        place = slice(11 - text.shape[1], 11) if side == "left" else slice(0, text.shape[1])
-        rows[i, place], mask[i, place] = text[0], 1
-    out = model(rows, attention_mask=mask, labels=rows)
-    for i, text in enumerate(texts):
-        close(out.logits[i][mask[i].bool()], model(text).logits[0])
-    assert bool(out.logits.isfinite().all())
-    losses = [model(text, labels=text).loss * (text.shape[1] - 1) for text in texts]
-    close(out.loss, sum(losses) / (sum(lengths) - len(lengths)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -319,59 +230,6 @@ def test_packing_that_cannot_be_honoured_is_refused(model):
 
 
 # ---------------------------------------------------------------------------- training
-
-
-def test_eager_and_sdpa_agree_in_gradients(model, eager):
-    row = tokens(2, 14)
-    for positions in (None, torch.tensor([[*range(6), *range(8)]])):
-        pairs = []
-        for one in (model, eager):
-            loss = one(row, labels=row, position_ids=positions).loss
-            pairs.append(torch.autograd.grad(loss, list(one.parameters())))
-        for a, b in zip(*pairs, strict=True):
-            close(a, b)
-
-
-# torch itself imports scripted decompositions for forward-mode derivatives
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_hessian_vector_products_three_ways(eager):
-    row = tokens(2, 9)
-    parameters = {name: p.detach() for name, p in eager.named_parameters()}
-    generator = torch.Generator().manual_seed(4)
-    vector = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters.items()}
-
-    def loss(values):
-        return torch.func.functional_call(eager, values, (row,), {"labels": row, "use_cache": False}).loss
-
-    gradient = torch.func.grad(loss)
-    _, forward = torch.func.jvp(gradient, (parameters,), (vector,))
-    live = {n: p.clone().requires_grad_() for n, p in parameters.items()}
-    grads = torch.autograd.grad(loss(live), list(live.values()), create_graph=True)
-    dot = sum((g * v).sum() for g, v in zip(grads, vector.values(), strict=True))
-    backward = torch.autograd.grad(dot, list(live.values()))
-    step = 1e-6
-    ahead = gradient({n: p + step * vector[n] for n, p in parameters.items()})
-    behind = gradient({n: p - step * vector[n] for n, p in parameters.items()})
-    for name, product in zip(parameters, backward, strict=True):
-        close(forward[name], product, 1e-8)
-        close((ahead[name] - behind[name]) / (2 * step), product, 1e-5)
-
-
-def test_gradient_checkpointing_changes_nothing(model):
-    row, grads = tokens(2, 10), []
-    for on in (False, True):
-        one = build().train()
-        if on:
-            enable = (
-                getattr(one, "activation_checkpointing_enable", None) or one.gradient_checkpointing_enable
-            )
-            enable()
-            assert one.model.layers[0].gradient_checkpointing
-        out = one(row, labels=row)
-        assert out.past_key_values is None  # no cache is built while training
-        grads.append(torch.autograd.grad(out.loss, list(one.parameters())))
-    for a, b in zip(*grads, strict=True):
-        close(a, b)
 
 
 def test_loss_ignores_and_divides_as_told():

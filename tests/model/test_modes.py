@@ -839,7 +839,6 @@ def test_weights_are_converted_once_on_the_way_in(tmp_path):
 
 @pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto", "offload"])
 def test_device_map(tmp_path, device_map):
-    pytest.importorskip("accelerate")
     model, rows = build(dtype=torch.float32), tokens(2, 9)
     model.save_pretrained(tmp_path / "model")
     options = {"device_map": device_map}
