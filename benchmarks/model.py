@@ -20,7 +20,7 @@ Against what:
 * mlx-lm: its `baichuan_m1` on our checkpoint, in its own environment (`make peers`), asked over a pipe by
   `mlx_worker.py`. It scales the NormHead's rows when it loads, so its training step would be another computation: none.
 
-The contenders take turns, each turn begins with another one, and everybody else waits without computing. A ratio is
+The contenders take turns in an order that changes, and everybody else waits without computing. A ratio is
 ours / theirs within one turn, so it does not notice a machine that becomes slower; the table gives the median over all
 turns and its 95% order-statistic interval. Random weights and tokens: speed does not depend on them.
 """

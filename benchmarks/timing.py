@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -40,7 +41,8 @@ def take_turns(
     """Runs all contenders in turn, `repeats` times or until `seconds` have passed, whichever is later.
 
     Value i of one contender and value i of another were measured within one turn, so their ratio does not notice
-    that the machine was slower an hour, or a second, earlier. Each turn begins with another contender.
+    that the machine was slower an hour, or a second, earlier. Each turn has an order of its own: whoever comes after a
+    long wait finds its caches cold, and it should not always be the same one.
 
     Args:
         contenders: name -> function that does the work once and returns the seconds of the part that counts.
@@ -53,10 +55,10 @@ def take_turns(
     """
     names, times = list(contenders), {name: [] for name in contenders}
     patience = patience or {}
+    shuffle = random.Random(0).sample
     begin, turn = perf_counter(), 0
     while turn < repeats or perf_counter() - begin < seconds:
-        for offset in range(len(names)):
-            name = names[(turn + offset) % len(names)]
+        for name in shuffle(names, len(names)):
             if len(times[name]) < 3 or sum(times[name]) < patience.get(name, math.inf):
                 times[name].append(contenders[name]())
         turn += 1
