@@ -54,8 +54,8 @@ parity: env peers
 	$(BIN)/python -m pytest tests/parity
 
 lint: env
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 types: env
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python

@@ -1,6 +1,5 @@
 """The network against a second implementation, against itself split up, and against its own definition."""
 
-import itertools
 import subprocess
 import sys
 
