@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from galenic.merge import gram, merge_state_dicts, metagpt_coefficients
 from galenic.merge.io import StateDict
 from galenic.merge.methods import keep_mask, round_once, ties, trim
-from galenic.merge.statistics import BLOCK, total, trim_thresholds
+from galenic.merge.statistics import BLOCK, CHUNK, total, trim_thresholds
 from galenic.runtime import UserError
 
 
@@ -196,16 +196,17 @@ def test_mask_changes_with_seed_model_and_tensor_and_looks_independent():
 
 
 def test_mask_is_splitmix64():
-    # First output of the published generator, seeded with the key, one element at a time.
+    # The published generator, seeded with the key, one number for two elements.
     import hashlib
 
     key = int.from_bytes(hashlib.sha256(b"5\0m\0t").digest()[:8], "little")
-    for index in (0, 1, 77):
-        z = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    for index in (0, 1, 77, 1000):
+        z = (key + (index // 2 + 1) * 0x9E3779B97F4A7C15) % 2**64
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         z ^= z >> 31
-        uniform = (z >> 11) / 2**53
+        half = z >> 32 if index % 2 else z % 2**32
+        uniform = ((half + 2**31) % 2**32) / 2**32
         assert keep_mask(5, "m", "t", index, index + 1, uniform + 1e-9).item()
         assert not keep_mask(5, "m", "t", index, index + 1, uniform - 1e-9).item()
 
@@ -274,3 +275,16 @@ def test_round_once_passes_infinity_on():
         assert not torch.isfinite(
             round_once(torch.tensor([1e300, -1e300, math.inf, math.nan]).double(), dtype)
         ).any()
+
+
+@pytest.mark.parametrize("method", ["metagpt", "task_arithmetic", "ties", "dare_linear"])
+def test_number_of_threads_does_not_change_a_bit(states, method, monkeypatch):
+    base, experts = states(dtype=torch.bfloat16, shapes={"a": (3 * CHUNK + 11,), "b": (1000, 3), "c": ()})
+    merged, threads = [], torch.get_num_threads()
+    for count in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        merged.append(merge_state_dicts(base, experts, method))
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads
+    for other in merged[1:]:
+        assert all(torch.equal(merged[0][name], other[name]) for name in base)

@@ -3,7 +3,7 @@
 The same code merges folders and state dicts, so both give the same bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,16 @@ from galenic.merge import methods
 from galenic.merge.config import MergeConfig
 from galenic.merge.io import TensorInfo, Weights
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
-from galenic.merge.statistics import float_names, gram_matrices, grid, total, trim_thresholds
+from galenic.merge.statistics import (
+    CACHED,
+    all_finite,
+    float_names,
+    gram_matrices,
+    grid,
+    total,
+    trim_thresholds,
+)
+from galenic.merge.workers import in_order
 from galenic.runtime import Bar, UserError, folder_name
 
 
@@ -78,32 +87,44 @@ def output_tensors(config: MergeConfig, base: Weights) -> dict[str, TensorInfo]:
     }
 
 
-def merged_blocks(
+def merge_blocks(
     config: MergeConfig,
     base: Weights,
     experts: Sequence[Weights],
     statistics: Statistics,
+    write: Callable[[str, int, Tensor], None],
     bar: Bar | None = None,
-) -> Iterator[tuple[str, int, Tensor]]:
-    """Second pass: yields (tensor name, first element, block in the output dtype) of the merged model.
+    workers: int | None = None,
+) -> None:
+    """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block.
+
+    `write` is called from several threads, each block once, in no particular order; it must have used the block
+    when it returns.
 
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
     """
-    for name, info in output_tensors(config, base).items():
-        for start, stop in grid(info.numel):
-            if not info.dtype.is_floating_point:
-                yield name, start, base.read(name, start, stop)
-                continue
-            merged = _merge_block(config, base, experts, statistics, name, start, stop)
-            block = methods.round_once(merged, info.dtype)
-            if not torch.isfinite(block).all():
-                raise UserError(
-                    f"'{name}': merged values do not fit {info.dtype}; use dtype: bfloat16 or float32"
-                )
-            yield name, start, block
-            if bar:
-                bar.update(stop - start)
+    output = output_tensors(config, base)
+
+    def one(block: tuple[str, int, int]) -> int:
+        name, start, stop = block
+        dtype = output[name].dtype
+        if not dtype.is_floating_point:
+            write(name, start, base.read(name, start, stop))
+            return 0
+        merged = torch.empty(stop - start, dtype=dtype)
+        parts = _merge_block(config, base, experts, statistics, *block)
+        for (first, last), part in zip(grid(stop - start, CACHED), parts, strict=True):
+            merged[first:last] = methods.round_once(part, dtype)
+        if not all_finite(merged):
+            raise UserError(f"'{name}': merged values do not fit {dtype}; use dtype: bfloat16 or float32")
+        write(name, start, merged)
+        return stop - start
+
+    blocks = [(name, start, stop) for name, info in output.items() for start, stop in grid(info.numel)]
+    for elements in in_order(one, blocks, workers):
+        if bar:
+            bar.update(elements)
 
 
 def _merge_block(
@@ -114,23 +135,27 @@ def _merge_block(
     name: str,
     start: int,
     stop: int,
-) -> Tensor:
-    """Merges one block in float64."""
-    weights = statistics.coefficients
+) -> Iterator[Tensor]:
+    """Yields the merged block in float64, in parts that fit a core's cache."""
+    method, weights = config.merge_method, statistics.coefficients
     blocks = [expert.read(name, start, stop) for expert in experts]
-    if config.merge_method in ("metagpt", "linear"):
-        return methods.weighted_sum(
-            blocks, weights
-        )  # coefficients sum to 1: the base cancels and is not read
-    origin = base.read(name, start, stop).double()
-    deltas = [block.double() - origin for block in blocks]
-    if config.merge_method == "task_arithmetic":
-        return methods.task_arithmetic(origin, deltas, weights)
-    if config.merge_method == "ties":
-        trimmed = [methods.trim(d, t) for d, t in zip(deltas, statistics.thresholds, strict=True)]
-        return methods.ties(origin, trimmed, weights)
-    dropped = []
-    for delta, label, density in zip(deltas, config.names(), config.densities(), strict=True):
-        kept = methods.keep_mask(config.seed, label, name, start, stop, density)
-        dropped.append(methods.drop_and_rescale(delta, kept, density))
-    return methods.task_arithmetic(origin, dropped, weights)
+    # Coefficients that sum to 1: the base cancels and is not read.
+    origin_block = None if method in ("metagpt", "linear") else base.read(name, start, stop)
+    for first, last in grid(stop - start, CACHED):
+        parts = [block[first:last] for block in blocks]
+        if origin_block is None:
+            yield methods.weighted_sum(parts, weights)
+            continue
+        origin = origin_block[first:last].double()
+        deltas = [part.double() - origin for part in parts]
+        if method == "task_arithmetic":
+            yield methods.task_arithmetic(origin, deltas, weights)
+        elif method == "ties":
+            trimmed = [methods.trim(d, t) for d, t in zip(deltas, statistics.thresholds, strict=True)]
+            yield methods.ties(origin, trimmed, weights)
+        else:
+            dropped = []
+            for delta, label, density in zip(deltas, config.names(), config.densities(), strict=True):
+                kept = methods.keep_mask(config.seed, label, name, start + first, start + last, density)
+                dropped.append(methods.drop_and_rescale(delta, kept, density))
+            yield methods.task_arithmetic(origin, dropped, weights)

@@ -9,6 +9,7 @@ memory-mapped or unpickled.
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,7 @@ class Checkpoint:
         found: dict[str, TensorInfo] = {}
         self._places: dict[str, _Place] = {}
         self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
         index = _read_index(self.folder)
         for file in sorted(set(index.values())) if index else [_single_file(self.folder)]:
             for name, info, offset in read_header(self.folder / file):
@@ -144,18 +146,21 @@ class Checkpoint:
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Returns the flattened elements [start, stop) of a tensor, in its own dtype."""
         info, place = self.tensors[name], self._places[name]
-        size = (stop - start) * info.dtype.itemsize
-        if place.file not in self._descriptors:
-            self._descriptors[place.file] = os.open(place.file, os.O_RDONLY)
-        buffer = bytearray(size)
-        view, done = memoryview(buffer), 0
-        while done < size:
-            offset = place.offset + start * info.dtype.itemsize + done
-            got = os.preadv(self._descriptors[place.file], [view[done:]], offset)
+        elements = torch.empty(stop - start, dtype=info.dtype)
+        view = elements.view(torch.uint8).numpy().data
+        offset, done = place.offset + start * info.dtype.itemsize, 0
+        while done < len(view):
+            got = os.preadv(self._descriptor(place.file), [view[done:]], offset + done)
             if got == 0:
                 raise UserError(f"{place.file}: ends inside '{name}'; the file changed while it was read")
             done += got
-        return torch.frombuffer(buffer, dtype=info.dtype) if size else torch.empty(0, dtype=info.dtype)
+        return elements
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ def run(config: MergeConfig) -> None:
     Raises:
         UserError: a folder is missing or malformed, the models do not fit together, or hold NaN or infinity.
     """
-    from galenic.merge.engine import measure, merged_blocks, output_tensors
+    from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.folder import write_companions
     from galenic.merge.statistics import float_names
     from galenic.merge.writer import safetensors_writer
@@ -70,8 +70,7 @@ def run(config: MergeConfig) -> None:
                 safetensors_writer(folder, output_tensors(config, base)) as writer,
                 progress(elements, f"merging ({config.merge_method})", "weights") as bar,
             ):
-                for name, start, block in merged_blocks(config, base, experts, statistics, bar):
-                    writer.write(name, start, block)
+                merge_blocks(config, base, experts, statistics, writer.write, bar)
             write_companions(config, folder, statistics.summary)
     write_json(Path(config.out) / "merge.json", statistics.summary)
 
@@ -177,7 +176,7 @@ def merge_state_dicts(
     """
     import torch
 
-    from galenic.merge.engine import measure, merged_blocks, output_tensors
+    from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.io import StateDict, check_same_tensors
 
     named = experts if isinstance(experts, Mapping) else {str(i): state for i, state in enumerate(experts)}
@@ -201,6 +200,9 @@ def merge_state_dicts(
     check_same_tensors(origin, models)
     statistics = measure(config, origin, models)
     merged = {name: torch.empty(i.shape, dtype=i.dtype) for name, i in output_tensors(config, origin).items()}
-    for name, start, block in merged_blocks(config, origin, models, statistics):
+
+    def write(name: str, start: int, block: "Tensor") -> None:
         merged[name].view(-1)[start : start + block.numel()] = block
+
+    merge_blocks(config, origin, models, statistics, write)
     return merged

@@ -5,11 +5,18 @@ Sums run over the experts in their given order. `round_once` is the only roundin
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
+
+ROW = 256
+"""Values looked at together when bfloat16 is rounded."""
+MIDPOINT = -(1 << 31)
+"""The lower half 0x8000 of a float32 pattern, shifted up: the least int32."""
 
 
 def weighted_sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -18,9 +25,10 @@ def weighted_sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     With weights that sum to 1 and experts as blocks: the weight average (Model Soups, arXiv 2203.05482), and
     MetaGPT, whose base cancels.
     """
-    result = torch.zeros(blocks[0].shape, dtype=torch.float64)
-    for block, weight in zip(blocks, weights, strict=True):
-        result += weight * block.double()
+    result = blocks[0].double() * weights[0]
+    for block, weight in zip(blocks[1:], weights[1:], strict=True):
+        # Not add_(..., alpha): that is a fused multiply-add where the processor has one, so bits would depend on it.
+        result += block.double().mul_(weight) if block.dtype != torch.float64 else block * weight
     return result
 
 
@@ -30,12 +38,23 @@ def task_arithmetic(origin: Tensor, deltas: Sequence[Tensor], weights: Sequence[
 
 
 def trim(delta: Tensor, threshold: float) -> Tensor:
-    """Zeroes the entries whose float32 magnitude is below `threshold`; ties are kept.
+    """Zeroes the entries whose float32 magnitude is below `threshold`, a float32 number; ties are kept.
 
     Source: TIES-Merging, arXiv 2306.01708, Algorithm 1, step 1: each task vector keeps its top entries over the
     whole model, so the threshold is the model's, not the tensor's.
     """
-    return delta.where(delta.float().abs() >= threshold, 0.0)
+    return hardshrink(delta, _largest_below(threshold))
+
+
+def _largest_below(threshold: float) -> float:
+    """Returns the largest float64 that rounds to a float32 below `threshold` (a float32); -1 if there is none."""
+    if threshold <= 0:
+        return -1.0
+    above = np.float32(threshold)
+    below = np.nextafter(above, np.float32(0))
+    midpoint = (float(above) + float(below)) / 2  # exact: both have 24 bits, side by side
+    goes_up = np.float32(midpoint) == above  # a tie goes to the even neighbour
+    return math.nextafter(midpoint, 0.0) if goes_up else midpoint
 
 
 def ties(origin: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -44,15 +63,19 @@ def ties(origin: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float]) ->
         gamma = sgn(sum_t w_t tau_t),   tau = sum_{t: sgn(tau_t) = gamma} w_t tau_t / sum_{t: ...} w_t
 
     Where trimmed entries are all zero or cancel exactly, nothing is elected and the base stays. The paper's weights
-    are all 1.
+    are all 1. Weights are not negative, and not all zero.
 
     Source: TIES-Merging, arXiv 2306.01708, Algorithm 1, steps 2 and 3.
     """
-    elected = torch.sign(weighted_sum(trimmed, weights))
-    agrees = [((torch.sign(delta) == elected) & (elected != 0)).double() for delta in trimmed]
-    share = weighted_sum(agrees, weights)
-    mean = weighted_sum([d * a for d, a in zip(trimmed, agrees, strict=True)], weights)
-    return origin.double() + torch.where(share > 0, mean / share.where(share > 0, 1.0), 0.0)
+    elected = weighted_sum(trimmed, weights).sign_()
+    agreeing = [
+        (delta * elected).clamp_min_(0) for delta in trimmed
+    ]  # magnitudes; 0 where the sign is another
+    mean = weighted_sum(agreeing, weights)
+    # In place of zero the least a positive sum of weights can be: there the numerator is zero as well.
+    least = min(weight for weight in weights if weight)
+    mean /= weighted_sum([part.sign_() for part in agreeing], weights).clamp_min_(least)
+    return origin + mean.mul_(elected)
 
 
 def drop_and_rescale(delta: Tensor, kept: Tensor, density: float) -> Tensor:
@@ -71,20 +94,24 @@ def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density
 
     The decision is a function of (seed, model, tensor, element) alone: it is the same in any order, on any number
     of threads and machines, and whichever other models or tensors are merged. The generator is SplitMix64 (Steele,
-    Lea, Flood, OOPSLA 2014) used as a counter: element i takes the (i + 1)-th number of the stream that the
-    names seed.
+    Lea, Flood, OOPSLA 2014) used as a counter: elements 2j and 2j + 1 take the lower and the upper 32 bits of
+    the (j + 1)-th number of the stream that the names seed. A probability is thereby a multiple of 2^-32.
 
     Returns:
         (stop - start,) bool.
     """
     digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
-    key = np.uint64(int.from_bytes(digest[:8], "little"))
-    index = np.arange(start + 1, stop + 1, dtype=np.uint64)
-    bits = index * np.uint64(0x9E3779B97F4A7C15) + key
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    bits = bits ^ (bits >> np.uint64(31))
-    return torch.from_numpy((bits >> np.uint64(11)) < np.uint64(round(density * 2**53)))
+    key = int.from_bytes(digest[:8], "little", signed=True)
+    first = start // 2
+    bits = torch.arange(first + 1, (stop + 1) // 2 + 1)
+    # Signed arithmetic wraps around as unsigned does; a shift must not bring the sign in.
+    bits.mul_(0x9E3779B97F4A7C15 - (1 << 64)).add_(key)
+    bits.bitwise_xor_((bits >> 30).bitwise_and_((1 << 34) - 1)).mul_(0xBF58476D1CE4E5B9 - (1 << 64))
+    bits.bitwise_xor_((bits >> 27).bitwise_and_((1 << 37) - 1)).mul_(0x94D049BB133111EB - (1 << 64))
+    bits.bitwise_xor_((bits >> 31).bitwise_and_((1 << 33) - 1))
+    halves = bits.view(torch.int32)[start - 2 * first : stop - 2 * first]
+    limit = round(density * 2**32) - 2**31
+    return halves < limit if limit < 2**31 else torch.ones_like(halves, dtype=torch.bool)
 
 
 # ---------------------------------------------------------------------------- rounding
@@ -102,8 +129,25 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
+    if dtype != torch.bfloat16:
+        return _round_to_odd(values).to(dtype)
+    # The two roundings differ only where the first ends on the midpoint of two bfloat16 numbers: the lower half of
+    # the float32 bits is then 0x8000. That is rare, but for round coefficients; so rows are looked at first.
+    nearest = values.float()
+    rounded = nearest.to(dtype)
+    whole = len(values) // ROW * ROW
+    lower_halves = (nearest[:whole].view(torch.int32) << 16).view(-1, ROW)
+    rows = (lower_halves.amin(1) == MIDPOINT).nonzero().flatten()
+    row, column = (lower_halves[rows] == MIDPOINT).nonzero().unbind(1)
+    midpoints = torch.cat([rows[row] * ROW + column, torch.arange(whole, len(values))])
+    rounded[midpoints] = _round_to_odd(values[midpoints]).to(dtype)
+    return rounded
+
+
+def _round_to_odd(values: Tensor) -> Tensor:
+    """Returns the float32 neighbour of each float64 whose last bit is set, or the value itself where it is exact."""
     nearest = values.float()
     error = values - nearest.double()
     even = (nearest.view(torch.int32) & 1) == 0
     other = torch.nextafter(nearest, torch.where(error > 0, torch.inf, -torch.inf).float())
-    return torch.where((error != 0) & even, other, nearest).to(dtype)
+    return torch.where((error != 0) & even, other, nearest)

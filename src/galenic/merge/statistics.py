@@ -1,8 +1,8 @@
 """The statistics pass: Gram matrices of task vectors, and the magnitude threshold of TIES.
 
-Everything streams over a fixed grid: chunks of `CHUNK` elements are read, products are summed in float32 inside
-blocks of `BLOCK` elements, and block sums are added exactly (`math.fsum`). The result depends neither on the chunk
-size nor on the number of threads.
+Everything streams over a fixed grid: chunks of `CHUNK` elements are read by several threads, products are summed in
+float32 inside blocks of `BLOCK` elements, and block sums are added exactly (`math.fsum`). The result depends neither
+on the chunk size nor on the number of threads.
 """
 
 import math
@@ -16,12 +16,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from galenic.merge.io import Checkpoint, StateDict, Weights, check_same_tensors
+from galenic.merge.workers import Workspace, in_order
 from galenic.runtime import Bar, UserError
 
 BLOCK = 4096
 """Elements whose products are summed in the working precision."""
-CHUNK = 64 * BLOCK
-"""Elements of one tensor held at a time: 1 MiB per model in float32, the size of a core's cache."""
+CACHED = 16 * BLOCK
+"""Elements computed at a time: half a MiB in float64, so that they stay in a core's cache from step to step."""
+CHUNK = 8 * CACHED
+"""Elements read and written at a time, 1 MiB in bfloat16: file systems are slow with smaller parts."""
+
+_workspace = Workspace()
 
 HIGH_BINS, LOW_BINS = 1 << 15, 1 << 16
 """The 31 bits of a float32 magnitude, split in two: the bins of the two selection passes."""
@@ -36,6 +41,18 @@ def grid(numel: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
 def float_names(weights: Weights) -> list[str]:
     """Returns the names of the tensors that are merged; integer and boolean buffers are not."""
     return [name for name, info in weights.tensors.items() if info.dtype.is_floating_point]
+
+
+def all_finite(block: Tensor) -> bool:
+    """Whether a block holds neither NaN nor infinity. A finite sum says so, far cheaper than looking at each."""
+    return bool(torch.isfinite(block.sum(dtype=torch.float32))) or bool(torch.isfinite(block).all())
+
+
+def float_blocks(weights: Weights, chunk: int = CHUNK) -> Iterator[tuple[str, int, int]]:
+    """Yields (tensor name, start, stop) of every block of every merged tensor."""
+    for name in float_names(weights):
+        for start, stop in grid(weights.tensors[name].numel, chunk):
+            yield name, start, stop
 
 
 # ---------------------------------------------------------------------------- Gram matrices
@@ -76,7 +93,11 @@ def _open(model: Weights | Mapping[str, Tensor] | str | Path, label: str, stack:
 
 
 def gram_matrices(
-    base: Weights, experts: Sequence[Weights], bar: Bar | None = None, chunk: int = CHUNK
+    base: Weights,
+    experts: Sequence[Weights],
+    bar: Bar | None = None,
+    chunk: int = CHUNK,
+    workers: int | None = None,
 ) -> dict[str, Tensor]:
     """Does the work of `gram` on checked, opened models; also checks integer buffers for equality.
 
@@ -85,36 +106,63 @@ def gram_matrices(
         experts: T models with the same tensors.
         bar: advanced by the number of elements.
         chunk: elements read at a time, a multiple of `BLOCK`; the result does not depend on it.
+        workers: threads; the result does not depend on it.
     """
     assert chunk % BLOCK == 0
-    matrices = {}
     for name, info in base.tensors.items():
         if not info.dtype.is_floating_point:
             _check_equal(name, base, experts)
-            continue
-        count = len(experts)
-        sums = [[array("d") for _ in range(count)] for _ in range(count)]
-        for start, stop in grid(info.numel, chunk):
-            deltas = task_vectors(name, start, stop, base, experts)
-            deltas = pad(deltas, (0, -deltas.shape[1] % BLOCK)).view(count, -1, BLOCK)
-            for i in range(count):
-                for j in range(i + 1):
-                    sums[i][j].extend((deltas[i] * deltas[j]).sum(-1).tolist())
-            if not all(math.isfinite(x) for i in range(count) for x in sums[i][i][-deltas.shape[1] :]):
-                _name_not_finite(name, start, stop, [base, *experts])
-            if bar:
-                bar.update(stop - start)
-        lower = [[math.fsum(sums[max(i, j)][min(i, j)]) for j in range(count)] for i in range(count)]
-        matrices[name] = torch.tensor(lower, dtype=torch.float64)
+    count = len(experts)
+    sums = {name: array("d") for name in float_names(base)}
+
+    def block_sums(block: tuple[str, int, int]) -> list[float]:
+        name, start, stop = block
+        parts = task_vectors(name, start, stop, base, experts)
+        products = torch.cat([_block_products(deltas) for deltas in parts])
+        if not torch.isfinite(products).all():
+            _name_not_finite(name, start, stop, [base, *experts])
+        return products.flatten().tolist()
+
+    blocks = list(float_blocks(base, chunk))
+    for (name, start, stop), values in zip(blocks, in_order(block_sums, blocks, workers), strict=True):
+        sums[name].extend(values)
+        if bar:
+            bar.update(stop - start)
+    matrices = {}
+    for name, values in sums.items():
+        entries = [math.fsum(values[i :: count * count]) for i in range(count * count)]
+        matrices[name] = torch.tensor(entries, dtype=torch.float64).view(count, count)
     return matrices
 
 
-def task_vectors(name: str, start: int, stop: int, base: Weights, experts: Sequence[Weights]) -> Tensor:
-    """Returns the (T, stop - start) task vectors of a block, in float32 (float64 if any model is stored so)."""
-    origin = base.read(name, start, stop)
-    parts = [expert.read(name, start, stop) for expert in experts]
-    wide = torch.float64 if any(p.dtype == torch.float64 for p in [origin, *parts]) else torch.float32
-    return torch.stack([part.to(wide) - origin.to(wide) for part in parts])
+def _block_products(deltas: Tensor) -> Tensor:
+    """Returns the (n / BLOCK, T, T) inner products of (T, n) task vectors inside each block, zeros beyond the end."""
+    count, size = deltas.shape
+    full = size // BLOCK * BLOCK
+    parts = deltas[:, :full].view(count, -1, BLOCK).transpose(0, 1)
+    products = torch.bmm(parts, parts.transpose(1, 2))
+    if full < size:
+        last = pad(deltas[:, full:], (0, BLOCK - (size - full)))[None]
+        products = torch.cat([products, torch.bmm(last, last.transpose(1, 2))])
+    return products
+
+
+def task_vectors(
+    name: str, start: int, stop: int, base: Weights, experts: Sequence[Weights]
+) -> Iterator[Tensor]:
+    """Yields the task vectors of a block in parts of (T, up to CACHED), float32 (float64 if any model is).
+
+    A part's memory is the calling thread's and is overwritten by the next part.
+    """
+    models = [base, *experts]
+    wide = torch.float64 if any(m.tensors[name].dtype == torch.float64 for m in models) else torch.float32
+    origin, *blocks = [model.read(name, start, stop) for model in models]
+    for first, last in grid(stop - start, CACHED):
+        deltas = _workspace.buffer("deltas", (len(experts), last - first), wide)
+        own = _workspace.buffer("origin", (last - first,), wide).copy_(origin[first:last])
+        for delta, block in zip(deltas, blocks, strict=True):
+            delta.copy_(block[first:last]).sub_(own)
+        yield deltas
 
 
 def total(matrices: Mapping[str, Tensor]) -> Tensor:
@@ -143,7 +191,7 @@ def _check_equal(name: str, base: Weights, experts: Sequence[Weights]) -> None:
 def _name_not_finite(name: str, start: int, stop: int, models: Sequence[Weights]) -> None:
     for model in models:
         block = model.read(name, start, stop)
-        if not torch.isfinite(block).all():
+        if not all_finite(block):
             index = start + int(torch.nonzero(~torch.isfinite(block))[0])
             raise UserError(
                 f"{model.label}: '{name}' holds NaN or infinity (element {index}); mend or leave out the model"
@@ -155,7 +203,11 @@ def _name_not_finite(name: str, start: int, stop: int, models: Sequence[Weights]
 
 
 def trim_thresholds(
-    base: Weights, experts: Sequence[Weights], keep: Sequence[int], chunk: int = CHUNK
+    base: Weights,
+    experts: Sequence[Weights],
+    keep: Sequence[int],
+    chunk: int = CHUNK,
+    workers: int | None = None,
 ) -> tuple[list[float], list[int]]:
     """Finds, per expert, the magnitude of its `keep`-th largest task-vector entry over the whole model.
 
@@ -168,21 +220,35 @@ def trim_thresholds(
         experts: T models with the same tensors.
         keep: how many entries to keep of each, at least 1.
         chunk: elements read at a time.
+        workers: threads; the result does not depend on it.
 
     Returns:
         T thresholds, and how many entries reach them: `keep`, or more where magnitudes tie.
     """
     count = len(experts)
+
+    def count_high(block: tuple[str, int, int]) -> Tensor:
+        counts = torch.zeros(count, HIGH_BINS, dtype=torch.int64)
+        for deltas in task_vectors(*block, base, experts):
+            for t, keys in enumerate(_magnitude_keys(deltas)):
+                counts[t] += torch.bincount(keys >> 16, minlength=HIGH_BINS)
+        return counts
+
+    def count_low(block: tuple[str, int, int]) -> Tensor:
+        counts = torch.zeros(count, LOW_BINS, dtype=torch.int64)
+        for deltas in task_vectors(*block, base, experts):
+            for t, keys in enumerate(_magnitude_keys(deltas)):
+                inside = keys[keys >> 16 == bins[t]]
+                counts[t] += torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS)
+        return counts
+
     high = torch.zeros(count, HIGH_BINS, dtype=torch.int64)
-    for keys in _magnitude_keys(base, experts, chunk):
-        for t in range(count):
-            high[t] += torch.bincount(keys[t] >> 16, minlength=HIGH_BINS)
+    for counts in in_order(count_high, float_blocks(base, chunk), workers):
+        high += counts
     bins, left = zip(*[_bin_from_above(high[t], keep[t]) for t in range(count)], strict=True)
     low = torch.zeros(count, LOW_BINS, dtype=torch.int64)
-    for keys in _magnitude_keys(base, experts, chunk):
-        for t in range(count):
-            inside = keys[t][keys[t] >> 16 == bins[t]]
-            low[t] += torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS)
+    for counts in in_order(count_low, float_blocks(base, chunk), workers):
+        low += counts
     thresholds, kept = [], []
     for t in range(count):
         index, missing = _bin_from_above(low[t], left[t])
@@ -192,11 +258,9 @@ def trim_thresholds(
     return thresholds, kept
 
 
-def _magnitude_keys(base: Weights, experts: Sequence[Weights], chunk: int) -> Iterator[Tensor]:
-    for name in float_names(base):
-        for start, stop in grid(base.tensors[name].numel, chunk):
-            deltas = task_vectors(name, start, stop, base, experts).float()
-            yield deltas.abs().view(torch.int32)
+def _magnitude_keys(deltas: Tensor) -> Tensor:
+    """Returns the float32 bits of the magnitudes as int32, in their order."""
+    return deltas.float().view(torch.int32).bitwise_and_(0x7FFFFFFF)  # all but the sign bit
 
 
 def _bin_from_above(histogram: Tensor, rank: int) -> tuple[int, int]:

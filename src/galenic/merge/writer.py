@@ -31,7 +31,7 @@ class Writer:
     def write(self, name: str, start: int, block: Tensor) -> None:
         """Writes flattened elements from `start` on; `block` has the tensor's output dtype."""
         descriptor, offset = self._places[name]
-        data = memoryview(block.contiguous().view(torch.uint8).numpy().tobytes())
+        data = block.contiguous().view(torch.uint8).numpy().data
         offset += start * block.dtype.itemsize
         while data:
             written = os.pwrite(descriptor, data, offset)
@@ -73,7 +73,8 @@ def safetensors_writer(
             header, offsets = _header({name: tensors[name] for name in names})
             os.pwrite(descriptor, header, 0)
             places |= {name: (descriptor, offset) for name, offset in offsets.items()}
-            os.ftruncate(descriptor, len(header) + sum(tensors[name].nbytes for name in names))
+            size = len(header) + sum(tensors[name].nbytes for name in names)
+            os.posix_fallocate(descriptor, 0, size)  # a full disk is found now, not after an hour
         yield Writer(places)
     finally:
         for descriptor in descriptors:
