@@ -1,7 +1,7 @@
 import pytest
 
 from galenic.cli import parse_config
-from galenic.merge.config import MergeConfig, MergeModel, MergeParameters
+from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, MethodParameters
 from galenic.runtime import UserError
 
 
@@ -18,7 +18,7 @@ def test_defaults_are_the_papers():
 
 def test_a_models_own_numbers_win():
     own = MergeModel(model="a", parameters=MergeParameters(weight=0.7, density=0.2))
-    both = config("ties", [own, "b"], parameters=MergeParameters(weight=0.1, density=0.9))
+    both = config("ties", [own, "b"], parameters=MethodParameters(weight=0.1, density=0.9))
     assert both.weights() == [0.7, 0.1] and both.densities() == [0.2, 0.9]
 
 
@@ -34,6 +34,11 @@ def test_a_models_own_numbers_win():
         ("linear", ["a", "b"], {"weight": 0.0}, "divides by their sum, which is 0"),
         ("ties", ["a", "b"], {"weight": -1.0}, "must be >= 0"),
         ("task_arithmetic", ["a"], {"weight": float("inf")}, "not a finite number"),
+        ("ties", ["a"], {"scope": "layer"}, "parameters.scope: is for merge_method: metagpt"),
+        ("metagpt", ["a", "b"], {"max_coefficient": 0.4}, r"0.4 is not in \[1/2, 1\]"),
+        ("metagpt", ["a", "b"], {"norm_power": float("nan")}, "not a finite number"),
+        ("metagpt", ["a", "b"], {"norms": "after_trim"}, "parameters.trim is not set"),
+        ("dare_ties", ["a", "b"], {"weight": -1.0}, "dare_ties takes a weighted mean"),
         ("metagpt", [], {}, "at least one expert"),
         ("metagpt", ["a", "./a/"], {}, r"models\[1\].model: ./a/ is models\[0\] already"),
         ("metagpt", ["x/a", "y/a"], {}, "'a' is the name of"),
@@ -42,7 +47,7 @@ def test_a_models_own_numbers_win():
 )
 def test_contradictions_are_refused(method, models, parameters, message):
     with pytest.raises(UserError, match=message):
-        config(method, models, parameters=MergeParameters(**parameters))
+        config(method, models, parameters=MethodParameters(**parameters))
 
 
 def test_names_come_from_folders():

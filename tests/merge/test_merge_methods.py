@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.merge import gram, merge_state_dicts, metagpt_coefficients
+from galenic.merge.config import MethodParameters
 from galenic.merge.io import StateDict
 from galenic.merge.methods import keep_mask, round_once, ties, trim
-from galenic.merge.statistics import BLOCK, CHUNK, total, trim_thresholds
+from galenic.merge.statistics import BLOCK, CHUNK, layer_of, total, trim_thresholds
 from galenic.runtime import UserError
 
 
@@ -277,7 +278,7 @@ def test_round_once_passes_infinity_on():
         ).any()
 
 
-@pytest.mark.parametrize("method", ["metagpt", "task_arithmetic", "ties", "dare_linear"])
+@pytest.mark.parametrize("method", ["metagpt", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
 def test_number_of_threads_does_not_change_a_bit(states, method, monkeypatch):
     base, experts = states(dtype=torch.bfloat16, shapes={"a": (3 * CHUNK + 11,), "b": (1000, 3), "c": ()})
     merged, threads = [], torch.get_num_threads()
@@ -288,3 +289,150 @@ def test_number_of_threads_does_not_change_a_bit(states, method, monkeypatch):
     assert torch.get_num_threads() == threads
     for other in merged[1:]:
         assert all(torch.equal(merged[0][name], other[name]) for name in base)
+
+
+# ---------------------------------------------------------------------------- MetaGPT's options
+
+
+def taus_of(base, experts):
+    return [{n: e[n].double() - base[n].double() for n in base} for e in experts]
+
+
+def merged_tau(base, experts, **numbers):
+    merged = merge_state_dicts(
+        {n: t.double() for n, t in base.items()}, experts, parameters=MethodParameters(**numbers)
+    )
+    return {n: merged[n] - base[n].double() for n in base}
+
+
+def assert_same(got, expected, rtol=1e-5):
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name].double(), rtol=rtol, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "tensor"])
+@pytest.mark.parametrize("power", [2.0, 1.0, 0.0, -1.0])
+def test_scope_and_norm_power_against_their_definition(states, scope, power):
+    base, experts = states(norms=[1, 3, 0.5])
+    taus = taus_of(base, experts)
+    unit = {"global": lambda n: 0, "tensor": lambda n: n, "layer": layer_of}[scope]
+    expected = {}
+    for name in base:
+        same = [n for n in base if unit(n) == unit(name)]
+        c = [sum(tau[n].square().sum() for n in same) ** (power / 2) for tau in taus]
+        expected[name] = sum(ct / sum(c) * tau[name] for ct, tau in zip(c, taus, strict=True))
+    assert_same(merged_tau(base, experts, scope=scope, norm_power=power), expected)
+
+
+def test_scale_multiplies_the_merged_task_vector(states):
+    base, experts = states()
+    plain = merged_tau(base, experts)
+    assert_same(merged_tau(base, experts, scale=0.5), {n: 0.5 * t for n, t in plain.items()})
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(0, 1e6), min_size=1, max_size=6),
+    st.floats(0, 1),
+    st.sampled_from([2.0, 0.0, 1.0, -1.0]),
+)
+def test_capped_coefficients_sum_to_one_and_keep_the_ratios_below_the_cap(norms, share, power):
+    limit = 1 / len(norms) + share * (1 - 1 / len(norms))
+    squares = torch.tensor(norms, dtype=torch.float64).square()
+    free = metagpt_coefficients(torch.diag(squares), norm_power=power)
+    capped = metagpt_coefficients(torch.diag(squares), norm_power=power, max_coefficient=limit)
+    assert float(capped.sum()) == pytest.approx(1) and capped.max() <= limit + 1e-12
+    below = (capped < limit - 1e-9) & (free > 0)
+    ratios = capped[below] / free[below]
+    assert ratios.numel() == 0 or ratios.max() == pytest.approx(float(ratios.min()), rel=1e-6)
+    assert (capped >= free - 1e-12)[below].all()
+
+
+def test_coefficients_by_hand():
+    matrix = torch.diag(torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64))
+    assert metagpt_coefficients(matrix, norm_power=1).tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
+    assert metagpt_coefficients(matrix, norm_power=-1).tolist() == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert metagpt_coefficients(matrix, norm_power=0).tolist() == [1 / 3] * 3
+    assert metagpt_coefficients(matrix, max_coefficient=0.5).tolist() == pytest.approx([0.5, 0.4, 0.1])
+    zero = torch.diag(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64))
+    assert metagpt_coefficients(zero, norm_power=-1).tolist() == pytest.approx([1 / 3, 0, 2 / 3])
+    assert metagpt_coefficients(zero, norm_power=-400)[2] == 1  # powers of large ratios do not overflow
+    with pytest.raises(UserError, match="less than 1/3"):
+        metagpt_coefficients(matrix, max_coefficient=0.2)
+
+
+@pytest.mark.parametrize("norms", ["before_trim", "after_trim"])
+def test_metagpt_with_ties(states, norms):
+    base, experts = states(norms=[1, 3, 0.5])
+    taus = torch.stack([flat(tau) for tau in taus_of(base, experts)])
+    kept = round(0.3 * taus.shape[1])
+    thin = torch.stack([t.where(t.abs() >= t.abs().sort().values[-kept], 0.0) for t in taus])
+    weights = (thin if norms == "after_trim" else taus).square().sum(1)
+    weights = (weights / weights.sum())[:, None]
+    sign = torch.sign((weights * thin).sum(0))
+    agree = (torch.sign(thin) == sign) & (sign != 0)
+    expected = (weights * thin * agree).sum(0) / (weights * agree).sum(0).clamp_min(1e-300)
+    got = flat(merged_tau(base, experts, trim="ties", density=0.3, norms=norms))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("norms", ["before_trim", "after_trim"])
+def test_metagpt_with_dare(states, norms):
+    base, experts = states(norms=[1, 3, 0.5])
+    taus = taus_of(base, experts)
+    thin = [
+        {n: t.flatten() * keep_mask(0, str(i), n, 0, t.numel(), 0.3) / 0.3 for n, t in tau.items()}
+        for i, tau in enumerate(taus)
+    ]
+    weights = [
+        sum(t.square().sum() for t in tau.values()) for tau in (thin if norms == "after_trim" else taus)
+    ]
+    expected = {
+        n: sum(w * t[n] for w, t in zip(weights, thin, strict=True)).view(base[n].shape) / sum(weights)
+        for n in base
+    }
+    assert_same(merged_tau(base, experts, trim="dare", density=0.3, norms=norms), expected)
+
+
+def test_dare_ties_elects_among_what_was_not_dropped(states):
+    base, experts = states()
+    doubles_ = {n: t.double() for n, t in base.items()}
+    got = flat(merge_state_dicts(doubles_, experts, "dare_ties", density=0.4)) - flat(base)
+    taus = taus_of(base, experts)
+    thin = torch.stack(
+        [
+            torch.cat(
+                [t.flatten() * keep_mask(0, str(i), n, 0, t.numel(), 0.4) / 0.4 for n, t in tau.items()]
+            )
+            for i, tau in enumerate(taus)
+        ]
+    )
+    sign = torch.sign(thin.sum(0))
+    agree = (torch.sign(thin) == sign) & (sign != 0)
+    torch.testing.assert_close(got, (thin * agree).sum(0) / agree.sum(0).clamp_min(1), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.1754944e-38, 0.1, 1.0, 3.0])
+def test_trim_is_decided_by_the_float32_magnitude(threshold):
+    edge = torch.tensor(threshold, dtype=torch.float32)
+    around = [edge.double()]
+    for _ in range(3):
+        around.append(torch.nextafter(around[-1], torch.tensor(-1.0).double()))
+    below = (edge.double() + torch.nextafter(edge, torch.tensor(-1.0)).double()) / 2
+    for towards in (-1.0, 9.0):
+        around += [below, torch.nextafter(below, torch.tensor(towards).double())]
+    values = torch.stack(around + [-a for a in around])
+    expected = values.where(values.float().abs() >= float(edge), 0.0)
+    assert torch.equal(trim(values, float(edge)), expected)
+
+
+def test_units_name_layers_and_their_coefficients():
+    assert [
+        layer_of(n) for n in ("model.layers.10.mlp.weight", "lm_head.weight", "h.3", "0.weight", "a.b2.c")
+    ] == [
+        "model.layers.10",
+        "lm_head.weight",
+        "h.3",
+        "0",
+        "a.b2.c",
+    ]

@@ -3,8 +3,10 @@
 The same code merges folders and state dicts, so both give the same bits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,9 @@ from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficient
 from galenic.merge.statistics import (
     CACHED,
     all_finite,
-    float_names,
     gram_matrices,
     grid,
+    layer_of,
     total,
     trim_thresholds,
 )
@@ -31,10 +33,10 @@ from galenic.runtime import Bar, UserError, folder_name
 class Statistics:
     """What the first pass learns; all the second pass needs besides the weights."""
 
-    coefficients: list[float]
-    """What each expert is multiplied by."""
+    coefficients: Mapping[str, Sequence[float]]
+    """Tensor -> what each expert is multiplied by in it."""
     thresholds: list[float]
-    """TIES only: smallest magnitude each task vector keeps."""
+    """Trimming only: smallest magnitude each task vector keeps."""
     summary: dict[str, Any]
     """The contents of `merge.json`."""
 
@@ -42,38 +44,91 @@ class Statistics:
 def measure(
     config: MergeConfig, base: Weights, experts: Sequence[Weights], bar: Bar | None = None
 ) -> Statistics:
-    """First pass: norms and cosines of the task vectors, coefficients, thresholds.
+    """First pass: norms and cosines of the task vectors, thresholds, coefficients.
 
     Raises:
         UserError: NaN or infinity in a weight, unequal integer buffers.
     """
-    names, method = config.names(), config.merge_method
-    matrix = total(gram_matrices(base, experts, bar))
-    coefficients = config.weights()
-    if method == "metagpt":
-        coefficients = metagpt_coefficients(matrix).tolist()
-    elif method == "linear":
-        coefficients = [weight / sum(coefficients) for weight in coefficients]
+    names, parameters = config.names(), config.parameters
+    matrices = gram_matrices(base, experts, bar)
+    matrix = total(matrices)
     summary: dict[str, Any] = {
-        "method": method,
+        "method": config.merge_method,
         "base": folder_name(config.base_model),
         "experts": names,
         "norms": dict(zip(names, matrix.diagonal().sqrt().tolist(), strict=True)),
         "cosines": cosines(matrix),
-        "coefficients": dict(zip(names, coefficients, strict=True)),
-        "effective_models": effective_models(coefficients),
-        "warnings": norm_warnings(names, matrix, coefficients if method == "metagpt" else None),
     }
     thresholds: list[float] = []
-    if method == "ties":
-        entries = sum(base.tensors[name].numel for name in float_names(base))
+    if config.thins == "ties":
+        entries = sum(base.tensors[name].numel for name in matrices)
         keep = [max(1, round(density * entries)) for density in config.densities()]
         thresholds, kept = trim_thresholds(base, experts, keep)
         # More than the density where magnitudes tie, as they do in low-precision checkpoints.
         summary["kept"] = {name: n / entries for name, n in zip(names, kept, strict=True)}
-    if method == "dare_linear":
+    if config.thins == "dare":
         summary["densities"] = dict(zip(names, config.densities(), strict=True))
+    weighing = matrices
+    if parameters.norms == "after_trim":
+        weighing = gram_matrices(base, experts, thin=partial(_thinned, config, thresholds))
+    coefficients = _coefficients(config, weighing)
+    sizes = [base.tensors[name].numel for name in matrices]
+    mean = (
+        [
+            math.fsum(coefficients[name][t] * size for name, size in zip(matrices, sizes, strict=True))
+            / sum(sizes)
+            for t in range(len(names))
+        ]
+        if parameters.scope in ("layer", "tensor")
+        else list(next(iter(coefficients.values())))
+    )
+    summary |= {
+        "scope": parameters.scope or "global",
+        "coefficients": dict(zip(names, mean, strict=True)),  # their mean over the weights, if they differ
+        "effective_models": effective_models(mean),
+        "units": _units(names, matrices, coefficients, by_tensor=parameters.scope == "tensor"),
+        "warnings": norm_warnings(names, matrix, mean if config.merge_method == "metagpt" else None),
+    }
     return Statistics(coefficients=coefficients, thresholds=thresholds, summary=summary)
+
+
+def _coefficients(config: MergeConfig, matrices: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Returns what each expert is multiplied by, tensor by tensor."""
+    weights, numbers = config.weights(), config.parameters
+    if config.merge_method == "linear":
+        weights = [weight / sum(weights) for weight in weights]
+    if config.merge_method != "metagpt":
+        return dict.fromkeys(matrices, weights)
+    unit_of = {"layer": layer_of, "tensor": str}.get(numbers.scope or "global", lambda name: "")
+    units: dict[str, dict[str, Tensor]] = {}
+    for name, matrix in matrices.items():
+        units.setdefault(unit_of(name), {})[name] = matrix
+    power = 2.0 if numbers.norm_power is None else numbers.norm_power
+    limit = 1.0 if numbers.max_coefficient is None else numbers.max_coefficient
+    found = {
+        unit: metagpt_coefficients(members, norm_power=power, max_coefficient=limit).tolist()
+        for unit, members in units.items()
+    }
+    return {name: found[unit_of(name)] for name in matrices}
+
+
+def _units(
+    names: Sequence[str],
+    matrices: Mapping[str, Tensor],
+    coefficients: Mapping[str, Sequence[float]],
+    by_tensor: bool,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns norms and coefficients per layer, or per tensor: where in the network the experts differ."""
+    members: dict[str, dict[str, Tensor]] = {}
+    for name, matrix in matrices.items():
+        members.setdefault(name if by_tensor else layer_of(name), {})[name] = matrix
+    return {
+        unit: {
+            "norms": dict(zip(names, total(inside).diagonal().sqrt().tolist(), strict=True)),
+            "coefficients": dict(zip(names, coefficients[next(iter(inside))], strict=True)),
+        }
+        for unit, inside in members.items()
+    }
 
 
 def output_tensors(config: MergeConfig, base: Weights) -> dict[str, TensorInfo]:
@@ -137,10 +192,9 @@ def _merge_block(
     stop: int,
 ) -> Iterator[Tensor]:
     """Yields the merged block in float64, in parts that fit a core's cache."""
-    method, weights = config.merge_method, statistics.coefficients
+    weights = statistics.coefficients[name]
     blocks = [expert.read(name, start, stop) for expert in experts]
-    # Coefficients that sum to 1: the base cancels and is not read.
-    origin_block = None if method in ("metagpt", "linear") else base.read(name, start, stop)
+    origin_block = None if config.base_cancels else base.read(name, start, stop)
     for first, last in grid(stop - start, CACHED):
         parts = [block[first:last] for block in blocks]
         if origin_block is None:
@@ -148,14 +202,23 @@ def _merge_block(
             continue
         origin = origin_block[first:last].double()
         deltas = [part.double() - origin for part in parts]
-        if method == "task_arithmetic":
-            yield methods.task_arithmetic(origin, deltas, weights)
-        elif method == "ties":
-            trimmed = [methods.trim(d, t) for d, t in zip(deltas, statistics.thresholds, strict=True)]
-            yield methods.ties(origin, trimmed, weights)
+        deltas = _thinned(config, statistics.thresholds, name, start + first, deltas)
+        if config.elects:
+            yield methods.ties(origin, deltas, weights, config.scale)
         else:
-            dropped = []
-            for delta, label, density in zip(deltas, config.names(), config.densities(), strict=True):
-                kept = methods.keep_mask(config.seed, label, name, start + first, start + last, density)
-                dropped.append(methods.drop_and_rescale(delta, kept, density))
-            yield methods.task_arithmetic(origin, dropped, weights)
+            yield methods.task_arithmetic(origin, deltas, [weight * config.scale for weight in weights])
+
+
+def _thinned(
+    config: MergeConfig, thresholds: Sequence[float], name: str, start: int, deltas: list[Tensor]
+) -> list[Tensor]:
+    """Takes entries away from the task vectors (float64) of the elements from `start` on, as the method says."""
+    if config.thins == "ties":
+        return [methods.trim(delta, threshold) for delta, threshold in zip(deltas, thresholds, strict=True)]
+    if config.thins == "dare":
+        dropped = []
+        for delta, label, density in zip(deltas, config.names(), config.densities(), strict=True):
+            kept = methods.keep_mask(config.seed, label, name, start, start + len(delta), density)
+            dropped.append(methods.drop_and_rescale(delta, kept, density))
+        return dropped
+    return deltas

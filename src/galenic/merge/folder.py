@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from galenic import __version__
-from galenic.merge.config import MergeConfig, folder_label
+from galenic.merge.config import METAGPT_ONLY, TAKES_DENSITY, TAKES_WEIGHT, MergeConfig, folder_label
 from galenic.runtime import UserError, folder_name, read_json
 
 COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
@@ -129,8 +129,11 @@ def _dump(path: Path, value: dict[str, Any]) -> None:
 
 def recipe_yaml(config: MergeConfig) -> str:
     """Writes the recipe back as YAML, with the defaults that took effect and without the output folder."""
-    takes = {"ties": ("weight", "density"), "dare_linear": ("weight", "density"), "metagpt": ()}
-    keys = takes.get(config.merge_method, ("weight",))
+    keys = [
+        key
+        for key, takers in (("weight", TAKES_WEIGHT), ("density", TAKES_DENSITY))
+        if config.merge_method in takers or (key == "density" and config.thins)
+    ]
     rows = []
     for model, weight, density in zip(config.models, config.weights(), config.densities(), strict=True):
         numbers = {key: value for key, value in (("weight", weight), ("density", density)) if key in keys}
@@ -143,9 +146,11 @@ def recipe_yaml(config: MergeConfig) -> str:
         "base_model": folder_name(config.base_model),
         "models": rows,
     }
+    if own := {key: value for key in METAGPT_ONLY if (value := getattr(config.parameters, key)) is not None}:
+        recipe["parameters"] = own
     if config.dtype:
         recipe["dtype"] = config.dtype
-    if config.merge_method == "dare_linear":
+    if config.thins == "dare":
         recipe["seed"] = config.seed
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 

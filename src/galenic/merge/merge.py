@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, Method
-from galenic.runtime import Plan, UserError, atomic_path, human, progress, write_json
+from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, Method, MethodParameters
+from galenic.runtime import Plan, UserError, atomic_path, human, human_bytes, progress, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,23 +25,29 @@ def plan(config: MergeConfig) -> Plan:
     Raises:
         UserError: a folder is missing or malformed, or the models do not fit together.
     """
+    import torch
+
     from galenic.merge.engine import output_tensors
-    from galenic.merge.statistics import CHUNK
+    from galenic.merge.statistics import CACHED, CHUNK
 
     with _open(config) as (base, experts, warnings):
         output = output_tensors(config, base)
-        passes = {"metagpt": (1, 2), "linear": (1, 2), "ties": (4, 4)}
-        base_passes, expert_passes = passes.get(config.merge_method, (2, 2))
+        cancels = config.merge_method in ("metagpt", "linear") and config.thins is None and config.scale == 1
+        statistics_passes = 1 + 2 * (config.thins == "ties") + (config.parameters.norms == "after_trim")
+        base_passes, expert_passes = statistics_passes + (not cancels), statistics_passes + 1
         read = base_passes * base.nbytes + expert_passes * sum(expert.nbytes for expert in experts)
         facts = {
             "method": config.merge_method,
             "experts": ", ".join(config.names()),
             "tensors": str(len(output)),
             "parameters": human(sum(info.numel for info in output.values())),
-            "to read": human(read) + "B",
-            "to write": human(sum(info.nbytes for info in output.values())) + "B",
-            # Blocks in the stored type, in float32 and in float64, of every model, and room for temporaries.
-            "memory for blocks": human(CHUNK * 32 * (len(experts) + 2)) + "B, whatever the model's size",
+            "to read": human_bytes(read),
+            "to write": human_bytes(sum(info.nbytes for info in output.values())),
+            # Per thread and model a block as stored (8 bytes at most) and a few parts in float64.
+            "memory for blocks": human_bytes(
+                (8 * CHUNK + 4 * 8 * CACHED) * (len(experts) + 2) * torch.get_num_threads()
+            )
+            + ", whatever the model's size",
         }
         facts |= {f"warning {i}": text for i, text in enumerate(warnings, start=1)}
         files = [str(file) for model in [base, *experts] for file in model.files]
@@ -155,6 +161,7 @@ def merge_state_dicts(
     density: float | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     seed: int = 0,
+    parameters: MethodParameters | None = None,
 ) -> dict[str, "Tensor"]:
     """Merges state dicts in memory, to the same bits as folders.
 
@@ -164,9 +171,10 @@ def merge_state_dicts(
             or its norm counts twice.
         method: as in a recipe.
         weights: one per expert, where the method takes weights.
-        density: share of kept entries for `ties` and `dare_linear`.
+        density: share of kept entries for `ties`, `dare_linear` and `dare_ties`.
         dtype: of the result's floating-point tensors. Default: the base's.
-        seed: of `dare_linear`.
+        seed: of DARE.
+        parameters: the method's numbers, as in a recipe; then `density` is among them.
 
     Returns:
         The merged state dict, with new tensors.
@@ -182,6 +190,8 @@ def merge_state_dicts(
     named = experts if isinstance(experts, Mapping) else {str(i): state for i, state in enumerate(experts)}
     if weights is not None and len(weights) != len(named):
         raise UserError(f"weights: {len(weights)} given for {len(named)} experts")
+    if parameters is not None and density is not None:
+        raise UserError("density: give it among the parameters, or leave those out")
     own = weights or [None] * len(named)
     config = MergeConfig(
         out="",
@@ -191,7 +201,7 @@ def merge_state_dicts(
             MergeModel(model=f"experts/{name}", name=name, parameters=MergeParameters(weight=weight))
             for name, weight in zip(named, own, strict=True)
         ],
-        parameters=MergeParameters(density=density),
+        parameters=parameters or MethodParameters(density=density),
         dtype=dtype,
         seed=seed,
     )

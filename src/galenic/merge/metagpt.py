@@ -17,7 +17,9 @@ DOMINANT = 0.9
 """A coefficient above this is worth a warning: two task vectors whose norms differ threefold reach it."""
 
 
-def metagpt_coefficients(gram: Tensor | Mapping[str, Tensor]) -> Tensor:
+def metagpt_coefficients(
+    gram: Tensor | Mapping[str, Tensor], *, norm_power: float = 2.0, max_coefficient: float = 1.0
+) -> Tensor:
     """Returns MetaGPT's coefficients, one per expert.
 
         lambda_t = ||tau_t||^2 / sum_k ||tau_k||^2                               (Theorem 10)
@@ -31,14 +33,20 @@ def metagpt_coefficients(gram: Tensor | Mapping[str, Tensor]) -> Tensor:
     task vectors to separate its upper bound; the result does not need it. As the coefficients sum to 1, the base
     cancels: theta_0 + sum lambda_t tau_t = sum lambda_t theta_t.
 
+    Two knobs beyond the paper. Any c_t may weigh the distances: `norm_power` p sets c_t = ||tau_t||^p. And
+    `max_coefficient` m bounds the coefficients, lambda_t = min(m, s c_t) with s such that they sum to 1.
+
     Args:
         gram: (T, T) Gram matrix of the task vectors, or per-tensor matrices whose sum it is.
+        norm_power: p; 2 is the paper's, 0 the weight average. Zero task vectors get 0, unless p is 0.
+        max_coefficient: m, from 1/T to 1.
 
     Returns:
         (T,) float64, non-negative, summing to 1. If every task vector is zero: 1/T each.
 
     Raises:
-        UserError: the matrix is not square, or its diagonal is not made of finite, non-negative squares.
+        UserError: the matrix is not square, its diagonal is not made of finite, non-negative squares, or m is less
+            than 1/T.
 
     Example:
         >>> import torch
@@ -53,9 +61,30 @@ def metagpt_coefficients(gram: Tensor | Mapping[str, Tensor]) -> Tensor:
         raise UserError(f"squared norms are finite and not negative; got {squares.tolist()}")
     if not squares.any():
         return torch.full_like(squares, 1 / len(squares))
-    # An exact division by a power of two, so that the sum of very large squares does not overflow.
-    squares = torch.ldexp(squares, torch.tensor(-math.frexp(float(squares.max()))[1]))
-    return squares / math.fsum(squares.tolist())
+    positive = squares > 0
+    weights = torch.full_like(squares, float(norm_power == 0))
+    # An exact division by a power of two, so that powers of very large or small squares do not overflow.
+    scale = squares[positive].max() if norm_power > 0 else squares[positive].min()
+    scaled = torch.ldexp(squares[positive], torch.tensor(-math.frexp(float(scale))[1]))
+    weights[positive] = scaled ** (norm_power / 2)
+    return _capped(weights, max_coefficient)
+
+
+def _capped(weights: Tensor, limit: float) -> Tensor:
+    """Returns min(limit, s w) with s such that the sum is 1; where only zeros could take the rest, they share it."""
+    count = len(weights)
+    if limit * count < 1 - 1e-12:
+        raise UserError(f"max_coefficient: {limit} is less than 1/{count}; {count} coefficients sum to 1")
+    result = weights / math.fsum(weights.tolist())
+    full = torch.zeros(count, dtype=torch.bool)
+    while (result > limit).any() and not full.all():
+        full |= result > limit
+        rest, room = weights.where(~full, 0.0), 1 - limit * int(full.sum())
+        share = (
+            rest / math.fsum(rest.tolist()) if rest.any() else (~full).double() / max(1, int((~full).sum()))
+        )
+        result = torch.where(full, limit, share * room)
+    return result
 
 
 def effective_models(coefficients: Sequence[float]) -> float:

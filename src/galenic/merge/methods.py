@@ -57,10 +57,11 @@ def _largest_below(threshold: float) -> float:
     return math.nextafter(midpoint, 0.0) if goes_up else midpoint
 
 
-def ties(origin: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Elects a sign per entry and averages the trimmed task vectors that agree with it, added with lambda = 1.
+def ties(origin: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float], scale: float = 1.0) -> Tensor:
+    """Elects a sign per entry, averages the thinned task vectors that agree with it, and adds that to the base.
 
-        gamma = sgn(sum_t w_t tau_t),   tau = sum_{t: sgn(tau_t) = gamma} w_t tau_t / sum_{t: ...} w_t
+        gamma = sgn(sum_t w_t tau_t),   tau = sum_{t: sgn(tau_t) = gamma} w_t tau_t / sum_{t: ...} w_t,
+        theta_0 + scale tau
 
     Where trimmed entries are all zero or cancel exactly, nothing is elected and the base stays. The paper's weights
     are all 1. Weights are not negative, and not all zero.
@@ -75,7 +76,7 @@ def ties(origin: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float]) ->
     # In place of zero the least a positive sum of weights can be: there the numerator is zero as well.
     least = min(weight for weight in weights if weight)
     mean /= weighted_sum([part.sign_() for part in agreeing], weights).clamp_min_(least)
-    return origin + mean.mul_(elected)
+    return origin + mean.mul_(elected if scale == 1 else elected * scale)
 
 
 def drop_and_rescale(delta: Tensor, kept: Tensor, density: float) -> Tensor:

@@ -6,8 +6,9 @@ on the chunk size nor on the number of threads.
 """
 
 import math
+import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def float_blocks(weights: Weights, chunk: int = CHUNK) -> Iterator[tuple[str, in
             yield name, start, stop
 
 
+def layer_of(name: str) -> str:
+    """Names the layer a tensor belongs to: what stands up to its first number, or the tensor itself.
+
+    Example:
+        >>> layer_of("model.layers.3.mlp.up_proj.weight"), layer_of("lm_head.weight")
+        ('model.layers.3', 'lm_head.weight')
+    """
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else name
+
+
 # ---------------------------------------------------------------------------- Gram matrices
 
 
@@ -98,6 +110,7 @@ def gram_matrices(
     bar: Bar | None = None,
     chunk: int = CHUNK,
     workers: int | None = None,
+    thin: Callable[[str, int, list[Tensor]], list[Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Does the work of `gram` on checked, opened models; also checks integer buffers for equality.
 
@@ -107,6 +120,7 @@ def gram_matrices(
         bar: advanced by the number of elements.
         chunk: elements read at a time, a multiple of `BLOCK`; the result does not depend on it.
         workers: threads; the result does not depend on it.
+        thin: applied to the task vectors of a part (tensor name, first element, T of float64) before the products.
     """
     assert chunk % BLOCK == 0
     for name, info in base.tensors.items():
@@ -117,8 +131,12 @@ def gram_matrices(
 
     def block_sums(block: tuple[str, int, int]) -> list[float]:
         name, start, stop = block
-        parts = task_vectors(name, start, stop, base, experts)
-        products = torch.cat([_block_products(deltas) for deltas in parts])
+        products = []
+        for first, deltas in enumerate(task_vectors(name, start, stop, base, experts)):
+            if thin is not None:
+                deltas = torch.stack(thin(name, start + first * CACHED, list(deltas.double())))
+            products.append(_block_products(deltas))
+        products = torch.cat(products)
         if not torch.isfinite(products).all():
             _name_not_finite(name, start, stop, [base, *experts])
         return products.flatten().tolist()
