@@ -92,16 +92,52 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else []:
-            _fsync(file)
-        _fsync(temporary)
-        if temporary.is_dir():
-            remove(path)  # a folder cannot be renamed over one that holds files
-        os.replace(temporary, path)
-        _fsync(path.parent)
+        _publish(temporary, path)
     except BaseException:
         remove(temporary)
         raise
+
+
+@contextmanager
+def resumable_folder(path: str | Path, key: str, journal: str) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` that survives a kill; on success it appears at `path` at once.
+
+    What an earlier run of the same key left there is found again, so that the caller can go on. The caller notes
+    its progress in the file `journal` of the folder. Without such notes, after a `UserError` (the same inputs would
+    fail again), or with another key, the folder is emptied.
+
+    Args:
+        path: where the folder appears.
+        key: identifies what is made of what; one line.
+        journal: name of the caller's file; it is not part of the result.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    mark = temporary / ".key"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        mark.write_text(key, encoding="utf-8")
+    try:
+        yield temporary
+    except BaseException as error:
+        if isinstance(error, UserError) or not (temporary / journal).exists():
+            remove(temporary)
+        raise
+    mark.unlink()
+    remove(temporary / journal)
+    _publish(temporary, path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Flushes a file or folder to disk and renames it; an older one of the name is replaced."""
+    for file in sorted(temporary.rglob("*")) if temporary.is_dir() else []:
+        _fsync(file)
+    _fsync(temporary)
+    if temporary.is_dir():
+        remove(path)  # a folder cannot be renamed over one that holds files
+    os.replace(temporary, path)
+    _fsync(path.parent)
 
 
 def remove(path: str | Path) -> None:

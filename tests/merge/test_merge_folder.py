@@ -376,3 +376,10 @@ def test_broken_bytes_are_refused_never_crash(tmp_path, noise, position):
     except UserError:
         return
     assert sum(info.nbytes for _, info, _ in found) < len(data)
+
+
+def test_a_recipe_given_as_a_mapping_is_left_as_it_was(family, tmp_path):
+    recipe = {"base_model": str(family[0]), "models": [{"model": str(family[1])}, {"model": str(family[2])}]}
+    text = json.dumps(recipe)
+    merge(recipe, tmp_path / "out")
+    assert json.dumps(recipe) == text

@@ -6,18 +6,23 @@
          statistics: one pass, a T x T Gram matrix of task vectors per tensor
                       |                          (norms, cosines, coefficients)
                       v
-         methods: fixed blocks of elements --> io: safetensors, written in place, atomically
+         methods: blocks of a fixed grid, in several threads (workers)
+                      |
+                      v
+         writer: safetensors laid out first, blocks put at their place, a journal; visible when whole
 
 Comes in: a recipe in mergekit's words (`config.MergeConfig`) that names Hugging Face folders of one shape. Goes
 out: `model/`, a Hugging Face folder, and `merge.json` with norms, cosines, coefficients and warnings.
 
 A task vector is `tau_t = theta_t - theta_0`: an expert minus its base. The methods and their sources:
 
-* `metagpt`: coefficients in closed form from the norms alone (MetaGPT, arXiv 2406.11385, Theorem 10);
+* `metagpt`: coefficients in closed form from the norms alone (MetaGPT, arXiv 2406.11385, Theorem 10), for the whole
+  model or per layer or tensor, after or before trimming;
 * `linear`: weight average (Model Soups, arXiv 2203.05482);
 * `task_arithmetic`: `theta_0 + sum lambda_t tau_t` (arXiv 2212.04089);
 * `ties`: trim, elect sign, disjoint mean (arXiv 2306.01708);
-* `dare_linear`: drop at random and rescale, then task arithmetic (arXiv 2311.03099).
+* `dare_linear`: drop at random and rescale, then task arithmetic (arXiv 2311.03099);
+* `dare_ties`: the same, then elect sign and disjoint mean.
 
 In Python: `merge(recipe, out)`, `merge_state_dicts(base, experts, method)`, `gram(base, experts)`,
 `metagpt_coefficients(gram)`.

@@ -150,11 +150,14 @@ def merge_blocks(
     write: Callable[[str, int, Tensor], None],
     bar: Bar | None = None,
     workers: int | None = None,
+    first: int = 0,
+    finished: Callable[[int], None] = lambda blocks: None,
 ) -> None:
     """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block.
 
     `write` is called from several threads, each block once, in no particular order; it must have used the block
-    when it returns.
+    when it returns. Blocks before the `first` are left out; `finished(n)` is called, in the calling thread, when the
+    first n blocks are written.
 
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
@@ -177,7 +180,10 @@ def merge_blocks(
         return stop - start
 
     blocks = [(name, start, stop) for name, info in output.items() for start, stop in grid(info.numel)]
-    for elements in in_order(one, blocks, workers):
+    if bar:
+        bar.update(sum(stop - start for _, start, stop in blocks[:first]))
+    for count, elements in enumerate(in_order(one, blocks[first:], workers), start=first + 1):
+        finished(count)
         if bar:
             bar.update(elements)
 

@@ -1,21 +1,27 @@
 """The verb: `galenic merge --config merge.yaml --out DIR`.
 
-Headers are checked, one pass measures the task vectors, one pass writes the merged model. A killed merge is done
-again from the start: it takes seconds, and nothing of it is visible before it is whole.
+Headers are checked, one pass measures the task vectors, one pass writes the merged model, which is visible only when
+it is whole. A killed merge measures again and goes on writing where it was.
 """
 
+import copy
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from galenic import __version__
 from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, Method, MethodParameters
-from galenic.runtime import Plan, UserError, atomic_path, human, human_bytes, progress, write_json
+from galenic.runtime import Plan, UserError, human, human_bytes, progress, resumable_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from galenic.merge.engine import Statistics
     from galenic.merge.io import Checkpoint
 
 
@@ -63,22 +69,40 @@ def run(config: MergeConfig) -> None:
     from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.folder import write_companions
     from galenic.merge.statistics import float_names
-    from galenic.merge.writer import safetensors_writer
+    from galenic.merge.writer import JOURNAL, safetensors_writer
 
     with _open(config) as (base, experts, warnings):
         elements = sum(base.tensors[name].numel for name in float_names(base))
         with progress(elements, "task vectors", "weights") as bar:
             statistics = measure(config, base, experts, bar)
         statistics.summary["warnings"] += warnings
-        with atomic_path(Path(config.out) / "model") as folder:
-            folder.mkdir()
+        key = _key(config, [base, *experts], statistics)
+        with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:
             with (
                 safetensors_writer(folder, output_tensors(config, base)) as writer,
                 progress(elements, f"merging ({config.merge_method})", "weights") as bar,
             ):
-                merge_blocks(config, base, experts, statistics, writer.write, bar)
+                merge_blocks(
+                    config,
+                    base,
+                    experts,
+                    statistics,
+                    writer.write,
+                    bar,
+                    first=writer.done,
+                    finished=writer.finished,
+                )
             write_companions(config, folder, statistics.summary)
     write_json(Path(config.out) / "merge.json", statistics.summary)
+
+
+def _key(config: MergeConfig, models: Sequence["Checkpoint"], statistics: "Statistics") -> str:
+    """Identifies a merge: what is merged, how, and into which blocks. Files are known by size and time of change."""
+    from galenic.merge.statistics import CHUNK
+
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for m in models for file in m.files]
+    parts = [repr(replace(config, out="")), files, statistics.thresholds, statistics.summary["units"], CHUNK]
+    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
 @contextmanager
@@ -148,7 +172,9 @@ def _read_recipe(recipe: Mapping[str, Any] | str | Path, out: str | Path | None)
             raise UserError(f"{recipe}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{recipe}: a merge recipe is a mapping with base_model and models")
-    config, _ = parse_config("merge", {**values} if out is None else {**values, "out": str(out)})
+    config, _ = parse_config(
+        "merge", dict(copy.deepcopy(values)) | ({} if out is None else {"out": str(out)})
+    )
     return config
 
 

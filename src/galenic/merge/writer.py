@@ -7,6 +7,7 @@ memory stays bounded.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,26 @@ MAX_SHARD_BYTES = 5_000_000_000
 """Hugging Face's usual shard size."""
 
 
-class Writer:
-    """Writes blocks at their place in files whose headers are already there."""
+JOURNAL = ".journal"
+"""File of a merge under way: lines with the number of blocks that are safely on disk, counted from the first."""
+SPAN = 64
+"""Blocks from one line of the journal to the next, and so about what a kill costs: 64 MiB of bfloat16."""
 
-    def __init__(self, places: dict[str, tuple[int, int]]) -> None:
+
+class Writer:
+    """Writes blocks at their place in files whose headers are already there, and notes which are on disk."""
+
+    def __init__(self, places: dict[str, tuple[int, int]], journal: Path) -> None:
         self._places = places
+        self._journal = journal
+        self._descriptors = {descriptor for descriptor, _ in places.values()}
+        self._noting = ThreadPoolExecutor(1)
+        self._note: Future[None] | None = None
+        self.done = _last_line(journal)
+        """Blocks that an earlier run has written."""
 
     def write(self, name: str, start: int, block: Tensor) -> None:
-        """Writes flattened elements from `start` on; `block` has the tensor's output dtype."""
+        """Writes flattened elements from `start` on; `block` has the tensor's output dtype. Thread-safe."""
         descriptor, offset = self._places[name]
         data = block.contiguous().view(torch.uint8).numpy().data
         offset += start * block.dtype.itemsize
@@ -37,12 +50,39 @@ class Writer:
             written = os.pwrite(descriptor, data, offset)
             data, offset = data[written:], offset + written
 
+    def finished(self, blocks: int) -> None:
+        """Says that the first `blocks` blocks are written; sometimes that is noted."""
+        if blocks % SPAN == 0 and (self._note is None or self._note.done()):
+            if self._note is not None:
+                self._note.result()  # a disk that failed is told here
+            self._note = self._noting.submit(self._flush, blocks)
+
+    def _flush(self, blocks: int) -> None:
+        for descriptor in self._descriptors:
+            os.fdatasync(descriptor)
+        with open(self._journal, "a", encoding="ascii") as file:
+            file.write(f"{blocks}\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Waits for a note that is being made."""
+        self._noting.shutdown()
+
+
+def _last_line(journal: Path) -> int:
+    """Returns the number in the last whole line; a torn line is not one."""
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    return int(lines[-1]) if lines else 0
+
 
 @contextmanager
 def safetensors_writer(
     folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Iterator[Writer]:
     """Lays out a sharded safetensors model in `folder` (header first) and yields its writer.
+
+    A layout that an earlier run has left there is used again; its blocks keep what was written.
 
     Args:
         folder: exists; receives `model.safetensors`, or shards with their index.
@@ -68,14 +108,18 @@ def safetensors_writer(
     places: dict[str, tuple[int, int]] = {}
     try:
         for file, names in zip(files, shards, strict=True):
-            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
             descriptors.append(descriptor)
             header, offsets = _header({name: tensors[name] for name in names})
             os.pwrite(descriptor, header, 0)
             places |= {name: (descriptor, offset) for name, offset in offsets.items()}
             size = len(header) + sum(tensors[name].nbytes for name in names)
             os.posix_fallocate(descriptor, 0, size)  # a full disk is found now, not after an hour
-        yield Writer(places)
+        writer = Writer(places, folder / JOURNAL)
+        try:
+            yield writer
+        finally:
+            writer.close()
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
