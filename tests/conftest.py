@@ -64,3 +64,9 @@ def plain_numerics():
     """Undoes what a stage may have set for the whole process: Hypothesis needs subnormal numbers."""
     torch.set_flush_denormal(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """What merges remember of earlier ones stays inside a test."""
+    monkeypatch.setenv("GALENIC_CACHE", str(tmp_path_factory.mktemp("cache")))

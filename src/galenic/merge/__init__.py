@@ -4,7 +4,7 @@
     experts -+        |
                       v
          statistics: one pass, a T x T Gram matrix of task vectors per tensor
-                      |                          (norms, cosines, coefficients)
+                      |                          (norms, cosines, coefficients; remembered by `cache`)
                       v
          methods: blocks of a fixed grid, in several threads (workers)
                       |

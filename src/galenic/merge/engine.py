@@ -5,20 +5,24 @@ The same code merges folders and state dicts, so both give the same bits.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from galenic.merge import methods
+from galenic.merge.cache import remembered
 from galenic.merge.config import MergeConfig
 from galenic.merge.io import TensorInfo, Weights
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
 from galenic.merge.statistics import (
     CACHED,
     all_finite,
+    float_names,
     gram_matrices,
     grid,
     layer_of,
@@ -26,7 +30,9 @@ from galenic.merge.statistics import (
     trim_thresholds,
 )
 from galenic.merge.workers import in_order
-from galenic.runtime import Bar, UserError, folder_name
+from galenic.runtime import Bar, UserError, folder_name, progress
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +48,30 @@ class Statistics:
 
 
 def measure(
-    config: MergeConfig, base: Weights, experts: Sequence[Weights], bar: Bar | None = None
+    config: MergeConfig,
+    base: Weights,
+    experts: Sequence[Weights],
+    cache: Path | None = None,
+    show: bool = False,
 ) -> Statistics:
     """First pass: norms and cosines of the task vectors, thresholds, coefficients.
+
+    What `cache` (of `cache.statistics_file`) remembers of these models is not computed again; `show` draws a progress
+    bar for what is.
 
     Raises:
         UserError: NaN or infinity in a weight, unequal integer buffers.
     """
     names, parameters = config.names(), config.parameters
-    matrices = gram_matrices(base, experts, bar)
+    weights = sum(base.tensors[name].numel for name in float_names(base))
+
+    def shown(label: str, work: Callable[[Bar | None], Result], passes: int = 1) -> Result:
+        with progress(passes * weights, label, "weights") if show else nullcontext() as bar:
+            return work(bar)
+
+    matrices = _remembered_gram(
+        cache, "gram", lambda: shown("task vectors", lambda bar: gram_matrices(base, experts, bar))
+    )
     matrix = total(matrices)
     summary: dict[str, Any] = {
         "method": config.merge_method,
@@ -61,22 +82,31 @@ def measure(
     }
     thresholds: list[float] = []
     if config.thins == "ties":
-        entries = sum(base.tensors[name].numel for name in matrices)
-        keep = [max(1, round(density * entries)) for density in config.densities()]
-        thresholds, kept = trim_thresholds(base, experts, keep)
+        keep = [max(1, round(density * weights)) for density in config.densities()]
+        thresholds, kept = remembered(
+            cache,
+            f"thresholds {keep}",
+            lambda: shown("thresholds", lambda bar: trim_thresholds(base, experts, keep, bar), passes=2),
+        )
         # More than the density where magnitudes tie, as they do in low-precision checkpoints.
-        summary["kept"] = {name: n / entries for name, n in zip(names, kept, strict=True)}
+        summary["kept"] = {name: n / weights for name, n in zip(names, kept, strict=True)}
     if config.thins == "dare":
         summary["densities"] = dict(zip(names, config.densities(), strict=True))
     weighing = matrices
     if parameters.norms == "after_trim":
-        weighing = gram_matrices(base, experts, thin=partial(_thinned, config, thresholds))
+        thin = partial(_thinned, config, thresholds)
+        keyed_by = (config.densities(), (names, config.seed) if config.thins == "dare" else None)
+        weighing = _remembered_gram(
+            cache,
+            f"gram {config.thins} {keyed_by}",
+            lambda: shown("what is left of them", lambda bar: gram_matrices(base, experts, bar, thin=thin)),
+        )
     coefficients = _coefficients(config, weighing)
     sizes = [base.tensors[name].numel for name in matrices]
     mean = (
         [
             math.fsum(coefficients[name][t] * size for name, size in zip(matrices, sizes, strict=True))
-            / sum(sizes)
+            / weights
             for t in range(len(names))
         ]
         if parameters.scope in ("layer", "tensor")
@@ -90,6 +120,13 @@ def measure(
         "warnings": norm_warnings(names, matrix, mean if config.merge_method == "metagpt" else None),
     }
     return Statistics(coefficients=coefficients, thresholds=thresholds, summary=summary)
+
+
+def _remembered_gram(
+    cache: Path | None, name: str, compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    rows = remembered(cache, name, lambda: {key: matrix.tolist() for key, matrix in compute().items()})
+    return {key: torch.tensor(matrix, dtype=torch.float64) for key, matrix in rows.items()}
 
 
 def _coefficients(config: MergeConfig, matrices: Mapping[str, Tensor]) -> dict[str, list[float]]:

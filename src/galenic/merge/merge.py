@@ -1,7 +1,7 @@
 """The verb: `galenic merge --config merge.yaml --out DIR`.
 
 Headers are checked, one pass measures the task vectors, one pass writes the merged model, which is visible only when
-it is whole. A killed merge measures again and goes on writing where it was.
+it is whole. A killed merge goes on writing where it was; what was measured is remembered.
 """
 
 import copy
@@ -66,6 +66,7 @@ def run(config: MergeConfig) -> None:
     Raises:
         UserError: a folder is missing or malformed, the models do not fit together, or hold NaN or infinity.
     """
+    from galenic.merge.cache import statistics_file
     from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.folder import write_companions
     from galenic.merge.statistics import float_names
@@ -73,8 +74,7 @@ def run(config: MergeConfig) -> None:
 
     with _open(config) as (base, experts, warnings):
         elements = sum(base.tensors[name].numel for name in float_names(base))
-        with progress(elements, "task vectors", "weights") as bar:
-            statistics = measure(config, base, experts, bar)
+        statistics = measure(config, base, experts, statistics_file([base, *experts]), show=True)
         statistics.summary["warnings"] += warnings
         key = _key(config, [base, *experts], statistics)
         with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:

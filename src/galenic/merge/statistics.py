@@ -224,6 +224,7 @@ def trim_thresholds(
     base: Weights,
     experts: Sequence[Weights],
     keep: Sequence[int],
+    bar: Bar | None = None,
     chunk: int = CHUNK,
     workers: int | None = None,
 ) -> tuple[list[float], list[int]]:
@@ -237,6 +238,7 @@ def trim_thresholds(
         base: the base model.
         experts: T models with the same tensors.
         keep: how many entries to keep of each, at least 1.
+        bar: advanced by the number of elements, twice.
         chunk: elements read at a time.
         workers: threads; the result does not depend on it.
 
@@ -261,12 +263,20 @@ def trim_thresholds(
         return counts
 
     high = torch.zeros(count, HIGH_BINS, dtype=torch.int64)
-    for counts in in_order(count_high, float_blocks(base, chunk), workers):
+    blocks = list(float_blocks(base, chunk))
+
+    def advance(start: int, stop: int) -> None:
+        if bar:
+            bar.update(stop - start)
+
+    for (_, start, stop), counts in zip(blocks, in_order(count_high, blocks, workers), strict=True):
         high += counts
+        advance(start, stop)
     bins, left = zip(*[_bin_from_above(high[t], keep[t]) for t in range(count)], strict=True)
     low = torch.zeros(count, LOW_BINS, dtype=torch.int64)
-    for counts in in_order(count_low, float_blocks(base, chunk), workers):
+    for (_, start, stop), counts in zip(blocks, in_order(count_low, blocks, workers), strict=True):
         low += counts
+        advance(start, stop)
     thresholds, kept = [], []
     for t in range(count):
         index, missing = _bin_from_above(low[t], left[t])

@@ -1,0 +1,71 @@
+"""What the statistics pass found, remembered by the identity of the files it read.
+
+A sweep over `norm_power`, `scope` or `max_coefficient`, and a merge that goes on after a kill, then read no weight a
+second time before they write. A few kilobytes a family of models: inner products, thresholds and names of tensors.
+They lie in `$GALENIC_CACHE`, else `$XDG_CACHE_HOME/galenic`, else `~/.cache/galenic`, and may be removed at any time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from galenic.merge.io import Checkpoint
+from galenic.runtime import UserError, read_json, write_json
+
+SAMPLES, SAMPLE_BYTES = 64, 4096
+"""Pieces of a file that identify it besides size, time and header: times alone are equal in some archives."""
+
+
+def statistics_file(models: Sequence[Checkpoint]) -> Path:
+    """Returns where the statistics of a base and its experts (in this order) are remembered."""
+    digest = hashlib.sha256()
+    for model in models:
+        digest.update(b"model\0")
+        for file in model.files:
+            digest.update(json.dumps([file.name, *_identity(file)]).encode())
+    folder = os.environ.get("GALENIC_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "galenic"
+    )
+    return Path(folder) / f"statistics-{digest.hexdigest()[:32]}.json"
+
+
+def _identity(file: Path) -> list[Any]:
+    status = file.stat()
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        digest.update(opened.read(length))
+        for i in range(SAMPLES):
+            opened.seek((status.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1) if i else 0)
+            digest.update(opened.read(SAMPLE_BYTES))
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def remembered(file: Path | None, name: str, compute: Callable[[], Any]) -> Any:
+    """Returns the JSON value remembered under `name`, or computes it and remembers it.
+
+    A file that is damaged or cannot be written is as good as none.
+
+    Args:
+        file: of `statistics_file`; None computes always.
+        name: what it is, with all that it depends on besides the models.
+        compute: returns a JSON value.
+    """
+    known: dict[str, Any] = {}
+    if file is not None and file.exists():
+        try:
+            found = read_json(file)
+            known = found if isinstance(found, dict) else {}
+        except (UserError, OSError):
+            pass
+    if name not in known:
+        known[name] = compute()
+        if file is not None:
+            try:
+                write_json(file, known)
+            except OSError:  # a full or read-only disk: the next run computes again
+                pass
+    return known[name]
