@@ -66,6 +66,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
+OTHER_WORDS = {"merge": "galenic.merge.config:from_mergekit"}
+"""Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
+
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
        galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
        galenic chat MODEL_FOLDER
@@ -126,10 +129,27 @@ def make_parser(verb: str) -> Any:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     config = load_object(VERBS[verb][0])
     parser = ArgumentParser(prog=f"galenic {verb}", description=VERBS[verb][2], exit_on_error=False)
+    if verb in OTHER_WORDS:
+        parser.parser_mode = _loader(verb)
     parser.add_argument("--config", action="config", help="YAML file with the options below")
     parser.add_argument("--plan", action="store_true", help="print what would be done and do nothing")
     parser.add_class_arguments(config)
     return parser
+
+
+def _loader(verb: str) -> str:
+    """Registers the YAML loader of a verb that understands other words than its own; returns the loader's name."""
+    import yaml
+    from jsonargparse import set_loader
+
+    translate, name = load_object(OTHER_WORDS[verb]), f"{verb} YAML"
+
+    def load(text: str) -> Any:
+        values = yaml.safe_load(text)
+        return translate(values) if isinstance(values, dict) else values
+
+    set_loader(name, load, exceptions=(yaml.YAMLError,))
+    return name
 
 
 def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bool]:
@@ -144,7 +164,8 @@ def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bo
     parser = make_parser(verb)
     try:
         if isinstance(source, dict):
-            namespace = parser.parse_object(source)
+            translate = load_object(OTHER_WORDS[verb]) if verb in OTHER_WORDS else dict
+            namespace = parser.parse_object(translate(source))
         else:
             namespace = parser.parse_args(source)
         namespace = parser.instantiate(namespace)

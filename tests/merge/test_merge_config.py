@@ -1,4 +1,7 @@
+import copy
+
 import pytest
+import yaml
 
 from galenic.cli import parse_config
 from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, MethodParameters
@@ -25,16 +28,26 @@ def test_a_models_own_numbers_win():
 @pytest.mark.parametrize(
     ("method", "models", "parameters", "message"),
     [
-        ("metagpt", ["a", "b"], {"density": 0.5}, "parameters.density: metagpt keeps every entry"),
-        ("metagpt", ["a", "b"], {"weight": 0.5}, "parameters.weight: metagpt takes its coefficients"),
-        ("task_arithmetic", ["a"], {"density": 0.5}, "keeps every entry"),
+        (
+            "metagpt",
+            ["a", "b"],
+            {"density": 0.5},
+            "density: is for ties, .*not metagpt: it keeps every entry",
+        ),
+        (
+            "metagpt",
+            ["a", "b"],
+            {"weight": 0.5},
+            "parameters.weight: is for linear, .*it takes its coefficients",
+        ),
+        ("task_arithmetic", ["a"], {"density": 0.5}, "density: is for ties.*not task_arithmetic"),
         ("ties", ["a"], {"density": 0.0}, r"0.0 is not in \(0, 1\]"),
         ("ties", ["a"], {"density": 1.5}, r"1.5 is not in \(0, 1\]"),
-        ("dare_linear", ["a"], {"density": float("nan")}, r"nan is not in \(0, 1\]"),
+        ("dare_linear", ["a"], {"density": float("nan")}, "nan is not a finite number"),
         ("linear", ["a", "b"], {"weight": 0.0}, "divides by their sum, which is 0"),
         ("ties", ["a", "b"], {"weight": -1.0}, "must be >= 0"),
         ("task_arithmetic", ["a"], {"weight": float("inf")}, "not a finite number"),
-        ("ties", ["a"], {"scope": "layer"}, "parameters.scope: is for merge_method: metagpt"),
+        ("ties", ["a"], {"scope": "layer"}, "parameters.scope: is for metagpt, not ties"),
         ("metagpt", ["a", "b"], {"max_coefficient": 0.4}, r"0.4 is not in \[1/2, 1\]"),
         ("metagpt", ["a", "b"], {"norm_power": float("nan")}, "not a finite number"),
         ("metagpt", ["a", "b"], {"norms": "after_trim"}, "parameters.trim is not set"),
@@ -42,7 +55,17 @@ def test_a_models_own_numbers_win():
         ("metagpt", [], {}, "at least one expert"),
         ("metagpt", ["a", "./a/"], {}, r"models\[1\].model: ./a/ is models\[0\] already"),
         ("metagpt", ["x/a", "y/a"], {}, "'a' is the name of"),
-        ("metagpt", ["a", "base"], {}, "is the base_model"),
+        ("metagpt", ["base"], {}, "at least one expert is needed besides the base"),
+        ("slerp", ["a", "b"], {}, "slerp goes from the base to one model; 2"),
+        ("slerp", ["a"], {"t": 1.5}, r"t: 1.5 is not in \[0, 1\]"),
+        ("model_stock", ["a"], {}, "give two or more"),
+        ("breadcrumbs", ["a"], {"gamma": 1.0}, r"gamma: 1.0 is not in \[0, 1\)"),
+        ("ties", ["a"], {"gamma": 0.1}, "gamma: is for breadcrumbs, not ties"),
+        ("della", ["a"], {"density": 0.9, "epsilon": 0.2}, "epsilon are probabilities"),
+        ("della", ["a"], {"density": 0.1, "epsilon": 0.1}, "epsilon are probabilities"),
+        ("sce", ["a"], {"select_topk": 0.0}, r"select_topk: 0.0 is not in \(0, 1\]"),
+        ("sce", ["a"], {"weight": 1.0}, "weight: is for linear"),
+        ("model_stock", ["a", "b"], {"normalize": True}, "normalize: is for linear"),
     ],
 )
 def test_contradictions_are_refused(method, models, parameters, message):
@@ -70,6 +93,62 @@ def test_mergekits_yaml_is_understood_and_the_rest_refused():
     }
     parsed, _ = parse_config("merge", recipe)
     assert parsed.weights() == [0.5, 1.0] and parsed.densities() == [0.4, 0.6] and parsed.dtype == "bfloat16"
-    for change in ({"slices": []}, {"merge_method": "slerp"}, {"models": [{"model": "a", "wieght": 1}]}):
-        with pytest.raises(UserError):
-            parse_config("merge", recipe | change)
+
+
+REFUSED = {
+    "slices": [{"sources": []}],
+    "modules": {},
+    "chat_template": "auto",
+    "merge_method": "karcher",
+    "dtype": "float8_e4m3fn",
+    "out_dtype": "int8",
+    "tokenizer_source": "union:b",
+    "tokenizer": {"source": "base", "pad_to_multiple_of": 8},
+    "models": [{"model": "a", "wieght": 1}],
+    "parameters": {"int8_mask": True},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_the_rest_of_mergekits_schema_is_refused_by_name(key):
+    recipe = {"merge_method": "ties", "base_model": "base", "models": [{"model": "a"}], "out": "out"}
+    with pytest.raises(UserError) as refused:
+        parse_config("merge", recipe | {key: REFUSED[key]})
+    word = {"tokenizer": "pad_to_multiple_of", "models": "wieght", "parameters": "int8_mask"}.get(key, key)
+    assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [[0, 1], [{"filter": "mlp", "value": 0.5}, {"value": 1}]])
+def test_gradients_and_filters_are_refused(value):
+    recipe = {"merge_method": "ties", "base_model": "base", "out": "out"}
+    with pytest.raises(UserError, match="weight"):
+        parse_config("merge", recipe | {"models": [{"model": "a", "parameters": {"weight": value}}]})
+
+
+def test_mergekits_other_words(tmp_path):
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [{"model": "base"}, {"model": "a"}],
+        "parameters": {"lambda": 0.5, "normalize": True},
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+        "tokenizer_source": "base",
+        "tokenizer": {"source": "base"},
+        "out": "out",
+    }
+    file = tmp_path / "merge.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    parsed, _ = parse_config("merge", copy.deepcopy(recipe))
+    from_file, _ = parse_config("merge", ["--config", str(file)])
+    assert parsed == from_file
+    assert parsed.scale == 0.5 and parsed.normalizes and parsed.output_dtype == "bfloat16"
+    assert parsed.names() == ["a"]
+    with pytest.raises(UserError, match="the same as scale"):
+        parse_config("merge", recipe | {"parameters": {"lambda": 0.5, "scale": 1.0}})
+
+
+def test_the_bases_own_parameters_are_refused():
+    own = MergeModel(model="base", parameters=MergeParameters(weight=0.5))
+    with pytest.raises(UserError, match=r"models\[0\].parameters: base is the base_model"):
+        config("ties", [own, "a"])

@@ -22,7 +22,13 @@ A task vector is `tau_t = theta_t - theta_0`: an expert minus its base. The meth
 * `task_arithmetic`: `theta_0 + sum lambda_t tau_t` (arXiv 2212.04089);
 * `ties`: trim, elect sign, disjoint mean (arXiv 2306.01708);
 * `dare_linear`: drop at random and rescale, then task arithmetic (arXiv 2311.03099);
-* `dare_ties`: the same, then elect sign and disjoint mean.
+* `dare_ties`: the same, then elect sign and disjoint mean;
+* `breadcrumbs`: drop the largest and the smallest entries of every tensor, then task arithmetic (arXiv 2312.06795);
+* `della`: drop at random, small entries of a row more often than large ones, then elect sign and mean (arXiv
+  2406.11617);
+* `sce`: select what varies, coefficients from squares per tensor, erase the minority's signs (arXiv 2408.07990);
+* `model_stock`: towards the mean as far as the angle between the experts tells, per tensor (arXiv 2403.19522);
+* `slerp`: along the arc from the base to one other model, per tensor.
 
 In Python: `merge(recipe, out)`, `merge_state_dicts(base, experts, method)`, `gram(base, experts)`,
 `metagpt_coefficients(gram)`.

@@ -2,23 +2,61 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal
 
-from galenic.runtime import UserError
+from galenic.runtime import UserError, nearest
 
-Method = Literal["metagpt", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+Method = Literal[
+    "metagpt",
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "della",
+    "sce",
+    "model_stock",
+    "slerp",
+]
 
 TASK_ARITHMETIC_WEIGHT = 0.3
 """MetaGPT paper, experimental set-up: lambda of the task-arithmetic baseline; DARE keeps it, as dropping and
 rescaling leaves the expectation of a task vector as it is."""
 DENSITY = 0.55
 """MetaGPT paper, experimental set-up: share of entries that the TIES and DARE baselines keep."""
+GAMMA = 0.01
+"""mergekit's default: share of the largest entries that `breadcrumbs` drops."""
+EPSILON = 0.15
+"""mergekit's default: how far `della` moves the probability of keeping from the density."""
 
-TAKES_DENSITY = ("ties", "dare_linear", "dare_ties")
-TAKES_WEIGHT = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-METAGPT_ONLY = ("scope", "norm_power", "max_coefficient", "scale", "trim", "norms")
+TAKES: dict[str, tuple[Method, ...]] = {
+    "weight": ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "della"),
+    "density": ("ties", "dare_linear", "dare_ties", "breadcrumbs", "della"),
+    "gamma": ("breadcrumbs",),
+    "epsilon": ("della",),
+    "normalize": ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "della"),
+    "t": ("slerp",),
+    "select_topk": ("sce",),
+    "scope": ("metagpt",),
+    "norm_power": ("metagpt",),
+    "max_coefficient": ("metagpt",),
+    "scale": (
+        "metagpt",
+        "task_arithmetic",
+        "ties",
+        "dare_linear",
+        "dare_ties",
+        "breadcrumbs",
+        "della",
+        "sce",
+    ),
+    "trim": ("metagpt",),
+    "norms": ("metagpt",),
+}
+"""Parameter -> the methods that take it. `metagpt` takes a density too if it trims."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +64,30 @@ class MergeParameters:
     """Numbers of one model, or of all models that do not say otherwise."""
 
     weight: float | None = None
-    """Coefficient of the model. Default: 1 for `linear`, `ties` and `dare_ties` (all divide by a sum of weights; the
-    merged task vector of the latter two is added with lambda = 1), 0.3 for `task_arithmetic` and `dare_linear`."""
+    """Coefficient of the model. Default: 0.3 for the methods that add task vectors (`task_arithmetic`, `dare_linear`,
+    `breadcrumbs`), 1 for those that average (`linear`, `ties`, `dare_ties`, `della`)."""
     density: float | None = None
-    """Share of task-vector entries kept by `ties`, `dare_linear`, `dare_ties` and by `metagpt` with `trim`, in (0, 1].
-    Default: 0.55."""
+    """Share of task-vector entries kept by `ties`, `dare_linear`, `dare_ties`, `breadcrumbs`, `della` and by `metagpt`
+    with `trim`, in (0, 1]. Default: 0.55."""
+    gamma: float | None = None
+    """`breadcrumbs`: share of the largest entries of each tensor that is dropped, in [0, 1). Default: 0.01."""
+    epsilon: float | None = None
+    """`della`: entries are kept with probability density - epsilon (the least of a row) to density + epsilon (the
+    largest). Default: 0.15, or less where the density leaves no room."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodParameters(MergeParameters):
-    """Numbers of the method, and of all models that do not say otherwise."""
+    """Numbers of the method, and of all models that do not set their own."""
 
+    normalize: bool | None = None
+    """Whether the weighted sum is divided by the sum of its weights (of those that agree with the elected sign, where
+    one is elected). Default: true for `linear`, `ties`, `dare_ties` and `della`."""
+    t: float | None = None
+    """`slerp`: how far to go from the base (0) to the other model (1). Default: 0.5."""
+    select_topk: float | None = None
+    """`sce`: share of each tensor's entries, those that vary most between the experts, that is merged, in (0, 1].
+    Default: 1."""
     scope: Literal["global", "layer", "tensor"] | None = None
     """`metagpt`: one set of coefficients for the whole model (the paper's), for each layer, or for each tensor.
     Default: global."""
@@ -47,8 +98,7 @@ class MethodParameters(MergeParameters):
     """`metagpt`: no coefficient exceeds this, at least 1/T; what is cut off goes to the others in proportion.
     Default: 1."""
     scale: float | None = None
-    """`metagpt`: the merged task vector is multiplied by this before it is added to the base. Default: 1, where the
-    base cancels."""
+    """The merged task vector is multiplied by this before it is added to the base; mergekit's `lambda`. Default: 1."""
     trim: Literal["ties", "dare"] | None = None
     """`metagpt`: thins the task vectors to `density` first: `ties` trims, elects signs and averages with the
     coefficients as weights, `dare` drops and rescales. Default: neither."""
@@ -62,7 +112,7 @@ class MergeModel:
     """One expert."""
 
     model: str
-    """Model folder (safetensors)."""
+    """Model folder (safetensors) or Hub id."""
     name: str | None = None
     """Name in the results and in the keys of DARE's random numbers. Default: the folder's name, or its
     parent's if the folder is called `model`."""
@@ -81,49 +131,82 @@ def folder_label(folder: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeTokenizer:
+    """Which vocabulary the output has."""
+
+    source: Literal["base"] = "base"
+    """`base`: the base's, and the experts must have the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """Merges experts of one base into one model."""
 
     out: str
     """Output folder: receives `model/` and `merge.json`."""
     merge_method: Method = "metagpt"
-    """`metagpt`, `linear`, `task_arithmetic`, `ties`, `dare_linear` or `dare_ties`."""
+    """`metagpt`, `linear`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, `breadcrumbs`, `della`, `sce`,
+    `model_stock` or `slerp`."""
     base_model: str
-    """Model folder the experts were fine-tuned from; its config and tokenizer go to the output."""
+    """Model the experts were fine-tuned from, a folder or a Hub id (`owner/name` or `owner/name@revision`); its config
+    and tokenizer go to the output."""
     models: list[MergeModel]
-    """The experts."""
+    """The experts. The base may be listed among them, without parameters."""
     parameters: MethodParameters = field(default_factory=MethodParameters)
     """Numbers of the method, and of all models that do not set their own."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Data type of the output's floating-point tensors. Default: each tensor's in the base."""
+    """Data type of the output's floating-point tensors. Default: each tensor's in the base. Sums are taken in float64
+    whatever it is."""
+    out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """The same, and stronger than `dtype`."""
+    tokenizer_source: Literal["base"] | None = None
+    """The same as `tokenizer.source`."""
+    tokenizer: MergeTokenizer = field(default_factory=MergeTokenizer)
+    """The output's vocabulary."""
     seed: int = 0
-    """Seed of DARE's dropping."""
+    """Seed of what is dropped at random."""
 
     def __post_init__(self) -> None:
         """Refuses contradictions before any work.
 
         Raises:
-            UserError: no models, a model twice, the base among the experts, a weight or density that is out of
-                range, missing meaning for this method, or weights that sum to zero.
+            UserError: no models, a model twice, a number that is out of range or without meaning for this method, or
+                weights that sum to zero.
         """
+        self._leave_base_out()
         if not self.models:
-            raise UserError("models: at least one expert is needed")
+            raise UserError("models: at least one expert is needed besides the base")
         self._check_models()
         self._check_numbers("parameters", self.parameters)
-        self._check_metagpt()
         for index, model in enumerate(self.models):
             self._check_numbers(f"models[{index}].parameters", model.parameters)
-        if self.merge_method in ("linear", "ties", "dare_ties") and not sum(self.weights()):
-            raise UserError(
-                f"models[].parameters.weight: {self.merge_method} divides by their sum, which is 0"
-            )
-        if self.merge_method in ("ties", "dare_ties") and min(self.weights()) < 0:
-            raise UserError(
-                f"models[].parameters.weight: {self.merge_method} takes a weighted mean; weights must be >= 0"
-            )
+        self._check_metagpt()
+        self._check_weights()
+        self._check_epsilons()
+
+    def _leave_base_out(self) -> None:
+        """Takes the base off the list of experts, where mergekit's recipes may have it; `linear` averages it in."""
+        if self.merge_method == "linear":
+            return
+        experts = []
+        for index, model in enumerate(self.models):
+            if os.path.realpath(model.model) != os.path.realpath(self.base_model):
+                experts.append(model)
+            elif model.parameters != MergeParameters():
+                raise UserError(
+                    f"models[{index}].parameters: {model.model} is the base_model, whose task vector is zero; "
+                    "leave its parameters out"
+                )
+        object.__setattr__(self, "models", experts)
 
     def _check_models(self) -> None:
-        base = os.path.realpath(self.base_model)
+        count = len(self.models)
+        if self.merge_method == "slerp" and count != 1:
+            raise UserError(
+                f"models: slerp goes from the base to one model; {count} are given besides the base"
+            )
+        if self.merge_method == "model_stock" and count < 2:
+            raise UserError("models: model_stock compares experts with each other; give two or more")
         paths: dict[str, int] = {}
         labels: dict[str, int] = {}
         for index, model in enumerate(self.models):
@@ -134,40 +217,34 @@ class MergeConfig:
                 raise UserError(
                     f"models[{index}]: '{label}' is the name of models[{labels[label]}] too; set `name:` for one"
                 )
-            if path == base and self.merge_method != "linear":
-                raise UserError(
-                    f"models[{index}].model: {model.model} is the base_model, whose task vector is zero; remove it"
-                )
             paths[path], labels[label] = index, index
 
     def _check_numbers(self, place: str, numbers: MergeParameters) -> None:
+        for field_ in fields(numbers):
+            key, value = field_.name, getattr(numbers, field_.name)
+            if value is None:
+                continue
+            self._check_taken(f"{place}.{key}", key)
+            if isinstance(value, float | int) and not math.isfinite(value):
+                raise UserError(f"{place}.{key}: {value} is not a finite number")
+            if key in ("density", "select_topk") and not 0 < value <= 1:
+                raise UserError(f"{place}.{key}: {value} is not in (0, 1]")
+            if (key == "gamma" and not 0 <= value < 1) or (key == "t" and not 0 <= value <= 1):
+                raise UserError(f"{place}.{key}: {value} is not in [0, 1{')' if key == 'gamma' else ']'}")
+
+    def _check_taken(self, place: str, key: str) -> None:
         method = self.merge_method
-        if numbers.density is not None:
-            if method not in TAKES_DENSITY and self.parameters.trim is None:
-                way = ", or set trim" if method == "metagpt" else ""
-                raise UserError(
-                    f"{place}.density: {method} keeps every entry; density is for {', '.join(TAKES_DENSITY)}{way}"
-                )
-            if not 0 < numbers.density <= 1:
-                raise UserError(f"{place}.density: {numbers.density} is not in (0, 1]")
-        if numbers.weight is not None:
-            if method not in TAKES_WEIGHT:
-                raise UserError(
-                    f"{place}.weight: metagpt takes its coefficients from the norms of the task vectors; "
-                    "remove it or use merge_method: task_arithmetic"
-                )
-            if not math.isfinite(numbers.weight):
-                raise UserError(f"{place}.weight: {numbers.weight} is not a finite number")
+        if method in TAKES[key] or (key == "density" and method == "metagpt" and self.parameters.trim):
+            return
+        way = ""
+        if key == "weight" and method == "metagpt":
+            way = ": it takes its coefficients from the norms of the task vectors"
+        if key == "density" and method == "metagpt":
+            way = ": it keeps every entry, unless trim is set"
+        raise UserError(f"{place}: is for {', '.join(TAKES[key])}, not {method}{way}")
 
     def _check_metagpt(self) -> None:
         numbers, count = self.parameters, len(self.models)
-        for key in METAGPT_ONLY:
-            if self.merge_method != "metagpt" and getattr(numbers, key) is not None:
-                raise UserError(f"parameters.{key}: is for merge_method: metagpt, not {self.merge_method}")
-        for key in ("norm_power", "scale"):
-            value = getattr(numbers, key)
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"parameters.{key}: {value} is not a finite number")
         if numbers.max_coefficient is not None and not 1 / count <= numbers.max_coefficient <= 1:
             raise UserError(
                 f"parameters.max_coefficient: {numbers.max_coefficient} is not in [1/{count}, 1]: {count} coefficients "
@@ -176,9 +253,36 @@ class MergeConfig:
         if numbers.norms is not None and numbers.trim is None:
             raise UserError("parameters.norms: says where trim stands, but parameters.trim is not set")
 
+    def _check_weights(self) -> None:
+        if self.merge_method not in TAKES["weight"]:
+            return
+        weights = self.weights()
+        if self.normalizes and not sum(weights):
+            raise UserError(
+                f"models[].parameters.weight: {self.merge_method} divides by their sum, which is 0"
+            )
+        if self.elects and min(weights) < 0:
+            raise UserError(
+                f"models[].parameters.weight: {self.merge_method} takes a weighted mean; weights must be >= 0"
+            )
+
+    def _check_epsilons(self) -> None:
+        if self.merge_method != "della":
+            return
+        for model, density, epsilon in zip(self.models, self.densities(), self.epsilons(), strict=True):
+            if epsilon < 0 or density - epsilon <= 0 or density + epsilon > 1:
+                raise UserError(
+                    f"epsilon: {epsilon} with density {density} ('{model.label()}'): density - epsilon and density + "
+                    "epsilon are probabilities, in (0, 1]"
+                )
+
     @property
-    def thins(self) -> Literal["ties", "dare"] | None:
-        """How entries of the task vectors are taken away: by magnitude, at random, or not at all."""
+    def thins(self) -> Literal["ties", "dare", "breadcrumbs", "della", "sce"] | None:
+        """How entries of the task vectors are taken away, if any are."""
+        if self.merge_method in ("breadcrumbs", "della"):
+            return self.merge_method
+        if self.merge_method == "sce" and _first(self.parameters.select_topk, 1.0) < 1:
+            return "sce"
         if self.merge_method == "ties" or self.parameters.trim == "ties":
             return "ties"
         if self.merge_method in ("dare_linear", "dare_ties") or self.parameters.trim == "dare":
@@ -186,9 +290,21 @@ class MergeConfig:
         return None
 
     @property
+    def draws(self) -> bool:
+        """Whether chance has a part, and so the seed."""
+        return self.thins in ("dare", "della")
+
+    @property
     def elects(self) -> bool:
-        """Whether a sign is elected per entry, and the task vectors that have it are averaged."""
-        return self.merge_method in ("ties", "dare_ties") or self.parameters.trim == "ties"
+        """Whether a sign is elected per entry, and only the task vectors that have it are merged."""
+        return self.merge_method in ("ties", "dare_ties", "della", "sce") or self.parameters.trim == "ties"
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the weighted sum is divided by the sum of its weights."""
+        if self.parameters.normalize is not None:
+            return self.parameters.normalize
+        return self.merge_method == "linear" or self.elects
 
     @property
     def scale(self) -> float:
@@ -197,8 +313,18 @@ class MergeConfig:
 
     @property
     def base_cancels(self) -> bool:
-        """Whether the merged model is a sum of whole experts with coefficients that sum to 1: the base drops out."""
-        return self.merge_method in ("metagpt", "linear") and self.thins is None and self.scale == 1
+        """Whether the merged model is a sum of whole experts alone, so that the base is not read.
+
+        So it is for the weight average, and for MetaGPT, whose coefficients sum to 1.
+        """
+        return self.merge_method == "linear" or (
+            self.merge_method == "metagpt" and self.thins is None and self.scale == 1
+        )
+
+    @property
+    def output_dtype(self) -> str | None:
+        """Name of the output's data type, if one is asked for."""
+        return self.out_dtype or self.dtype
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
@@ -210,13 +336,49 @@ class MergeConfig:
 
     def weights(self) -> list[float]:
         """Returns each expert's weight, defaults filled in."""
-        default = TASK_ARITHMETIC_WEIGHT if self.merge_method in ("task_arithmetic", "dare_linear") else 1.0
-        return [_first(m.parameters.weight, self.parameters.weight, default) for m in self.models]
+        adds = self.merge_method in ("task_arithmetic", "dare_linear", "breadcrumbs")
+        return self._each("weight", TASK_ARITHMETIC_WEIGHT if adds else 1.0)
 
     def densities(self) -> list[float]:
         """Returns each expert's density, defaults filled in."""
-        return [_first(m.parameters.density, self.parameters.density, DENSITY) for m in self.models]
+        return self._each("density", DENSITY)
+
+    def gammas(self) -> list[float]:
+        """Returns each expert's gamma, defaults filled in."""
+        return self._each("gamma", GAMMA)
+
+    def epsilons(self) -> list[float]:
+        """Returns each expert's epsilon, defaults filled in."""
+        rooms = [min(EPSILON, density / 2, 1 - density) for density in self.densities()]
+        return [
+            _first(model.parameters.epsilon, self.parameters.epsilon, room)
+            for model, room in zip(self.models, rooms, strict=True)
+        ]
+
+    def _each(self, key: str, default: float) -> list[float]:
+        return [
+            _first(getattr(m.parameters, key), getattr(self.parameters, key), default) for m in self.models
+        ]
 
 
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
+
+
+def from_mergekit(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe with the one word of mergekit's that cannot be a field's name, `lambda`, as `scale`.
+
+    Raises:
+        UserError: both are given, or there is a key that no merge knows.
+    """
+    known = [field_.name for field_ in fields(MergeConfig)]
+    for key in recipe:
+        if key.split(".")[0] not in (*known, "config", "plan"):
+            raise UserError(f"{key}: not supported{nearest(key, known)}; a merge knows {', '.join(known)}")
+    numbers = recipe.get("parameters")
+    if not isinstance(numbers, dict) or "lambda" not in numbers:
+        return recipe
+    if "scale" in numbers:
+        raise UserError("parameters.lambda: is the same as scale; give one of them")
+    rest = {key: value for key, value in numbers.items() if key != "lambda"}
+    return recipe | {"parameters": rest | {"scale": numbers["lambda"]}}

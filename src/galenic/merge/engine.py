@@ -21,11 +21,13 @@ from galenic.merge.io import TensorInfo, Weights
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
 from galenic.merge.statistics import (
     CACHED,
+    Origin,
     all_finite,
     float_names,
     gram_matrices,
     grid,
     layer_of,
+    tensor_thresholds,
     total,
     trim_thresholds,
 )
@@ -41,8 +43,10 @@ class Statistics:
 
     coefficients: Mapping[str, Sequence[float]]
     """Tensor -> what each expert is multiplied by in it."""
-    thresholds: list[float]
-    """Trimming only: smallest magnitude each task vector keeps."""
+    origin: Mapping[str, float]
+    """`slerp` only: tensor -> what the base is multiplied by."""
+    thresholds: Mapping[str, list[list[float]]]
+    """Methods that select by size only: tensor -> magnitudes that bound what is kept, as `_thinned` reads them."""
     summary: dict[str, Any]
     """The contents of `merge.json`."""
 
@@ -80,46 +84,53 @@ def measure(
         "norms": dict(zip(names, matrix.diagonal().sqrt().tolist(), strict=True)),
         "cosines": cosines(matrix),
     }
-    thresholds: list[float] = []
-    if config.thins == "ties":
-        keep = [max(1, round(density * weights)) for density in config.densities()]
-        thresholds, kept = remembered(
-            cache,
-            f"thresholds {keep}",
-            lambda: shown("thresholds", lambda bar: trim_thresholds(base, experts, keep, bar), passes=2),
-        )
-        # More than the density where magnitudes tie, as they do in low-precision checkpoints.
-        summary["kept"] = {name: n / weights for name, n in zip(names, kept, strict=True)}
-    if config.thins == "dare":
-        summary["densities"] = dict(zip(names, config.densities(), strict=True))
+    thresholds = _thresholds(config, base, experts, cache, shown, summary)
     weighing = matrices
-    if parameters.norms == "after_trim":
-        thin = partial(_thinned, config, thresholds)
-        keyed_by = (config.densities(), (names, config.seed) if config.thins == "dare" else None)
+    if parameters.norms == "after_trim" or config.thins == "sce":
+        thin = partial(_thinned, config, thresholds, base)
+        keyed_by = (
+            (parameters.select_topk,)
+            if config.thins == "sce"
+            else (config.densities(), (names, config.seed) if config.draws else None)
+        )
         weighing = _remembered_gram(
             cache,
             f"gram {config.thins} {keyed_by}",
             lambda: shown("what is left of them", lambda bar: gram_matrices(base, experts, bar, thin=thin)),
         )
-    coefficients = _coefficients(config, weighing)
-    sizes = [base.tensors[name].numel for name in matrices]
-    mean = (
-        [
-            math.fsum(coefficients[name][t] * size for name, size in zip(matrices, sizes, strict=True))
-            / weights
-            for t in range(len(names))
-        ]
-        if parameters.scope in ("layer", "tensor")
-        else list(next(iter(coefficients.values())))
-    )
+    origin: dict[str, float] = {}
+    if config.merge_method == "slerp":
+        weighing = _remembered_gram(
+            cache,
+            "gram of weights",
+            lambda: shown("angles", lambda bar: gram_matrices(Origin(base), [base, *experts], bar)),
+        )
+        t = 0.5 if parameters.t is None else parameters.t
+        both = {name: methods.slerp_coefficients(matrix, t) for name, matrix in weighing.items()}
+        origin = {name: first for name, (first, _) in both.items()}
+        coefficients = {name: [second] for name, (_, second) in both.items()}
+    else:
+        coefficients = _coefficients(config, weighing)
+    mean = [
+        _mean([(coefficients[name][t], base.tensors[name].numel) for name in matrices])
+        for t in range(len(names))
+    ]
+    by_tensor = config.merge_method in ("sce", "model_stock", "slerp") or parameters.scope == "tensor"
     summary |= {
-        "scope": parameters.scope or "global",
+        "scope": "tensor" if by_tensor else parameters.scope or "global",
         "coefficients": dict(zip(names, mean, strict=True)),  # their mean over the weights, if they differ
         "effective_models": effective_models(mean),
-        "units": _units(names, matrices, coefficients, by_tensor=parameters.scope == "tensor"),
+        "units": _units(names, matrices, coefficients, by_tensor),
         "warnings": norm_warnings(names, matrix, mean if config.merge_method == "metagpt" else None),
     }
-    return Statistics(coefficients=coefficients, thresholds=thresholds, summary=summary)
+    return Statistics(coefficients=coefficients, origin=origin, thresholds=thresholds, summary=summary)
+
+
+def _mean(values: Sequence[tuple[float, int]]) -> float:
+    """Returns the mean of (value, count) pairs; the value itself if there is but one."""
+    if len({value for value, _ in values}) == 1:
+        return values[0][0]
+    return math.fsum(value * count for value, count in values) / sum(count for _, count in values)
 
 
 def _remembered_gram(
@@ -129,14 +140,69 @@ def _remembered_gram(
     return {key: torch.tensor(matrix, dtype=torch.float64) for key, matrix in rows.items()}
 
 
+def _thresholds(
+    config: MergeConfig,
+    base: Weights,
+    experts: Sequence[Weights],
+    cache: Path | None,
+    shown: "Callable[[str, Callable[[Bar | None], Any], int], Any]",
+    summary: dict[str, Any],
+) -> Mapping[str, list[list[float]]]:
+    """Finds the magnitudes that bound what is kept, and adds to the summary how much that is."""
+    names, densities, floats = config.names(), config.densities(), float_names(base)
+    if config.thins in ("dare", "della", "breadcrumbs"):
+        summary["densities"] = dict(zip(names, densities, strict=True))
+    if config.thins == "ties":
+        weights = sum(base.tensors[name].numel for name in floats)
+        keep = [max(1, round(density * weights)) for density in densities]
+        found, kept = remembered(
+            cache,
+            f"thresholds {keep}",
+            lambda: shown("thresholds", lambda bar: trim_thresholds(base, experts, keep, bar), 2),
+        )
+        # More than the density where magnitudes tie, as they do in low-precision checkpoints.
+        summary["kept"] = {name: n / weights for name, n in zip(names, kept, strict=True)}
+        return {name: [[threshold] for threshold in found] for name in floats}
+    magnitudes: Callable[[Tensor], Tensor] = torch.abs
+    if config.thins == "breadcrumbs":
+        shares = list(zip(config.gammas(), densities, strict=True))
+
+        def ranks(numel: int) -> list[list[int]]:
+            found = []
+            for gamma, density in shares:
+                first = min(int(gamma * numel), numel - 1)
+                found.append([first + 1, min(numel, first + max(1, int(density * numel)))])
+            return found
+
+        key = f"breadcrumbs {shares}"
+    elif config.thins == "sce":
+        share = config.parameters.select_topk or 1.0
+
+        def ranks(numel: int) -> list[list[int]]:
+            return [[max(1, round(share * numel))]]
+
+        key, magnitudes = f"sce {share}", methods.variances
+    else:
+        return {}
+    return remembered(
+        cache,
+        key,
+        lambda: shown("thresholds", lambda bar: tensor_thresholds(base, experts, ranks, magnitudes, bar), 2),
+    )
+
+
 def _coefficients(config: MergeConfig, matrices: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Returns what each expert is multiplied by, tensor by tensor."""
     weights, numbers = config.weights(), config.parameters
-    if config.merge_method == "linear":
-        weights = [weight / sum(weights) for weight in weights]
-    if config.merge_method != "metagpt":
+    if config.merge_method == "model_stock":
+        count = len(weights)
+        return {name: [methods.model_stock_ratio(m) / count] * count for name, m in matrices.items()}
+    if config.merge_method not in ("metagpt", "sce"):
+        if config.normalizes and not config.elects:
+            weights = [weight / sum(weights) for weight in weights]
         return dict.fromkeys(matrices, weights)
-    unit_of = {"layer": layer_of, "tensor": str}.get(numbers.scope or "global", lambda name: "")
+    scope = "tensor" if config.merge_method == "sce" else numbers.scope or "global"
+    unit_of = {"layer": layer_of, "tensor": str}.get(scope, lambda name: "")
     units: dict[str, dict[str, Tensor]] = {}
     for name, matrix in matrices.items():
         units.setdefault(unit_of(name), {})[name] = matrix
@@ -170,7 +236,7 @@ def _units(
 
 def output_tensors(config: MergeConfig, base: Weights) -> dict[str, TensorInfo]:
     """Returns the layout of the merged model: the base's tensors, floating-point ones in the asked dtype."""
-    wanted = getattr(torch, config.dtype) if config.dtype else None
+    wanted = getattr(torch, config.output_dtype) if config.output_dtype else None
     return {
         name: TensorInfo(
             dtype=(wanted or info.dtype) if info.dtype.is_floating_point else info.dtype, shape=info.shape
@@ -209,14 +275,18 @@ def merge_blocks(
             return 0
         merged = torch.empty(stop - start, dtype=dtype)
         parts = _merge_block(config, base, experts, statistics, *block)
-        for (first, last), part in zip(grid(stop - start, CACHED), parts, strict=True):
+        for (first, last), part in zip(_parts(config, base, name, start, stop), parts, strict=True):
             merged[first:last] = methods.round_once(part, dtype)
         if not all_finite(merged):
             raise UserError(f"'{name}': merged values do not fit {dtype}; use dtype: bfloat16 or float32")
         write(name, start, merged)
         return stop - start
 
-    blocks = [(name, start, stop) for name, info in output.items() for start, stop in grid(info.numel)]
+    blocks = [
+        (name, start, stop)
+        for name, info in output.items()
+        for start, stop in grid(info.numel, row=_row(config, info))
+    ]
     if bar:
         bar.update(sum(stop - start for _, start, stop in blocks[:first]))
     for count, elements in enumerate(in_order(one, blocks[first:], workers), start=first + 1):
@@ -238,30 +308,66 @@ def _merge_block(
     weights = statistics.coefficients[name]
     blocks = [expert.read(name, start, stop) for expert in experts]
     origin_block = None if config.base_cancels else base.read(name, start, stop)
-    for first, last in grid(stop - start, CACHED):
+    for first, last in _parts(config, base, name, start, stop):
         parts = [block[first:last] for block in blocks]
         if origin_block is None:
             yield methods.weighted_sum(parts, weights)
             continue
+        if config.merge_method == "slerp":
+            yield methods.weighted_sum(
+                [origin_block[first:last], *parts], [statistics.origin[name], *weights]
+            )
+            continue
         origin = origin_block[first:last].double()
         deltas = [part.double() - origin for part in parts]
-        deltas = _thinned(config, statistics.thresholds, name, start + first, deltas)
+        deltas = _thinned(config, statistics.thresholds, base, name, start + first, deltas)
         if config.elects:
-            yield methods.ties(origin, deltas, weights, config.scale)
+            votes = [1.0] * len(deltas) if config.merge_method == "sce" else None
+            yield methods.ties(origin, deltas, weights, config.scale, votes, config.normalizes)
         else:
             yield methods.task_arithmetic(origin, deltas, [weight * config.scale for weight in weights])
 
 
+def _row(config: MergeConfig, info: TensorInfo) -> int:
+    """Returns how many elements must be looked at together: DELLA ranks the rows of a matrix, or all of a vector."""
+    return max(1, info.shape[-1]) if config.thins == "della" and info.shape else 1
+
+
+def _parts(config: MergeConfig, base: Weights, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yields the [first, last) ranges of a block that are computed at a time."""
+    return grid(stop - start, CACHED, _row(config, base.tensors[name]))
+
+
 def _thinned(
-    config: MergeConfig, thresholds: Sequence[float], name: str, start: int, deltas: list[Tensor]
+    config: MergeConfig,
+    thresholds: Mapping[str, list[list[float]]],
+    base: Weights,
+    name: str,
+    start: int,
+    deltas: list[Tensor],
 ) -> list[Tensor]:
     """Takes entries away from the task vectors (float64) of the elements from `start` on, as the method says."""
     if config.thins == "ties":
-        return [methods.trim(delta, threshold) for delta, threshold in zip(deltas, thresholds, strict=True)]
-    if config.thins == "dare":
-        dropped = []
-        for delta, label, density in zip(deltas, config.names(), config.densities(), strict=True):
-            kept = methods.keep_mask(config.seed, label, name, start, start + len(delta), density)
-            dropped.append(methods.drop_and_rescale(delta, kept, density))
-        return dropped
-    return deltas
+        return [methods.trim(delta, least) for delta, [least] in zip(deltas, thresholds[name], strict=True)]
+    if config.thins == "breadcrumbs":
+        limits = thresholds[name]
+        return [
+            methods.between(delta, least, largest)
+            for delta, [largest, least] in zip(deltas, limits, strict=True)
+        ]
+    if config.thins == "sce":
+        [[least]] = thresholds[name]
+        selected = methods.variances(torch.stack(deltas).float())[0] >= least
+        return [delta * selected for delta in deltas]
+    if not config.draws:
+        return deltas
+    dropped = []
+    row = _row(config, base.tensors[name])
+    numbers = zip(deltas, config.names(), config.densities(), config.epsilons(), strict=True)
+    for delta, label, density, epsilon in numbers:
+        chance = (
+            methods.keep_probabilities(delta, row, density, epsilon) if config.thins == "della" else density
+        )
+        kept = methods.keep_mask(config.seed, label, name, start, start + len(delta), chance)
+        dropped.append(methods.drop_and_rescale(delta, kept, chance))
+    return dropped

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from galenic import __version__
-from galenic.merge.config import METAGPT_ONLY, TAKES_DENSITY, TAKES_WEIGHT, MergeConfig, folder_label
+from galenic.merge.config import TAKES, MergeConfig, folder_label
 from galenic.runtime import UserError, folder_name, read_json
 
 COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
@@ -106,9 +106,9 @@ def write_companions(config: MergeConfig, folder: Path, summary: dict[str, Any])
     for path in companions(base):
         shutil.copyfile(path, folder / path.name)
     settings = _json_if_there(base / "config.json")
-    if settings and config.dtype:
+    if settings and config.output_dtype:
         key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-        settings[key] = config.dtype
+        settings[key] = config.output_dtype
         _dump(folder / "config.json", settings)
     recipe = recipe_yaml(config)
     (folder / "README.md").write_text(_card(config, recipe, summary), encoding="utf-8")
@@ -129,14 +129,15 @@ def _dump(path: Path, value: dict[str, Any]) -> None:
 
 def recipe_yaml(config: MergeConfig) -> str:
     """Writes the recipe back as YAML, with the defaults that took effect and without the output folder."""
-    keys = [
-        key
-        for key, takers in (("weight", TAKES_WEIGHT), ("density", TAKES_DENSITY))
-        if config.merge_method in takers or (key == "density" and config.thins)
-    ]
+    each = {
+        "weight": config.weights(),
+        "density": config.densities(),
+        "gamma": config.gammas(),
+        "epsilon": config.epsilons(),
+    }
     rows = []
-    for model, weight, density in zip(config.models, config.weights(), config.densities(), strict=True):
-        numbers = {key: value for key, value in (("weight", weight), ("density", density)) if key in keys}
+    for index, model in enumerate(config.models):
+        numbers = {key: values[index] for key, values in each.items() if _takes(config, key)}
         rows.append(
             {"model": folder_name(model.model), "name": model.label()}
             | ({"parameters": numbers} if numbers else {})
@@ -146,13 +147,18 @@ def recipe_yaml(config: MergeConfig) -> str:
         "base_model": folder_name(config.base_model),
         "models": rows,
     }
-    if own := {key: value for key in METAGPT_ONLY if (value := getattr(config.parameters, key)) is not None}:
+    own = {key: getattr(config.parameters, key) for key in TAKES if key not in each}
+    if own := {key: value for key, value in own.items() if value is not None}:
         recipe["parameters"] = own
-    if config.dtype:
-        recipe["dtype"] = config.dtype
-    if config.thins == "dare":
+    if config.output_dtype:
+        recipe["dtype"] = config.output_dtype
+    if config.draws:
         recipe["seed"] = config.seed
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+
+
+def _takes(config: MergeConfig, key: str) -> bool:
+    return config.merge_method in TAKES[key] or (key == "density" and config.parameters.trim is not None)
 
 
 def parents(config: MergeConfig) -> list[str]:

@@ -38,9 +38,16 @@ def plan(config: MergeConfig) -> Plan:
 
     with _open(config) as (base, experts, warnings):
         output = output_tensors(config, base)
-        cancels = config.merge_method in ("metagpt", "linear") and config.thins is None and config.scale == 1
-        statistics_passes = 1 + 2 * (config.thins == "ties") + (config.parameters.norms == "after_trim")
-        base_passes, expert_passes = statistics_passes + (not cancels), statistics_passes + 1
+        statistics_passes = (
+            1
+            + 2 * (config.thins in ("ties", "breadcrumbs", "sce"))
+            + (
+                config.parameters.norms == "after_trim"
+                or config.thins == "sce"
+                or config.merge_method == "slerp"
+            )
+        )
+        base_passes, expert_passes = statistics_passes + (not config.base_cancels), statistics_passes + 1
         read = base_passes * base.nbytes + expert_passes * sum(expert.nbytes for expert in experts)
         facts = {
             "method": config.merge_method,

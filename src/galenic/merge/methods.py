@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+NEARLY_PARALLEL = 0.9995
+"""Cosine beyond which `slerp` goes straight, as dividing by the sine of the angle would lose digits."""
 ROW = 256
 """Values looked at together when bfloat16 is rounded."""
 MIDPOINT = -(1 << 31)
@@ -57,30 +59,134 @@ def _largest_below(threshold: float) -> float:
     return math.nextafter(midpoint, 0.0) if goes_up else midpoint
 
 
-def ties(origin: Tensor, trimmed: Sequence[Tensor], weights: Sequence[float], scale: float = 1.0) -> Tensor:
+def ties(
+    origin: Tensor,
+    thinned: Sequence[Tensor],
+    weights: Sequence[float],
+    scale: float = 1.0,
+    votes: Sequence[float] | None = None,
+    normalize: bool = True,
+) -> Tensor:
     """Elects a sign per entry, averages the thinned task vectors that agree with it, and adds that to the base.
 
-        gamma = sgn(sum_t w_t tau_t),   tau = sum_{t: sgn(tau_t) = gamma} w_t tau_t / sum_{t: ...} w_t,
+        gamma = sgn(sum_t v_t tau_t),   tau = sum_{t: sgn(tau_t) = gamma} w_t tau_t / sum_{t: ...} w_t,
         theta_0 + scale tau
 
-    Where trimmed entries are all zero or cancel exactly, nothing is elected and the base stays. The paper's weights
-    are all 1. Weights are not negative, and not all zero.
+    Where thinned entries are all zero or cancel exactly, nothing is elected and the base stays. Weights are not
+    negative, and not all zero. In TIES they are all 1; DELLA elects and fuses likewise. SCE (FuseChat, arXiv
+    2408.07990, section 3.3) weighs by squared norms, but every task vector has the same vote.
+
+    Args:
+        origin: (n,) of the base.
+        thinned: T task vectors, (n,) float64.
+        weights: w.
+        scale: of the merged task vector.
+        votes: v. Default: w.
+        normalize: whether to divide by the weights that agree; without, `tau` is their sum.
 
     Source: TIES-Merging, arXiv 2306.01708, Algorithm 1, steps 2 and 3.
     """
-    elected = weighted_sum(trimmed, weights).sign_()
-    agreeing = [
-        (delta * elected).clamp_min_(0) for delta in trimmed
-    ]  # magnitudes; 0 where the sign is another
-    mean = weighted_sum(agreeing, weights)
-    # In place of zero the least a positive sum of weights can be: there the numerator is zero as well.
-    least = min(weight for weight in weights if weight)
-    mean /= weighted_sum([part.sign_() for part in agreeing], weights).clamp_min_(least)
-    return origin + mean.mul_(elected if scale == 1 else elected * scale)
+    elected = weighted_sum(thinned, votes or weights).sign_()
+    # Magnitudes; 0 where the sign is another.
+    agreeing = [(delta * elected).clamp_min_(0) for delta in thinned]
+    merged = weighted_sum(agreeing, weights)
+    if normalize:
+        # In place of zero the least a positive sum of weights can be: there the numerator is zero as well.
+        least = min(weight for weight in weights if weight)
+        merged /= weighted_sum([part.sign_() for part in agreeing], weights).clamp_min_(least)
+    return origin + merged.mul_(elected if scale == 1 else elected * scale)
 
 
-def drop_and_rescale(delta: Tensor, kept: Tensor, density: float) -> Tensor:
-    """Keeps the entries of a mask and divides them by the density, which leaves the expectation as it was.
+def between(delta: Tensor, least: float, largest: float) -> Tensor:
+    """Zeroes the entries whose float32 magnitude is below `least` or above `largest`, two float32 numbers.
+
+    Source: Model Breadcrumbs, arXiv 2312.06795, section 3: outliers are dropped along with small changes.
+    """
+    return trim(delta, least).masked_fill_(delta.float().abs() > largest, 0.0)
+
+
+def keep_probabilities(delta: Tensor, row: int, density: float, epsilon: float) -> Tensor:
+    """Returns the probability with which DELLA keeps each entry, by the rank of its magnitude in its row.
+
+        p_i = density - epsilon + 2 epsilon r_i / (m - 1),   r_i = 0 (least) ... m - 1 (largest)
+
+    Entries of one magnitude are ranked by their place. A row of one entry is kept with probability `density`.
+
+    Source: DELLA-Merging, arXiv 2406.11617, section 3.1 (MAGPRUNE).
+
+    Args:
+        delta: (n,) task vector, whole rows.
+        row: m, a divisor of n.
+        density: mean of the probabilities.
+        epsilon: half their range.
+
+    Returns:
+        (n,) float64.
+    """
+    if row == 1:
+        return torch.full_like(delta, density, dtype=torch.float64)
+    order = delta.abs().view(-1, row).argsort(dim=1, stable=True)
+    steps = torch.linspace(density - epsilon, density + epsilon, row, dtype=torch.float64)
+    return torch.empty_like(order, dtype=torch.float64).scatter_(1, order, steps.expand_as(order)).flatten()
+
+
+def variances(deltas: Tensor) -> Tensor:
+    """Returns the variance of (T, n) task vectors between the experts, (1, n) float32.
+
+    Source: SCE's step S (FuseChat, arXiv 2408.07990, section 3.3).
+    """
+    wide = deltas.double()
+    mean = weighted_sum(list(wide), [1 / len(wide)] * len(wide))
+    squares = [(part - mean).square_() for part in wide]
+    return weighted_sum(squares, [1 / len(wide)] * len(wide)).float()[None]
+
+
+def model_stock_ratio(gram: Tensor) -> float:
+    """Returns Model Stock's t: how far to go from the base to the mean of the experts.
+
+        t = T cos / (1 + (T - 1) cos),   cos: mean of the cosines between the T task vectors
+
+    A mean cosine that is not positive gives 0, the base: there is no common direction to follow. (The formula gives
+    negative numbers of any size there.)
+
+    Source: Model Stock, arXiv 2403.19522, equation 7; per tensor, as in its section 4.
+
+    Args:
+        gram: (T, T) Gram matrix of the task vectors of one tensor, T at least 2.
+    """
+    count = len(gram)
+    norms = gram.diagonal().double().sqrt()
+    scale = torch.outer(norms, norms)
+    angles = torch.where(scale > 0, gram.double() / scale.where(scale > 0, 1.0), 0.0).clamp(-1, 1)
+    rows, columns = torch.triu_indices(count, count, offset=1)
+    cosine = math.fsum(angles[rows, columns].tolist()) / len(rows)
+    return count * cosine / (1 + (count - 1) * cosine) if cosine > 0 else 0.0
+
+
+def slerp_coefficients(gram: Tensor, t: float) -> tuple[float, float]:
+    """Returns what spherical interpolation multiplies two vectors by.
+
+        sin((1 - t) theta) / sin(theta),   sin(t theta) / sin(theta),   theta: the angle between them
+
+    Nearly parallel or opposite vectors (|cos| > 0.9995, as in mergekit) and zero vectors are interpolated on the
+    straight line, 1 - t and t.
+
+    Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985.
+
+    Args:
+        gram: (2, 2) Gram matrix of the vectors themselves.
+        t: 0 for the first, 1 for the second.
+    """
+    norms = gram.diagonal().double().sqrt()
+    cosine = float(gram[0, 1] / (norms[0] * norms[1])) if bool((norms > 0).all()) else 1.0
+    if abs(cosine) > NEARLY_PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def drop_and_rescale(delta: Tensor, kept: Tensor, density: float | Tensor) -> Tensor:
+    """Keeps the entries of a mask and divides them by their density, which leaves the expectation as it was.
 
     Source: DARE, "Language Models are Super Mario", arXiv 2311.03099, section 3.
     """
@@ -90,7 +196,7 @@ def drop_and_rescale(delta: Tensor, kept: Tensor, density: float) -> Tensor:
 # ---------------------------------------------------------------------------- keyed random numbers
 
 
-def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density: float) -> Tensor:
+def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density: float | Tensor) -> Tensor:
     """Decides for the elements [start, stop) of a tensor whether they are kept, each with probability `density`.
 
     The decision is a function of (seed, model, tensor, element) alone: it is the same in any order, on any number
@@ -111,6 +217,8 @@ def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density
     bits.bitwise_xor_((bits >> 27).bitwise_and_((1 << 37) - 1)).mul_(0x94D049BB133111EB - (1 << 64))
     bits.bitwise_xor_((bits >> 31).bitwise_and_((1 << 33) - 1))
     halves = bits.view(torch.int32)[start - 2 * first : stop - 2 * first]
+    if isinstance(density, Tensor):  # one for each element
+        return halves < (density * 2**32).round_().long() - 2**31
     limit = round(density * 2**32) - 2**31
     return halves < limit if limit < 2**31 else torch.ones_like(halves, dtype=torch.bool)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from galenic.merge.io import Checkpoint, StateDict, Weights, check_same_tensors
+from galenic.merge.io import Checkpoint, StateDict, TensorInfo, Weights, check_same_tensors
 from galenic.merge.workers import Workspace, in_order
 from galenic.runtime import Bar, UserError
 
@@ -33,8 +33,9 @@ HIGH_BINS, LOW_BINS = 1 << 15, 1 << 16
 """The 31 bits of a float32 magnitude, split in two: the bins of the two selection passes."""
 
 
-def grid(numel: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Yields the [start, stop) ranges a tensor is processed in."""
+def grid(numel: int, chunk: int = CHUNK, row: int = 1) -> Iterator[tuple[int, int]]:
+    """Yields the [start, stop) ranges a tensor is processed in: `chunk` elements at most, in whole rows."""
+    chunk = max(1, chunk // row) * row
     for start in range(0, numel, chunk):
         yield start, min(start + chunk, numel)
 
@@ -68,6 +69,20 @@ def layer_of(name: str) -> str:
 
 
 # ---------------------------------------------------------------------------- Gram matrices
+
+
+class Origin:
+    """A model whose weights are all zero: task vectors from it are the models themselves."""
+
+    def __init__(self, model: Weights) -> None:
+        self.label = "the origin"
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info for name, info in model.tensors.items() if info.dtype.is_floating_point
+        }
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns zeros."""
+        return torch.zeros(stop - start, dtype=self.tensors[name].dtype)
 
 
 def gram(
@@ -230,10 +245,6 @@ def trim_thresholds(
 ) -> tuple[list[float], list[int]]:
     """Finds, per expert, the magnitude of its `keep`-th largest task-vector entry over the whole model.
 
-    Exact selection in two passes and bounded memory: a histogram of the upper bits of the float32 magnitude finds
-    the bin the answer lies in, a second one of the lower bits finds it. (Magnitudes are non-negative floats, whose
-    bit patterns are ordered as they are.)
-
     Args:
         base: the base model.
         experts: T models with the same tensors.
@@ -245,45 +256,92 @@ def trim_thresholds(
     Returns:
         T thresholds, and how many entries reach them: `keep`, or more where magnitudes tie.
     """
-    count = len(experts)
-
-    def count_high(block: tuple[str, int, int]) -> Tensor:
-        counts = torch.zeros(count, HIGH_BINS, dtype=torch.int64)
-        for deltas in task_vectors(*block, base, experts):
-            for t, keys in enumerate(_magnitude_keys(deltas)):
-                counts[t] += torch.bincount(keys >> 16, minlength=HIGH_BINS)
-        return counts
-
-    def count_low(block: tuple[str, int, int]) -> Tensor:
-        counts = torch.zeros(count, LOW_BINS, dtype=torch.int64)
-        for deltas in task_vectors(*block, base, experts):
-            for t, keys in enumerate(_magnitude_keys(deltas)):
-                inside = keys[keys >> 16 == bins[t]]
-                counts[t] += torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS)
-        return counts
-
-    high = torch.zeros(count, HIGH_BINS, dtype=torch.int64)
     blocks = list(float_blocks(base, chunk))
+    found = _largest(blocks, base, experts, [[rank] for rank in keep], torch.abs, bar, workers)
+    return [threshold for [(threshold, _)] in found], [reached for [(_, reached)] in found]
 
-    def advance(start: int, stop: int) -> None:
-        if bar:
-            bar.update(stop - start)
 
-    for (_, start, stop), counts in zip(blocks, in_order(count_high, blocks, workers), strict=True):
-        high += counts
-        advance(start, stop)
-    bins, left = zip(*[_bin_from_above(high[t], keep[t]) for t in range(count)], strict=True)
-    low = torch.zeros(count, LOW_BINS, dtype=torch.int64)
-    for (_, start, stop), counts in zip(blocks, in_order(count_low, blocks, workers), strict=True):
-        low += counts
-        advance(start, stop)
-    thresholds, kept = [], []
-    for t in range(count):
-        index, missing = _bin_from_above(low[t], left[t])
-        key = torch.tensor(bins[t] << 16 | index, dtype=torch.int32)
-        thresholds.append(key.view(torch.float32).item())
-        kept.append(keep[t] - missing + int(low[t, index]))
-    return thresholds, kept
+def tensor_thresholds(
+    base: Weights,
+    experts: Sequence[Weights],
+    ranks: Callable[[int], Sequence[Sequence[int]]],
+    magnitudes: Callable[[Tensor], Tensor] = torch.abs,
+    bar: Bar | None = None,
+    workers: int | None = None,
+) -> dict[str, list[list[float]]]:
+    """Finds magnitudes of given rank in every tensor by itself.
+
+    Args:
+        base: the base model.
+        experts: T models with the same tensors.
+        ranks: number of elements -> for each row of `magnitudes` the ranks wanted, 1 for the largest.
+        magnitudes: (T, n) task vectors -> (S, n) float32, not negative: what is ranked. Default: the T magnitudes.
+        bar: advanced by the number of elements, twice.
+        workers: threads; the result does not depend on it.
+
+    Returns:
+        Tensor -> S lists of magnitudes, float32 numbers, in the order of their ranks.
+    """
+    found = {}
+    for name in float_names(base):
+        numel = base.tensors[name].numel
+        blocks = [(name, start, stop) for start, stop in grid(numel)]
+        rows = _largest(blocks, base, experts, ranks(numel), magnitudes, bar, workers) if numel else []
+        found[name] = [[value for value, _ in row] for row in rows]
+    return found
+
+
+def _largest(
+    blocks: Sequence[tuple[str, int, int]],
+    base: Weights,
+    experts: Sequence[Weights],
+    ranks: Sequence[Sequence[int]],
+    magnitudes: Callable[[Tensor], Tensor],
+    bar: Bar | None,
+    workers: int | None,
+) -> list[list[tuple[float, int]]]:
+    """Finds for each row of magnitudes its values of the given ranks, and how many entries reach each.
+
+    Exact selection in two passes and bounded memory: a histogram of the upper bits of the float32 magnitude finds
+    the bin the answer lies in, a second one of the lower bits finds it. (Magnitudes are non-negative floats, whose
+    bit patterns are ordered as they are.)
+    """
+
+    def counted(bins: int, count: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """Adds up `count(row, keys)` over all blocks: for each row (any, bins) counts."""
+
+        def one(block: tuple[str, int, int]) -> list[Tensor]:
+            parts = [
+                [count(row, keys) for row, keys in enumerate(_magnitude_keys(magnitudes(deltas)))]
+                for deltas in task_vectors(*block, base, experts)
+            ]
+            return [torch.stack(row).sum(0) for row in zip(*parts, strict=True)]
+
+        sums = [torch.zeros(1, bins, dtype=torch.int64)] * len(ranks)
+        for (_, start, stop), counts in zip(blocks, in_order(one, blocks, workers), strict=True):
+            sums = [total + more for total, more in zip(sums, counts, strict=True)]
+            if bar:
+                bar.update(stop - start)
+        return sums
+
+    high = counted(HIGH_BINS, lambda row, keys: torch.bincount(keys >> 16, minlength=HIGH_BINS)[None])
+    places = [
+        [_bin_from_above(counts[0], rank) for rank in row] for counts, row in zip(high, ranks, strict=True)
+    ]
+
+    def count_low(row: int, keys: Tensor) -> Tensor:
+        inside = [keys[keys >> 16 == bin_] & (LOW_BINS - 1) for bin_, _ in places[row]]
+        return torch.stack([torch.bincount(part, minlength=LOW_BINS) for part in inside])
+
+    low = counted(LOW_BINS, count_low)
+    found: list[list[tuple[float, int]]] = []
+    for row, wanted in enumerate(ranks):
+        found.append([])
+        for rank, (bin_, left), counts in zip(wanted, places[row], low[row], strict=True):
+            index, missing = _bin_from_above(counts, left)
+            key = torch.tensor(bin_ << 16 | index, dtype=torch.int32)
+            found[row].append((key.view(torch.float32).item(), rank - missing + int(counts[index])))
+    return found
 
 
 def _magnitude_keys(deltas: Tensor) -> Tensor:
