@@ -287,10 +287,12 @@ def test_folders_without_safetensors_are_refused(family, tmp_path):
 def test_other_vocabularies_are_refused(family, tmp_path):
     tokenizer = {"model": {"vocab": {"a": 0, "b": 2, "c": 1}}, "added_tokens": []}
     (family[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refuse(family, tmp_path, r"vocabulary differs from the base's between rows 1 and 2 \(2 rows\)")
+    refuse(
+        family, tmp_path, r"vocabulary is not the base's: 2 tokens at another row \(rows 1 to 2 of the base"
+    )
     tokenizer["model"]["vocab"] = {"a": 0, "b": 1, "c": 2, "new": 3}
     (family[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refuse(family, tmp_path, "between rows 3 and 3")
+    refuse(family, tmp_path, r"1 token the base lacks \(row 3: 'new'\)")
 
 
 def test_configs_that_differ_are_told_and_other_architectures_refused(family, tmp_path):

@@ -19,9 +19,14 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 """Pieces of a file that identify it besides size, time and header: times alone are equal in some archives."""
 
 
-def statistics_file(models: Sequence[Checkpoint]) -> Path:
-    """Returns where the statistics of a base and its experts (in this order) are remembered."""
-    digest = hashlib.sha256()
+def statistics_file(models: Sequence[Checkpoint], how: str = "") -> Path:
+    """Returns where the statistics of a base and its experts (in this order) are remembered.
+
+    Args:
+        models: base and experts.
+        how: says in which way they are seen, if not as they are stored.
+    """
+    digest = hashlib.sha256(how.encode())
     for model in models:
         digest.update(b"model\0")
         for file in model.files:
@@ -39,7 +44,7 @@ def _identity(file: Path) -> list[Any]:
         length = int.from_bytes(opened.read(8), "little")
         digest.update(opened.read(length))
         for i in range(SAMPLES):
-            opened.seek((status.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1) if i else 0)
+            opened.seek(max(0, status.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
             digest.update(opened.read(SAMPLE_BYTES))
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
 

@@ -134,8 +134,9 @@ def folder_label(folder: str) -> str:
 class MergeTokenizer:
     """Which vocabulary the output has."""
 
-    source: Literal["base"] = "base"
-    """`base`: the base's, and the experts must have the same."""
+    source: Literal["base", "union"]
+    """`base`: the base's. `union`: the base's, then the tokens that only experts have. Rows of embeddings and heads are
+    matched by the token's string."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +160,10 @@ class MergeConfig:
     whatever it is."""
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """The same, and stronger than `dtype`."""
-    tokenizer_source: Literal["base"] | None = None
+    tokenizer_source: Literal["base", "union"] | None = None
     """The same as `tokenizer.source`."""
-    tokenizer: MergeTokenizer = field(default_factory=MergeTokenizer)
-    """The output's vocabulary."""
+    tokenizer: MergeTokenizer | None = None
+    """The output's vocabulary. Default: the base's, and experts with another one are refused."""
     seed: int = 0
     """Seed of what is dropped at random."""
 
@@ -173,6 +174,10 @@ class MergeConfig:
             UserError: no models, a model twice, a number that is out of range or without meaning for this method, or
                 weights that sum to zero.
         """
+        if self.tokenizer and self.tokenizer_source not in (None, self.tokenizer.source):
+            raise UserError(
+                f"tokenizer_source: {self.tokenizer_source}, but tokenizer.source is {self.tokenizer.source}; give one"
+            )
         self._leave_base_out()
         if not self.models:
             raise UserError("models: at least one expert is needed besides the base")
@@ -325,6 +330,11 @@ class MergeConfig:
     def output_dtype(self) -> str | None:
         """Name of the output's data type, if one is asked for."""
         return self.out_dtype or self.dtype
+
+    @property
+    def vocabulary(self) -> Literal["base", "union"] | None:
+        """Whose tokens the output has where rows are matched by token; None if vocabularies must be equal."""
+        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""

@@ -234,12 +234,21 @@ def _units(
     }
 
 
-def output_tensors(config: MergeConfig, base: Weights) -> dict[str, TensorInfo]:
-    """Returns the layout of the merged model: the base's tensors, floating-point ones in the asked dtype."""
+def output_tensors(
+    config: MergeConfig, base: Weights, stored: Weights | None = None
+) -> dict[str, TensorInfo]:
+    """Returns the layout of the merged model: the base's tensors, floating-point ones in the asked dtype.
+
+    Args:
+        config: of the merge.
+        base: the base as it is merged, perhaps with rearranged rows.
+        stored: the base as it is on disk, whose dtypes the output has if none is asked for. Default: `base`.
+    """
+    dtypes = (stored or base).tensors
     wanted = getattr(torch, config.output_dtype) if config.output_dtype else None
     return {
         name: TensorInfo(
-            dtype=(wanted or info.dtype) if info.dtype.is_floating_point else info.dtype, shape=info.shape
+            dtype=wanted if wanted and info.dtype.is_floating_point else dtypes[name].dtype, shape=info.shape
         )
         for name, info in base.tensors.items()
     }
@@ -250,13 +259,14 @@ def merge_blocks(
     base: Weights,
     experts: Sequence[Weights],
     statistics: Statistics,
+    output: Mapping[str, TensorInfo],
     write: Callable[[str, int, Tensor], None],
     bar: Bar | None = None,
     workers: int | None = None,
     first: int = 0,
     finished: Callable[[int], None] = lambda blocks: None,
 ) -> None:
-    """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block.
+    """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block of `output`.
 
     `write` is called from several threads, each block once, in no particular order; it must have used the block
     when it returns. Blocks before the `first` are left out; `finished(n)` is called, in the calling thread, when the
@@ -265,7 +275,6 @@ def merge_blocks(
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
     """
-    output = output_tensors(config, base)
 
     def one(block: tuple[str, int, int]) -> int:
         name, start, stop = block

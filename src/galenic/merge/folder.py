@@ -10,6 +10,7 @@ import yaml
 
 from galenic import __version__
 from galenic.merge.config import TAKES, MergeConfig, folder_label
+from galenic.merge.vocabulary import difference, read_tokens
 from galenic.runtime import UserError, folder_name, read_json
 
 COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
@@ -39,8 +40,13 @@ def companions(folder: Path) -> list[Path]:
     ]
 
 
-def check_folders(base: Path, experts: Mapping[str, Path]) -> list[str]:
+def check_folders(base: Path, experts: Mapping[str, Path], matched: bool = False) -> list[str]:
     """Compares configs and vocabularies of the experts with the base's.
+
+    Args:
+        base: folder of the base.
+        experts: name -> folder.
+        matched: whether rows are matched by token, so that vocabularies may differ.
 
     Returns:
         Warnings about settings that differ; the output has the base's.
@@ -49,69 +55,69 @@ def check_folders(base: Path, experts: Mapping[str, Path]) -> list[str]:
         UserError: another architecture, or a token that means another row of the embedding.
     """
     warnings = []
-    config, vocabulary = _json_if_there(base / "config.json"), _vocabulary(base)
+    config = json_if_there(base / "config.json")
+    vocabulary = {} if matched else read_tokens(base)
     for name, folder in experts.items():
-        other = _json_if_there(folder / "config.json")
+        other = json_if_there(folder / "config.json")
         for key in ("model_type", "architectures"):
             if key in config and key in other and config[key] != other[key]:
                 raise UserError(
                     f"{folder / 'config.json'}: {key} is {other[key]}, the base's is {config[key]}"
                 )
-        settings = sorted((set(config) | set(other)) - set(NOT_SETTINGS))
+        settings = sorted(
+            (set(config) | set(other)) - set(NOT_SETTINGS) - ({"vocab_size"} if matched else set())
+        )
         if other and (different := [key for key in settings if config.get(key) != other.get(key)]):
             warnings.append(
                 f"config.json of '{name}' differs from the base's in {', '.join(different)}; the base's is used"
             )
-        tokens = _vocabulary(folder)
+        tokens = {} if matched else read_tokens(folder)
         if vocabulary and not tokens:
             warnings.append(
                 f"'{name}' has no tokenizer.json: its vocabulary could not be compared with the base's"
             )
         elif vocabulary and tokens != vocabulary:
-            raise UserError(f"{folder / 'tokenizer.json'}: {_difference(vocabulary, tokens)}")
+            raise UserError(f"{folder / 'tokenizer.json'}: {difference(vocabulary, tokens)}")
     return warnings
 
 
-def _json_if_there(path: Path) -> dict[str, Any]:
+def json_if_there(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; empty if there is no file."""
     value = read_json(path) if path.exists() else {}
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Returns token -> row of the embedding, from tokenizer.json; empty if there is none."""
-    tokenizer = _json_if_there(folder / "tokenizer.json")
-    tokens = (tokenizer.get("model") or {}).get("vocab") or {}
-    if isinstance(tokens, list):  # Unigram models list [token, score] in order
-        tokens = {token[0]: row for row, token in enumerate(tokens)}
-    return tokens | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-
-
-def _difference(base: dict[str, int], other: dict[str, int]) -> str:
-    rows = sorted({t.get(token, -1) for token in set(base) ^ set(other) for t in (base, other)} - {-1})
-    rows = rows or sorted(base[token] for token in base if base[token] != other[token])
-    return (
-        f"its vocabulary differs from the base's between rows {rows[0]} and {rows[-1]} ({len(rows)} rows); rows of the "
-        "embedding would mix different tokens, so the models cannot be merged"
-    )
-
-
 # ---------------------------------------------------------------------------- writing
 
 
-def write_companions(config: MergeConfig, folder: Path, summary: dict[str, Any]) -> None:
-    """Writes everything but the weights into a merged model's folder."""
-    base = Path(config.base_model)
+def write_companions(
+    config: MergeConfig, base: Path, folder: Path, summary: dict[str, Any], rows: int | None = None
+) -> None:
+    """Writes everything but the weights into a merged model's folder.
+
+    Args:
+        config: of the merge.
+        base: folder of the base.
+        folder: receives the files.
+        summary: what the statistics pass found.
+        rows: of the output's vocabulary, where they may be others than the base's.
+    """
     for path in companions(base):
         shutil.copyfile(path, folder / path.name)
-    settings = _json_if_there(base / "config.json")
+    settings = json_if_there(base / "config.json")
     if settings and config.output_dtype:
         key = "torch_dtype" if "torch_dtype" in settings else "dtype"
         settings[key] = config.output_dtype
+    if settings and rows is not None:
+        inner = settings.get("text_config")
+        place = settings if "vocab_size" in settings or not isinstance(inner, dict) else inner
+        place["vocab_size"] = rows
+    if settings and (config.output_dtype or rows is not None):
         _dump(folder / "config.json", settings)
     recipe = recipe_yaml(config)
-    (folder / "README.md").write_text(_card(config, recipe, summary), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, base, recipe, summary), encoding="utf-8")
     _dump(
         folder / "galenic.json",
         {
@@ -152,6 +158,8 @@ def recipe_yaml(config: MergeConfig) -> str:
         recipe["parameters"] = own
     if config.output_dtype:
         recipe["dtype"] = config.output_dtype
+    if config.vocabulary:
+        recipe["tokenizer"] = {"source": config.vocabulary}
     if config.draws:
         recipe["seed"] = config.seed
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -166,13 +174,15 @@ def parents(config: MergeConfig) -> list[str]:
     return [folder_name(path) for path in (config.base_model, *(model.model for model in config.models))]
 
 
-def _card(config: MergeConfig, recipe: str, summary: dict[str, Any]) -> str:
+def _card(config: MergeConfig, base: Path, recipe: str, summary: dict[str, Any]) -> str:
     """Writes the model card: parents, coefficients, recipe, warnings."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    licence = _licence(Path(config.base_model))
+    licence = _licence(base)
     if licence:
         front["license"] = licence
-    front |= {"base_model": parents(config), "base_model_relation": "merge", "tags": ["merge", "galenic"]}
+    # The Hub links parents by their ids, which have no revision.
+    ids = [name if Path(name).exists() else name.split("@")[0] for name in parents(config)]
+    front |= {"base_model": ids, "base_model_relation": "merge", "tags": ["merge", "galenic"]}
     rows = [
         f"| {name} | {summary['norms'][name]:.4g} | {summary['coefficients'][name]:.4f} |"
         for name in config.names()

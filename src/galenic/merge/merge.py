@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from galenic.merge.engine import Statistics
-    from galenic.merge.io import Checkpoint
+    from galenic.merge.io import Checkpoint, Weights
 
 
 def plan(config: MergeConfig) -> Plan:
@@ -36,8 +36,9 @@ def plan(config: MergeConfig) -> Plan:
     from galenic.merge.engine import output_tensors
     from galenic.merge.statistics import CACHED, CHUNK
 
-    with _open(config) as (base, experts, warnings):
-        output = output_tensors(config, base)
+    with _open(config, download=False) as opened:
+        base, experts = opened.base, opened.experts
+        output = output_tensors(config, base, opened.stored[0])
         statistics_passes = (
             1
             + 2 * (config.thins in ("ties", "breadcrumbs", "sce"))
@@ -48,7 +49,8 @@ def plan(config: MergeConfig) -> Plan:
             )
         )
         base_passes, expert_passes = statistics_passes + (not config.base_cancels), statistics_passes + 1
-        read = base_passes * base.nbytes + expert_passes * sum(expert.nbytes for expert in experts)
+        first, *others = opened.stored
+        read = base_passes * first.nbytes + expert_passes * sum(model.nbytes for model in others)
         facts = {
             "method": config.merge_method,
             "experts": ", ".join(config.names()),
@@ -62,8 +64,9 @@ def plan(config: MergeConfig) -> Plan:
             )
             + ", whatever the model's size",
         }
-        facts |= {f"warning {i}": text for i, text in enumerate(warnings, start=1)}
-        files = [str(file) for model in [base, *experts] for file in model.files]
+        facts |= {f"note {i}": text for i, text in enumerate(opened.notes, start=1)}
+        facts |= {f"warning {i}": text for i, text in enumerate(opened.warnings, start=1)}
+        files = [str(file) for model in opened.stored for file in model.files]
     return Plan(reads=files, writes=[f"{config.out}/model/", f"{config.out}/merge.json"], facts=facts)
 
 
@@ -77,16 +80,27 @@ def run(config: MergeConfig) -> None:
     from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.folder import write_companions
     from galenic.merge.statistics import float_names
+    from galenic.merge.vocabulary import write_union_tokenizer
     from galenic.merge.writer import JOURNAL, safetensors_writer
 
-    with _open(config) as (base, experts, warnings):
+    with _open(config) as opened:
+        base, experts = opened.base, opened.experts
         elements = sum(base.tensors[name].numel for name in float_names(base))
-        statistics = measure(config, base, experts, statistics_file([base, *experts]), show=True)
-        statistics.summary["warnings"] += warnings
-        key = _key(config, [base, *experts], statistics)
+        cache = statistics_file(opened.stored, opened.how)
+        statistics = measure(config, base, experts, cache, show=True)
+        statistics.summary["warnings"] += opened.warnings
+        if opened.notes:
+            statistics.summary["vocabulary"] = opened.notes
+        output = output_tensors(config, base, opened.stored[0])
+        key = _key(config, opened, statistics)
         with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:
+            origin = opened.stored[0].folder
+            write_companions(config, origin, folder, statistics.summary, opened.rows)
+            if opened.new_tokens:
+                folders = [model.folder for model in opened.stored[1:]]
+                write_union_tokenizer(origin, folders, opened.new_tokens, folder)
             with (
-                safetensors_writer(folder, output_tensors(config, base)) as writer,
+                safetensors_writer(folder, output) as writer,
                 progress(elements, f"merging ({config.merge_method})", "weights") as bar,
             ):
                 merge_blocks(
@@ -94,37 +108,96 @@ def run(config: MergeConfig) -> None:
                     base,
                     experts,
                     statistics,
+                    output,
                     writer.write,
                     bar,
                     first=writer.done,
                     finished=writer.finished,
                 )
-            write_companions(config, folder, statistics.summary)
     write_json(Path(config.out) / "merge.json", statistics.summary)
 
 
-def _key(config: MergeConfig, models: Sequence["Checkpoint"], statistics: "Statistics") -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """Models that fit together."""
+
+    stored: list["Checkpoint"]
+    """The base and the experts as they are on disk."""
+    base: "Weights"
+    """The base as it is merged: as stored, or with rows rearranged."""
+    experts: list["Weights"]
+    """The experts likewise."""
+    warnings: list[str]
+    """What a reader of the result should know."""
+    how: str = ""
+    """Identifies how rows are rearranged, if they are."""
+    rows: int | None = None
+    """Rows of the vocabulary, if they are rearranged."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens that the output has beyond the base's."""
+    notes: list[str] = field(default_factory=list)
+    """How tokens were matched."""
+
+
+def _key(config: MergeConfig, opened: _Opened, statistics: "Statistics") -> str:
     """Identifies a merge: what is merged, how, and into which blocks. Files are known by size and time of change."""
     from galenic.merge.statistics import CHUNK
 
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for m in models for file in m.files]
-    parts = [repr(replace(config, out="")), files, statistics.thresholds, statistics.summary["units"], CHUNK]
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for model in opened.stored
+        for file in model.files
+    ]
+    found = [statistics.thresholds, statistics.origin, statistics.summary["units"]]
+    parts = [repr(replace(config, out="")), files, opened.how, found, CHUNK]
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
 @contextmanager
-def _open(config: MergeConfig) -> Iterator[tuple["Checkpoint", list["Checkpoint"], list[str]]]:
-    """Opens and checks all models by their headers; yields base, experts and warnings."""
+def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
+    """Opens all models and checks by their headers that they fit together."""
     from galenic.merge.folder import check_folders
+    from galenic.merge.hub import local_folder
     from galenic.merge.io import Checkpoint, check_same_tensors
 
     _check_places(config)
     with ExitStack() as stack:
-        base = stack.enter_context(Checkpoint(config.base_model, config.base_model))
-        experts = [stack.enter_context(Checkpoint(model.model, model.model)) for model in config.models]
-        check_same_tensors(base, experts)
+        stored = [
+            stack.enter_context(Checkpoint(local_folder(name, download), name)) for name in config.reads()
+        ]
+        base, *experts = stored
         folders = dict(zip(config.names(), [expert.folder for expert in experts], strict=True))
-        yield base, experts, check_folders(base.folder, folders)
+        warnings = check_folders(base.folder, folders, matched=config.vocabulary is not None)
+        opened = (
+            _matched(config.vocabulary, stored, warnings)
+            if config.vocabulary
+            else _Opened(stored=stored, base=base, experts=list(experts), warnings=warnings)
+        )
+        check_same_tensors(opened.base, opened.experts)
+        yield opened
+
+
+def _matched(source: Literal["base", "union"], stored: list["Checkpoint"], warnings: list[str]) -> _Opened:
+    """Rearranges the rows of embeddings and heads, by token, unless all vocabularies are the same."""
+    from galenic.merge.folder import json_if_there
+    from galenic.merge.vocabulary import align, read_tokens
+
+    base, *experts = stored
+    tokens = [read_tokens(model.folder) for model in stored]
+    if all(own == tokens[0] for own in tokens) and all(e.tensors == base.tensors for e in experts):
+        return _Opened(stored=stored, base=base, experts=list(experts), warnings=warnings)
+    settings = [json_if_there(model.folder / "config.json") for model in stored]
+    aligned = align(source, base, tokens[0], experts, tokens[1:], settings[0], settings[1:])
+    return _Opened(
+        stored=stored,
+        base=aligned.base,
+        experts=aligned.experts,
+        warnings=warnings,
+        how=hashlib.sha256(json.dumps([source, tokens]).encode()).hexdigest(),
+        rows=aligned.rows,
+        new_tokens=aligned.new_tokens,
+        notes=aligned.notes,
+    )
 
 
 def _check_places(config: MergeConfig) -> None:
@@ -242,10 +315,11 @@ def merge_state_dicts(
     models = [StateDict(state, name) for name, state in named.items()]
     check_same_tensors(origin, models)
     statistics = measure(config, origin, models)
-    merged = {name: torch.empty(i.shape, dtype=i.dtype) for name, i in output_tensors(config, origin).items()}
+    output = output_tensors(config, origin)
+    merged = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in output.items()}
 
     def write(name: str, start: int, block: "Tensor") -> None:
         merged[name].view(-1)[start : start + block.numel()] = block
 
-    merge_blocks(config, origin, models, statistics, write)
+    merge_blocks(config, origin, models, statistics, output, write)
     return merged
