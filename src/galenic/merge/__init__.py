@@ -28,7 +28,8 @@ A task vector is `tau_t = theta_t - theta_0`: an expert minus its base. The meth
   2406.11617);
 * `sce`: select what varies, coefficients from squares per tensor, erase the minority's signs (arXiv 2408.07990);
 * `model_stock`: towards the mean as far as the angle between the experts tells, per tensor (arXiv 2403.19522);
-* `slerp`: along the arc from the base to one other model, per tensor.
+* `slerp`: along the arc from the base to one other model, per tensor;
+* `tsv`, `iso_c`, `iso_cts`: in the singular spaces of every matrix (arXiv 2412.00081, arXiv 2502.04959).
 
 In Python: `merge(recipe, out)`, `merge_state_dicts(base, experts, method)`, `gram(base, experts)`,
 `metagpt_coefficients(gram)`.

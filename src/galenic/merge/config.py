@@ -20,6 +20,9 @@ Method = Literal[
     "sce",
     "model_stock",
     "slerp",
+    "tsv",
+    "iso_c",
+    "iso_cts",
 ]
 
 TASK_ARITHMETIC_WEIGHT = 0.3
@@ -29,11 +32,24 @@ DENSITY = 0.55
 """MetaGPT paper, experimental set-up: share of entries that the TIES and DARE baselines keep."""
 GAMMA = 0.01
 """mergekit's default: share of the largest entries that `breadcrumbs` drops."""
+COMMON_SHARE = 0.8
+"""Iso-CTS, arXiv 2502.04959: share of the directions in the common subspace."""
 EPSILON = 0.15
 """mergekit's default: how far `della` moves the probability of keeping from the density."""
 
 TAKES: dict[str, tuple[Method, ...]] = {
-    "weight": ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "della"),
+    "weight": (
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "dare_linear",
+        "dare_ties",
+        "breadcrumbs",
+        "della",
+        "tsv",
+        "iso_c",
+        "iso_cts",
+    ),
     "density": ("ties", "dare_linear", "dare_ties", "breadcrumbs", "della"),
     "gamma": ("breadcrumbs",),
     "epsilon": ("della",),
@@ -52,7 +68,11 @@ TAKES: dict[str, tuple[Method, ...]] = {
         "breadcrumbs",
         "della",
         "sce",
+        "tsv",
+        "iso_c",
+        "iso_cts",
     ),
+    "common_share": ("iso_cts",),
     "trim": ("metagpt",),
     "norms": ("metagpt",),
 }
@@ -65,7 +85,8 @@ class MergeParameters:
 
     weight: float | None = None
     """Coefficient of the model. Default: 0.3 for the methods that add task vectors (`task_arithmetic`, `dare_linear`,
-    `breadcrumbs`), 1 for those that average (`linear`, `ties`, `dare_ties`, `della`)."""
+    `breadcrumbs`), 1 for those that average (`linear`, `ties`, `dare_ties`, `della`) and for `tsv`, `iso_c` and
+    `iso_cts`, whose task vectors are multiplied by it first."""
     density: float | None = None
     """Share of task-vector entries kept by `ties`, `dare_linear`, `dare_ties`, `breadcrumbs`, `della` and by `metagpt`
     with `trim`, in (0, 1]. Default: 0.55."""
@@ -99,6 +120,8 @@ class MethodParameters(MergeParameters):
     Default: 1."""
     scale: float | None = None
     """The merged task vector is multiplied by this before it is added to the base; mergekit's `lambda`. Default: 1."""
+    common_share: float | None = None
+    """`iso_cts`: share of a matrix's directions that the experts have in common, in [0, 1]. Default: 0.8."""
     trim: Literal["ties", "dare"] | None = None
     """`metagpt`: thins the task vectors to `density` first: `ties` trims, elects signs and averages with the
     coefficients as weights, `dare` drops and rescales. Default: neither."""
@@ -147,7 +170,7 @@ class MergeConfig:
     """Output folder: receives `model/` and `merge.json`."""
     merge_method: Method = "metagpt"
     """`metagpt`, `linear`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, `breadcrumbs`, `della`, `sce`,
-    `model_stock` or `slerp`."""
+    `model_stock`, `slerp`, `tsv`, `iso_c` or `iso_cts`."""
     base_model: str
     """Model the experts were fine-tuned from, a folder or a Hub id (`owner/name` or `owner/name@revision`); its config
     and tokenizer go to the output."""
@@ -234,7 +257,9 @@ class MergeConfig:
                 raise UserError(f"{place}.{key}: {value} is not a finite number")
             if key in ("density", "select_topk") and not 0 < value <= 1:
                 raise UserError(f"{place}.{key}: {value} is not in (0, 1]")
-            if (key == "gamma" and not 0 <= value < 1) or (key == "t" and not 0 <= value <= 1):
+            if (key == "gamma" and not 0 <= value < 1) or (
+                key in ("t", "common_share") and not 0 <= value <= 1
+            ):
                 raise UserError(f"{place}.{key}: {value} is not in [0, 1{')' if key == 'gamma' else ']'}")
 
     def _check_taken(self, place: str, key: str) -> None:
@@ -293,6 +318,11 @@ class MergeConfig:
         if self.merge_method in ("dare_linear", "dare_ties") or self.parameters.trim == "dare":
             return "dare"
         return None
+
+    @property
+    def spectral(self) -> bool:
+        """Whether whole matrices are merged in their singular spaces."""
+        return self.merge_method in ("tsv", "iso_c", "iso_cts")
 
     @property
     def draws(self) -> bool:

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from galenic.merge import methods
+from galenic.merge import methods, spectral
 from galenic.merge.cache import remembered
-from galenic.merge.config import MergeConfig
+from galenic.merge.config import COMMON_SHARE, MergeConfig
 from galenic.merge.io import TensorInfo, Weights
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
 from galenic.merge.statistics import (
     CACHED,
+    CHUNK,
     Origin,
     all_finite,
     float_names,
@@ -31,6 +32,7 @@ from galenic.merge.statistics import (
     total,
     trim_thresholds,
 )
+from galenic.merge.vocabulary import is_vocabulary
 from galenic.merge.workers import in_order
 from galenic.runtime import Bar, UserError, folder_name, progress
 
@@ -294,7 +296,7 @@ def merge_blocks(
     blocks = [
         (name, start, stop)
         for name, info in output.items()
-        for start, stop in grid(info.numel, row=_row(config, info))
+        for start, stop in grid(info.numel, row=_row(config, name, info))
     ]
     if bar:
         bar.update(sum(stop - start for _, start, stop in blocks[:first]))
@@ -322,6 +324,11 @@ def _merge_block(
         if origin_block is None:
             yield methods.weighted_sum(parts, weights)
             continue
+        if config.spectral:
+            origin = origin_block[first:last].double()
+            deltas = [(part.double() - origin) * weight for part, weight in zip(parts, weights, strict=True)]
+            yield origin + _spectral(config, name, base.tensors[name].shape, deltas) * config.scale
+            continue
         if config.merge_method == "slerp":
             yield methods.weighted_sum(
                 [origin_block[first:last], *parts], [statistics.origin[name], *weights]
@@ -337,14 +344,40 @@ def _merge_block(
             yield methods.task_arithmetic(origin, deltas, [weight * config.scale for weight in weights])
 
 
-def _row(config: MergeConfig, info: TensorInfo) -> int:
-    """Returns how many elements must be looked at together: DELLA ranks the rows of a matrix, or all of a vector."""
+def _row(config: MergeConfig, name: str, info: TensorInfo) -> int:
+    """Returns how many elements must be looked at together.
+
+    DELLA ranks the rows of a matrix, or all of a vector; singular spaces are those of a whole matrix.
+    """
+    if config.spectral and len(info.shape) == 2 and not is_vocabulary(name):
+        return max(1, info.numel)
     return max(1, info.shape[-1]) if config.thins == "della" and info.shape else 1
+
+
+def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], experts: int) -> int:
+    """Returns about how many bytes the blocks under way take, in all threads."""
+    row = max((_row(config, name, info) for name, info in output.items()), default=1)
+    # Per model a block as stored (8 bytes at most) and a few parts in float64; singular vectors are parts too.
+    models = experts + 2 + 2 * experts * config.spectral
+    return (8 * max(CHUNK, row) + 4 * 8 * max(CACHED, row)) * models * torch.get_num_threads()
+
+
+def _spectral(config: MergeConfig, name: str, shape: tuple[int, ...], deltas: list[Tensor]) -> Tensor:
+    """Merges weighted task vectors: matrices in their singular spaces, everything else by the mean."""
+    if len(shape) != 2 or is_vocabulary(name):
+        return methods.weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
+    matrices = [delta.view(shape) for delta in deltas]
+    if config.merge_method == "tsv":
+        return spectral.tsv(matrices).flatten()
+    if config.merge_method == "iso_c":
+        return spectral.iso_c(matrices).flatten()
+    share = config.parameters.common_share
+    return spectral.iso_cts(matrices, COMMON_SHARE if share is None else share).flatten()
 
 
 def _parts(config: MergeConfig, base: Weights, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Yields the [first, last) ranges of a block that are computed at a time."""
-    return grid(stop - start, CACHED, _row(config, base.tensors[name]))
+    return grid(stop - start, CACHED, _row(config, name, base.tensors[name]))
 
 
 def _thinned(
@@ -371,7 +404,7 @@ def _thinned(
     if not config.draws:
         return deltas
     dropped = []
-    row = _row(config, base.tensors[name])
+    row = _row(config, name, base.tensors[name])
     numbers = zip(deltas, config.names(), config.densities(), config.epsilons(), strict=True)
     for delta, label, density, epsilon in numbers:
         chance = (

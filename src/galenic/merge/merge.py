@@ -31,10 +31,7 @@ def plan(config: MergeConfig) -> Plan:
     Raises:
         UserError: a folder is missing or malformed, or the models do not fit together.
     """
-    import torch
-
-    from galenic.merge.engine import output_tensors
-    from galenic.merge.statistics import CACHED, CHUNK
+    from galenic.merge.engine import memory_for_blocks, output_tensors
 
     with _open(config, download=False) as opened:
         base, experts = opened.base, opened.experts
@@ -58,11 +55,8 @@ def plan(config: MergeConfig) -> Plan:
             "parameters": human(sum(info.numel for info in output.values())),
             "to read": human_bytes(read),
             "to write": human_bytes(sum(info.nbytes for info in output.values())),
-            # Per thread and model a block as stored (8 bytes at most) and a few parts in float64.
-            "memory for blocks": human_bytes(
-                (8 * CHUNK + 4 * 8 * CACHED) * (len(experts) + 2) * torch.get_num_threads()
-            )
-            + ", whatever the model's size",
+            "memory for blocks": human_bytes(memory_for_blocks(config, output, len(experts)))
+            + (", as the largest matrix needs" if config.spectral else ", whatever the model's size"),
         }
         facts |= {f"note {i}": text for i, text in enumerate(opened.notes, start=1)}
         facts |= {f"warning {i}": text for i, text in enumerate(opened.warnings, start=1)}

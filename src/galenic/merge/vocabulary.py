@@ -203,10 +203,13 @@ def vocabulary_tensors(weights: Weights, config: Mapping[str, Any]) -> list[str]
     return [
         name
         for name, info in weights.tensors.items()
-        if info.shape[:1] == (rows,)
-        and info.dtype.is_floating_point
-        and _is_module(name, EMBEDDINGS + HEADS, COMMON_EMBEDDINGS + COMMON_HEADS)
+        if info.shape[:1] == (rows,) and info.dtype.is_floating_point and is_vocabulary(name)
     ]
+
+
+def is_vocabulary(name: str) -> bool:
+    """Tells by its name whether a tensor holds a row per token."""
+    return _is_module(name, EMBEDDINGS + HEADS, COMMON_EMBEDDINGS + COMMON_HEADS)
 
 
 def _is_module(name: str, anywhere: Sequence[str], outside_layers: Sequence[str]) -> bool:
