@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from galenic.merge.io import Checkpoint
+from galenic.merge.io import OnDisk
 from galenic.runtime import UserError, read_json, write_json
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Pieces of a file that identify it besides size, time and header: times alone are equal in some archives."""
 
 
-def statistics_file(models: Sequence[Checkpoint], how: str = "") -> Path:
+def statistics_file(models: Sequence[OnDisk], how: str = "") -> Path:
     """Returns where the statistics of a base and its experts (in this order) are remembered.
 
     Args:
@@ -42,7 +42,7 @@ def _identity(file: Path) -> list[Any]:
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        digest.update(opened.read(length))
+        digest.update(opened.read(min(length, status.st_size)))
         for i in range(SAMPLES):
             opened.seek(max(0, status.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
             digest.update(opened.read(SAMPLE_BYTES))

@@ -135,7 +135,7 @@ class MergeModel:
     """One expert."""
 
     model: str
-    """Model folder (safetensors) or Hub id."""
+    """Model folder (safetensors) or Hub id; or a LoRA adapter (PEFT) of the base; or `model+adapter`."""
     name: str | None = None
     """Name in the results and in the keys of DARE's random numbers. Default: the folder's name, or its
     parent's if the folder is called `model`."""
@@ -144,7 +144,13 @@ class MergeModel:
 
     def label(self) -> str:
         """Returns the expert's name."""
-        return self.name or folder_label(self.model)
+        return self.name or folder_label(self.paths()[-1])
+
+    def paths(self) -> list[str]:
+        """Returns the folders or Hub ids it is made of: the model, or a model and the adapter to be put on it."""
+        if "+" not in self.model or os.path.exists(self.model):
+            return [self.model]
+        return self.model.split("+", 1)
 
 
 def folder_label(folder: str) -> str:
@@ -368,7 +374,8 @@ class MergeConfig:
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        return [self.base_model, *(model.model for model in self.models)]
+        every = [self.base_model, *(path for model in self.models for path in model.paths())]
+        return list(dict.fromkeys(every))
 
     def names(self) -> list[str]:
         """Returns the experts' names in order."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galenic.merge import methods, spectral
+from galenic.merge.adapters import Adapter, adapter_gram
 from galenic.merge.cache import remembered
 from galenic.merge.config import COMMON_SHARE, MergeConfig
 from galenic.merge.io import TensorInfo, Weights
@@ -75,9 +76,15 @@ def measure(
         with progress(passes * weights, label, "weights") if show else nullcontext() as bar:
             return work(bar)
 
-    matrices = _remembered_gram(
-        cache, "gram", lambda: shown("task vectors", lambda bar: gram_matrices(base, experts, bar))
-    )
+    adapters = [expert for expert in experts if isinstance(expert, Adapter)]
+
+    def gram(bar: Bar | None) -> dict[str, Tensor]:
+        # Adapters of this base are measured by their factors; then hardly anything is read.
+        if len(adapters) == len(experts) and all(adapter.base is base for adapter in adapters):
+            return adapter_gram(base, adapters, bar)
+        return gram_matrices(base, experts, bar)
+
+    matrices = _remembered_gram(cache, "gram", lambda: shown("task vectors", gram))
     matrix = total(matrices)
     summary: dict[str, Any] = {
         "method": config.merge_method,

@@ -145,7 +145,7 @@ def recipe_yaml(config: MergeConfig) -> str:
     for index, model in enumerate(config.models):
         numbers = {key: values[index] for key, values in each.items() if _takes(config, key)}
         rows.append(
-            {"model": folder_name(model.model), "name": model.label()}
+            {"model": "+".join(map(folder_name, model.paths())), "name": model.label()}
             | ({"parameters": numbers} if numbers else {})
         )
     recipe: dict[str, Any] = {
@@ -171,7 +171,7 @@ def _takes(config: MergeConfig, key: str) -> bool:
 
 def parents(config: MergeConfig) -> list[str]:
     """Returns the models a merge comes from, base first."""
-    return [folder_name(path) for path in (config.base_model, *(model.model for model in config.models))]
+    return list(dict.fromkeys(folder_name(path) for path in config.reads()))
 
 
 def _card(config: MergeConfig, base: Path, recipe: str, summary: dict[str, Any]) -> str:

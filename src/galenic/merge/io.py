@@ -68,6 +68,22 @@ class Weights(Protocol):
         ...
 
 
+class OnDisk(Weights, Protocol):
+    """Weights that lie in files."""
+
+    folder: Path
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that reading all of them takes."""
+        ...
+
+
 class StateDict:
     """A state dict in memory, read in parts like a folder."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from galenic.merge.engine import Statistics
-    from galenic.merge.io import Checkpoint, Weights
+    from galenic.merge.io import OnDisk, Weights
 
 
 def plan(config: MergeConfig) -> Plan:
@@ -88,11 +88,10 @@ def run(config: MergeConfig) -> None:
         output = output_tensors(config, base, opened.stored[0])
         key = _key(config, opened, statistics)
         with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:
-            origin = opened.stored[0].folder
+            origin, *others = opened.folders
             write_companions(config, origin, folder, statistics.summary, opened.rows)
             if opened.new_tokens:
-                folders = [model.folder for model in opened.stored[1:]]
-                write_union_tokenizer(origin, folders, opened.new_tokens, folder)
+                write_union_tokenizer(origin, others, opened.new_tokens, folder)
             with (
                 safetensors_writer(folder, output) as writer,
                 progress(elements, f"merging ({config.merge_method})", "weights") as bar,
@@ -115,8 +114,10 @@ def run(config: MergeConfig) -> None:
 class _Opened:
     """Models that fit together."""
 
-    stored: list["Checkpoint"]
+    stored: list["OnDisk"]
     """The base and the experts as they are on disk."""
+    folders: Sequence[Path]
+    """Where their configs and tokenizers are: an adapter's may be its base's."""
     base: "Weights"
     """The base as it is merged: as stored, or with rows rearranged."""
     experts: list["Weights"]
@@ -150,43 +151,71 @@ def _key(config: MergeConfig, opened: _Opened, statistics: "Statistics") -> str:
 @contextmanager
 def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
     """Opens all models and checks by their headers that they fit together."""
+    from galenic.merge.adapters import Adapter, is_adapter
     from galenic.merge.folder import check_folders
     from galenic.merge.hub import local_folder
     from galenic.merge.io import Checkpoint, check_same_tensors
 
     _check_places(config)
     with ExitStack() as stack:
-        stored = [
-            stack.enter_context(Checkpoint(local_folder(name, download), name)) for name in config.reads()
-        ]
-        base, *experts = stored
-        folders = dict(zip(config.names(), [expert.folder for expert in experts], strict=True))
+        base = stack.enter_context(Checkpoint(local_folder(config.base_model, download), config.base_model))
+        experts: list[OnDisk] = []
+        folders: dict[str, Path] = {}  # where config and tokenizer are
+        for model in config.models:
+            own, on_it = [local_folder(path, download) for path in model.paths()][-1], base
+            if is_adapter(own) or len(model.paths()) == 2:
+                first = model.paths()[0]
+                if len(model.paths()) == 2 and os.path.realpath(first) != os.path.realpath(config.base_model):
+                    on_it = stack.enter_context(Checkpoint(local_folder(first, download), first))
+                experts.append(stack.enter_context(Adapter(own, on_it, model.model)))
+                own = own if (own / "tokenizer.json").exists() else on_it.folder
+            else:
+                experts.append(stack.enter_context(Checkpoint(own, model.model)))
+            folders[model.label()] = own
         warnings = check_folders(base.folder, folders, matched=config.vocabulary is not None)
         opened = (
-            _matched(config.vocabulary, stored, warnings)
+            _matched(config.vocabulary, base, experts, [base.folder, *folders.values()], warnings)
             if config.vocabulary
-            else _Opened(stored=stored, base=base, experts=list(experts), warnings=warnings)
+            else _Opened(
+                stored=[base, *experts],
+                folders=[base.folder, *folders.values()],
+                base=base,
+                experts=list(experts),
+                warnings=warnings,
+            )
         )
         check_same_tensors(opened.base, opened.experts)
         yield opened
 
 
-def _matched(source: Literal["base", "union"], stored: list["Checkpoint"], warnings: list[str]) -> _Opened:
+def _matched(
+    source: Literal["base", "union"],
+    base: "OnDisk",
+    experts: Sequence["OnDisk"],
+    folders: Sequence[Path],
+    warnings: list[str],
+) -> _Opened:
     """Rearranges the rows of embeddings and heads, by token, unless all vocabularies are the same."""
     from galenic.merge.folder import json_if_there
     from galenic.merge.vocabulary import align, read_tokens
 
-    base, *experts = stored
-    tokens = [read_tokens(model.folder) for model in stored]
-    if all(own == tokens[0] for own in tokens) and all(e.tensors == base.tensors for e in experts):
-        return _Opened(stored=stored, base=base, experts=list(experts), warnings=warnings)
-    settings = [json_if_there(model.folder / "config.json") for model in stored]
+    opened = _Opened(
+        stored=[base, *experts], folders=folders, base=base, experts=list(experts), warnings=warnings
+    )
+    tokens = [read_tokens(folder) for folder in folders]
+    alike = all(
+        {name: info.shape for name, info in expert.tensors.items()}
+        == {name: info.shape for name, info in base.tensors.items()}
+        for expert in experts
+    )
+    if alike and all(own == tokens[0] for own in tokens):
+        return opened
+    settings = [json_if_there(folder / "config.json") for folder in folders]
     aligned = align(source, base, tokens[0], experts, tokens[1:], settings[0], settings[1:])
-    return _Opened(
-        stored=stored,
+    return replace(
+        opened,
         base=aligned.base,
         experts=aligned.experts,
-        warnings=warnings,
         how=hashlib.sha256(json.dumps([source, tokens]).encode()).hexdigest(),
         rows=aligned.rows,
         new_tokens=aligned.new_tokens,
@@ -197,7 +226,7 @@ def _matched(source: Literal["base", "union"], stored: list["Checkpoint"], warni
 def _check_places(config: MergeConfig) -> None:
     """Refuses an output that would lie in an input or replace one."""
     out = Path(os.path.realpath(config.out))
-    for folder in [config.base_model, *(model.model for model in config.models)]:
+    for folder in config.reads():
         source = Path(os.path.realpath(folder))
         if out == source or source in out.parents:
             raise UserError(f"out: {config.out} lies inside the input {folder}; choose another folder")
