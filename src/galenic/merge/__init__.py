@@ -12,7 +12,8 @@
          writer: safetensors laid out first, blocks put at their place, a journal; visible when whole
 
 Comes in: a recipe in mergekit's words (`config.MergeConfig`) that names Hugging Face folders of one shape. Goes
-out: `model/`, a Hugging Face folder, and `merge.json` with norms, cosines, coefficients and warnings.
+out: `model/`, a Hugging Face folder, and `merge.json` with norms, cosines, coefficients and warnings, which
+`merge-report.html` shows.
 
 A task vector is `tau_t = theta_t - theta_0`: an expert minus its base. The methods and their sources:
 

@@ -30,23 +30,28 @@ def statistics_file(models: Sequence[OnDisk], how: str = "") -> Path:
     for model in models:
         digest.update(b"model\0")
         for file in model.files:
-            digest.update(json.dumps([file.name, *_identity(file)]).encode())
+            digest.update(json.dumps([file.name, file.stat().st_mtime_ns, identity(file)]).encode())
     folder = os.environ.get("GALENIC_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "galenic"
     )
     return Path(folder) / f"statistics-{digest.hexdigest()[:32]}.json"
 
 
-def _identity(file: Path) -> list[Any]:
+def identity(file: Path) -> str:
+    """Returns a SHA-256 of a safetensors file's size, header and samples spread over it.
+
+    To read the whole file would take as long as the merge. Files of one header that differ in a few tensors only may
+    have the same identity.
+    """
     status = file.stat()
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(status.st_size).encode())
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         digest.update(opened.read(min(length, status.st_size)))
         for i in range(SAMPLES):
             opened.seek(max(0, status.st_size - SAMPLE_BYTES) * i // (SAMPLES - 1))
             digest.update(opened.read(SAMPLE_BYTES))
-    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+    return digest.hexdigest()
 
 
 def remembered(file: Path | None, name: str, compute: Callable[[], Any]) -> Any:

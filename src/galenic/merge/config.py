@@ -173,7 +173,7 @@ class MergeConfig:
     """Merges experts of one base into one model."""
 
     out: str
-    """Output folder: receives `model/` and `merge.json`."""
+    """Output folder: receives `model/`, `merge-report.html` and `merge.json`."""
     merge_method: Method = "metagpt"
     """`metagpt`, `linear`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, `breadcrumbs`, `della`, `sce`,
     `model_stock`, `slerp`, `tsv`, `iso_c` or `iso_cts`."""

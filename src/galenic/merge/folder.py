@@ -93,7 +93,12 @@ def json_if_there(path: Path) -> dict[str, Any]:
 
 
 def write_companions(
-    config: MergeConfig, base: Path, folder: Path, summary: dict[str, Any], rows: int | None = None
+    config: MergeConfig,
+    base: Path,
+    folder: Path,
+    summary: dict[str, Any],
+    inputs: Sequence[dict[str, Any]],
+    rows: int | None = None,
 ) -> None:
     """Writes everything but the weights into a merged model's folder.
 
@@ -102,6 +107,7 @@ def write_companions(
         base: folder of the base.
         folder: receives the files.
         summary: what the statistics pass found.
+        inputs: model, file, bytes and identity of every file that was read.
         rows: of the output's vocabulary, where they may be others than the base's.
     """
     for path in companions(base):
@@ -123,6 +129,7 @@ def write_companions(
         {
             "made_by": f"galenic {__version__} merge",
             "parents": parents(config),
+            "inputs": inputs,
             "recipe": recipe,
             "merge": summary,
         },

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from galenic import __version__
 from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, Method, MethodParameters
-from galenic.runtime import Plan, UserError, human, human_bytes, progress, resumable_folder, write_json
+from galenic.runtime import (
+    Plan,
+    UserError,
+    folder_name,
+    human,
+    human_bytes,
+    progress,
+    resumable_folder,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,25 +70,40 @@ def plan(config: MergeConfig) -> Plan:
         facts |= {f"note {i}": text for i, text in enumerate(opened.notes, start=1)}
         facts |= {f"warning {i}": text for i, text in enumerate(opened.warnings, start=1)}
         files = [str(file) for model in opened.stored for file in model.files]
-    return Plan(reads=files, writes=[f"{config.out}/model/", f"{config.out}/merge.json"], facts=facts)
+    return Plan(
+        reads=files,
+        writes=[f"{config.out}/{name}" for name in ("model/", "merge-report.html", "merge.json")],
+        facts=facts,
+    )
 
 
 def run(config: MergeConfig) -> None:
-    """Merges: writes `model/`, then `merge.json`.
+    """Merges: writes `model/`, then `merge-report.html`, then `merge.json`.
 
     Raises:
         UserError: a folder is missing or malformed, the models do not fit together, or hold NaN or infinity.
     """
-    from galenic.merge.cache import statistics_file
+    from galenic.merge.cache import identity, statistics_file
     from galenic.merge.engine import measure, merge_blocks, output_tensors
-    from galenic.merge.folder import write_companions
+    from galenic.merge.folder import recipe_yaml, write_companions
     from galenic.merge.statistics import float_names
     from galenic.merge.vocabulary import write_union_tokenizer
     from galenic.merge.writer import JOURNAL, safetensors_writer
+    from galenic.report.merge_page import write_merge_page
 
     with _open(config) as opened:
         base, experts = opened.base, opened.experts
         elements = sum(base.tensors[name].numel for name in float_names(base))
+        inputs = [
+            {
+                "model": folder_name(model.label),
+                "file": file.name,
+                "bytes": file.stat().st_size,
+                "identity": identity(file),
+            }
+            for model in opened.stored
+            for file in model.files
+        ]
         cache = statistics_file(opened.stored, opened.how)
         statistics = measure(config, base, experts, cache, show=True)
         statistics.summary["warnings"] += opened.warnings
@@ -89,7 +113,7 @@ def run(config: MergeConfig) -> None:
         key = _key(config, opened, statistics)
         with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:
             origin, *others = opened.folders
-            write_companions(config, origin, folder, statistics.summary, opened.rows)
+            write_companions(config, origin, folder, statistics.summary, inputs, opened.rows)
             if opened.new_tokens:
                 write_union_tokenizer(origin, others, opened.new_tokens, folder)
             with (
@@ -107,6 +131,8 @@ def run(config: MergeConfig) -> None:
                     first=writer.done,
                     finished=writer.finished,
                 )
+    page = Path(config.out) / "merge-report.html"
+    write_merge_page(page, statistics.summary, recipe_yaml(config), inputs)
     write_json(Path(config.out) / "merge.json", statistics.summary)
 
 

@@ -267,6 +267,31 @@ def heat(key: str, label: str, names: Sequence[str], matrix: Sequence[Sequence[f
     return draw(key, label, 1.0 + 0.55 * len(names), paint)
 
 
+def profile(key: str, label: str, series: Sequence[tuple[str, Sequence[float]]], *, x_title: str) -> Markup:
+    """Draws one line a name over the units of a network, in their order."""
+
+    def paint(axes: Axes) -> None:
+        for index, (name, values) in enumerate(series):
+            few = len(values) <= 40
+            axes.plot(
+                range(len(values)),
+                values,
+                color=colour(SERIES[index % len(SERIES)]),
+                linestyle=DASHES[index % len(DASHES)],
+                linewidth=1.4 if few else 0.9,
+                marker=MARKERS[index % len(MARKERS)] if few else None,
+                markersize=4,
+                label=name,
+            )
+        axes.set_xlabel(x_title)
+        axes.set_ylim(bottom=min(0.0, *(min(values) for _, values in series)))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if len(series) > 1:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=min(4, len(series)))
+
+    return draw(key, label, 2.7 + 0.25 * (len(series) > 4), paint)
+
+
 def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]], *, x_title: str) -> Markup:
     """Draws (name, mean, half width of its 95% interval) as points with whiskers."""
 
