@@ -12,13 +12,13 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -105,21 +105,31 @@ def make_models(folder: Path) -> None:
         (folder / name / "done").touch()
 
 
+LAUNCHER = """
+import json, os, sys, time
+begin = time.perf_counter()
+_, status, usage = os.wait4(os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - begin, usage.ru_utime + usage.ru_stime,
+                  usage.ru_maxrss / 1e6]), file=os.fdopen(3, "w"))
+"""
+"""A process's peak memory begins with that of the one it was forked from, so a small one starts it."""
+
+
 def measure(command: list[str], log: Path) -> Cost:
     """Runs a process to its end.
 
     Raises:
         SystemExit: it failed; the log says why.
     """
-    begin = perf_counter()
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-    wall = perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    told = log.with_suffix(".json")
+    script = f'exec "$@" > {shlex.quote(str(log))} 2>&1 < /dev/null 3> {shlex.quote(str(told))}'
+    subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-I", "-S", "-c", LAUNCHER, *command], check=True
+    )
+    code, *cost = json.loads(told.read_text())
+    if code:
         sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
+    return Cost(*cost)
 
 
 def recipe(folder: Path, method: str) -> Path:
@@ -177,8 +187,10 @@ def contenders(folder: Path, costs: dict[str, list[Cost]]) -> dict[str, Callable
             for file in folder.glob("cache/statistics-*"):
                 file.unlink()
             os.sync()
-            costs.setdefault(name, []).append(measure(command, log))
-            return costs[name][-1].wall
+            cost = measure(command, log)
+            costs.setdefault(name, []).append(cost)
+            print(f"{name}: {cost.wall:.1f} s, {cost.memory:.2f} GB", file=sys.stderr, flush=True)
+            return cost.wall
 
         return run
 
