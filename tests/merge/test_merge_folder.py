@@ -353,7 +353,7 @@ def header_file(path, header, data=b""):
         {"w": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
         {"w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
         {"w": {"dtype": "F32", "shape": [2**70], "data_offsets": [0, 8]}},
-        {"w": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}},
+        {"w": {"dtype": "F8_E8M0", "shape": [8], "data_offsets": [0, 8]}},
         {
             "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
             "v": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},

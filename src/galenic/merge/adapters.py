@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galenic.merge.io import Checkpoint, TensorInfo, Weights
-from galenic.merge.statistics import all_finite, float_names, gram_matrices
+from galenic.merge.io import Checkpoint, TensorInfo, Weights, all_finite
+from galenic.merge.statistics import float_names, gram_matrices
 from galenic.runtime import Bar, UserError, nearest, read_json
 
 CONFIG = "adapter_config.json"

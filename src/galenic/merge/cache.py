@@ -31,10 +31,13 @@ def statistics_file(models: Sequence[OnDisk], how: str = "") -> Path:
         digest.update(b"model\0")
         for file in model.files:
             digest.update(json.dumps([file.name, file.stat().st_mtime_ns, identity(file)]).encode())
-    folder = os.environ.get("GALENIC_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "galenic"
-    )
-    return Path(folder) / f"statistics-{digest.hexdigest()[:32]}.json"
+    return cache_folder() / f"statistics-{digest.hexdigest()[:32]}.json"
+
+
+def cache_folder() -> Path:
+    """Returns where things lie that can be made again."""
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("GALENIC_CACHE") or os.path.join(user, "galenic"))
 
 
 def identity(file: Path) -> str:

@@ -135,7 +135,7 @@ class MergeModel:
     """One expert."""
 
     model: str
-    """Model folder (safetensors) or Hub id; or a LoRA adapter (PEFT) of the base; or `model+adapter`."""
+    """Model folder (safetensors), GGUF file or Hub id; or a LoRA adapter (PEFT) of the base; or `model+adapter`."""
     name: str | None = None
     """Name in the results and in the keys of DARE's random numbers. Default: the folder's name, or its
     parent's if the folder is called `model`."""
@@ -178,8 +178,8 @@ class MergeConfig:
     """`metagpt`, `linear`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, `breadcrumbs`, `della`, `sce`,
     `model_stock`, `slerp`, `tsv`, `iso_c` or `iso_cts`."""
     base_model: str
-    """Model the experts were fine-tuned from, a folder or a Hub id (`owner/name` or `owner/name@revision`); its config
-    and tokenizer go to the output."""
+    """Model the experts were fine-tuned from, a folder, a GGUF file or a Hub id (`owner/name` or
+    `owner/name@revision`); its config and tokenizer go to the output."""
     models: list[MergeModel]
     """The experts. The base may be listed among them, without parameters."""
     parameters: MethodParameters = field(default_factory=MethodParameters)
@@ -193,6 +193,8 @@ class MergeConfig:
     """The same as `tokenizer.source`."""
     tokenizer: MergeTokenizer | None = None
     """The output's vocabulary. Default: the base's, and experts with another one are refused."""
+    allow_non_finite: bool = False
+    """Whether an expert's weights may be NaN or infinite; the base's stand in for them. Otherwise they are refused."""
     seed: int = 0
     """Seed of what is dropped at random."""
 

@@ -18,13 +18,12 @@ from galenic.merge import methods, spectral
 from galenic.merge.adapters import Adapter, adapter_gram
 from galenic.merge.cache import remembered
 from galenic.merge.config import COMMON_SHARE, MergeConfig
-from galenic.merge.io import TensorInfo, Weights
+from galenic.merge.io import TensorInfo, Weights, all_finite
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
 from galenic.merge.statistics import (
     CACHED,
     CHUNK,
     Origin,
-    all_finite,
     float_names,
     gram_matrices,
     grid,

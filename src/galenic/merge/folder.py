@@ -52,10 +52,12 @@ def check_folders(base: Path, experts: Mapping[str, Path], matched: bool = False
         Warnings about settings that differ; the output has the base's.
 
     Raises:
-        UserError: another architecture, or a token that means another row of the embedding.
+        UserError: another architecture, quantised weights, or a token that means another row of the embedding.
     """
     warnings = []
     config = json_if_there(base / "config.json")
+    for folder in (base, *experts.values()):
+        _refuse_quantised(folder)
     vocabulary = {} if matched else read_tokens(base)
     for name, folder in experts.items():
         other = json_if_there(folder / "config.json")
@@ -79,6 +81,21 @@ def check_folders(base: Path, experts: Mapping[str, Path], matched: bool = False
         elif vocabulary and tokens != vocabulary:
             raise UserError(f"{folder / 'tokenizer.json'}: {difference(vocabulary, tokens)}")
     return warnings
+
+
+def _refuse_quantised(folder: Path) -> None:
+    """Refuses weights that mean nothing without scales or codebooks, as fp8 with scales, GPTQ or AWQ."""
+    path = folder / "config.json"
+    settings = json_if_there(path)
+    inner = settings.get("text_config")
+    found = settings.get("quantization_config") or (
+        inner.get("quantization_config") if isinstance(inner, dict) else None
+    )
+    if found:
+        kind = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise UserError(
+            f"{path}: the weights are quantised ({kind}); merge the model they were made from, or save it dequantised"
+        )
 
 
 def json_if_there(path: Path) -> dict[str, Any]:
@@ -167,6 +184,8 @@ def recipe_yaml(config: MergeConfig) -> str:
         recipe["dtype"] = config.output_dtype
     if config.vocabulary:
         recipe["tokenizer"] = {"source": config.vocabulary}
+    if config.allow_non_finite:
+        recipe["allow_non_finite"] = True
     if config.draws:
         recipe["seed"] = config.seed
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -33,6 +35,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+WIDENED = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}
+"""Types that are read as another one, which holds all their values; nothing is computed or written in them."""
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library: a longer header is an attack or an accident."""
@@ -99,6 +103,27 @@ class StateDict:
         return self.state[name].reshape(-1)[start:stop]
 
 
+class Mended:
+    """An expert whose weights that are NaN or infinite are the base's."""
+
+    def __init__(self, expert: Weights, base: Weights) -> None:
+        self.label = expert.label
+        self.tensors: Mapping[str, TensorInfo] = expert.tensors
+        self._expert, self._base = expert, base
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Returns the flattened elements [start, stop) of a tensor."""
+        block = self._expert.read(name, start, stop)
+        if not block.is_floating_point() or all_finite(block):
+            return block
+        return block.where(block.isfinite(), self._base.read(name, start, stop).to(block.dtype))
+
+
+def all_finite(block: Tensor) -> bool:
+    """Whether a block holds neither NaN nor infinity. A finite sum says so, far cheaper than looking at each."""
+    return bool(torch.isfinite(block.sum(dtype=torch.float32))) or bool(torch.isfinite(block).all())
+
+
 # ---------------------------------------------------------------------------- reading
 
 
@@ -106,6 +131,7 @@ class StateDict:
 class _Place:
     file: Path
     offset: int
+    dtype: torch.dtype
 
 
 class Checkpoint:
@@ -132,8 +158,8 @@ class Checkpoint:
                     raise UserError(
                         f"{self.folder / file}: holds '{name}', which {INDEX} does not place there"
                     )
-                found[name] = info
-                self._places[name] = _Place(file=self.folder / file, offset=offset)
+                found[name] = replace(info, dtype=WIDENED.get(info.dtype, info.dtype))
+                self._places[name] = _Place(file=self.folder / file, offset=offset, dtype=info.dtype)
         self.tensors: Mapping[str, TensorInfo] = found
         absent = sorted(set(index) - set(found))
         if absent:
@@ -156,21 +182,25 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors on disk."""
+        return sum(info.numel * self._places[name].dtype.itemsize for name, info in self.tensors.items())
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forgets tensors, as if the files did not hold them."""
+        self.tensors = {name: info for name, info in self.tensors.items() if name not in set(names)}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Returns the flattened elements [start, stop) of a tensor, in its own dtype."""
-        info, place = self.tensors[name], self._places[name]
-        elements = torch.empty(stop - start, dtype=info.dtype)
+        """Returns the flattened elements [start, stop) of a tensor; 8-bit floats come as bfloat16."""
+        place = self._places[name]
+        elements = torch.empty(stop - start, dtype=place.dtype)
         view = elements.view(torch.uint8).numpy().data
-        offset, done = place.offset + start * info.dtype.itemsize, 0
+        offset, done = place.offset + start * place.dtype.itemsize, 0
         while done < len(view):
             got = os.preadv(self._descriptor(place.file), [view[done:]], offset + done)
             if got == 0:
                 raise UserError(f"{place.file}: ends inside '{name}'; the file changed while it was read")
             done += got
-        return elements
+        return elements.to(WIDENED[place.dtype]) if place.dtype in WIDENED else elements
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:

@@ -178,25 +178,41 @@ def _key(config: MergeConfig, opened: _Opened, statistics: "Statistics") -> str:
 def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
     """Opens all models and checks by their headers that they fit together."""
     from galenic.merge.adapters import Adapter, is_adapter
-    from galenic.merge.folder import check_folders
+    from galenic.merge.folder import check_folders, json_if_there
+    from galenic.merge.gguf import dequantised, gguf_file
     from galenic.merge.hub import local_folder
-    from galenic.merge.io import Checkpoint, check_same_tensors
+    from galenic.merge.io import Checkpoint, Mended, check_same_tensors
+    from galenic.merge.vocabulary import tied_heads
 
     _check_places(config)
+    notes = []
+
+    def folder_of(model: str) -> Path:
+        found = local_folder(model, download)
+        file = gguf_file(found)
+        return dequantised(file, convert=download) if file else found
+
+    def whole(folder: Path, label: str) -> Checkpoint:
+        model = stack.enter_context(Checkpoint(folder, label))
+        copies = tied_heads(model.tensors, json_if_there(folder / "config.json"))
+        model.leave_out(copies)
+        notes.extend(f"{label}: '{copy}' is its input embedding, so it counts once" for copy in copies)
+        return model
+
     with ExitStack() as stack:
-        base = stack.enter_context(Checkpoint(local_folder(config.base_model, download), config.base_model))
+        base = whole(folder_of(config.base_model), config.base_model)
         experts: list[OnDisk] = []
         folders: dict[str, Path] = {}  # where config and tokenizer are
         for model in config.models:
-            own, on_it = [local_folder(path, download) for path in model.paths()][-1], base
+            own, on_it = [folder_of(path) for path in model.paths()][-1], base
             if is_adapter(own) or len(model.paths()) == 2:
                 first = model.paths()[0]
                 if len(model.paths()) == 2 and os.path.realpath(first) != os.path.realpath(config.base_model):
-                    on_it = stack.enter_context(Checkpoint(local_folder(first, download), first))
+                    on_it = whole(folder_of(first), first)
                 experts.append(stack.enter_context(Adapter(own, on_it, model.model)))
                 own = own if (own / "tokenizer.json").exists() else on_it.folder
             else:
-                experts.append(stack.enter_context(Checkpoint(own, model.model)))
+                experts.append(whole(own, model.model))
             folders[model.label()] = own
         warnings = check_folders(base.folder, folders, matched=config.vocabulary is not None)
         opened = (
@@ -211,7 +227,13 @@ def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
             )
         )
         check_same_tensors(opened.base, opened.experts)
-        yield opened
+        if config.allow_non_finite:
+            mended: list[Weights] = [
+                expert if isinstance(expert, Adapter) else Mended(expert, opened.base)
+                for expert in opened.experts
+            ]
+            opened = replace(opened, experts=mended, how=f"{opened.how} mended")
+        yield replace(opened, notes=notes + opened.notes)
 
 
 def _matched(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from galenic.merge.io import Checkpoint, StateDict, TensorInfo, Weights, check_same_tensors
+from galenic.merge.io import Checkpoint, StateDict, TensorInfo, Weights, all_finite, check_same_tensors
 from galenic.merge.workers import Workspace, in_order
 from galenic.runtime import Bar, UserError
 
@@ -43,11 +43,6 @@ def grid(numel: int, chunk: int = CHUNK, row: int = 1) -> Iterator[tuple[int, in
 def float_names(weights: Weights) -> list[str]:
     """Returns the names of the tensors that are merged; integer and boolean buffers are not."""
     return [name for name, info in weights.tensors.items() if info.dtype.is_floating_point]
-
-
-def all_finite(block: Tensor) -> bool:
-    """Whether a block holds neither NaN nor infinity. A finite sum says so, far cheaper than looking at each."""
-    return bool(torch.isfinite(block.sum(dtype=torch.float32))) or bool(torch.isfinite(block).all())
 
 
 def float_blocks(weights: Weights, chunk: int = CHUNK) -> Iterator[tuple[str, int, int]]:
@@ -227,7 +222,8 @@ def _name_not_finite(name: str, start: int, stop: int, models: Sequence[Weights]
         if not all_finite(block):
             index = start + int(torch.nonzero(~torch.isfinite(block))[0])
             raise UserError(
-                f"{model.label}: '{name}' holds NaN or infinity (element {index}); mend or leave out the model"
+                f"{model.label}: '{name}' holds NaN or infinity (element {index}); mend or leave out the model, "
+                "or set allow_non_finite, if it is an expert"
             )
     raise UserError(f"'{name}': a task vector is too large for float32 squares (elements {start} to {stop})")
 

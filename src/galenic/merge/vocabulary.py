@@ -207,6 +207,27 @@ def vocabulary_tensors(weights: Weights, config: Mapping[str, Any]) -> list[str]
     ]
 
 
+def tied_heads(tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> list[str]:
+    """Returns the output heads that a model's config says are its input embedding under another name.
+
+    Some tools write such a copy; whoever loads the model does not look at it.
+    """
+    inner = settings.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    if not settings.get("tie_word_embeddings", inner.get("tie_word_embeddings")):
+        return []
+    heights = {
+        info.shape
+        for name, info in tensors.items()
+        if name.endswith(".weight") and _is_module(name, EMBEDDINGS, COMMON_EMBEDDINGS)
+    }
+    return [
+        name
+        for name, info in tensors.items()
+        if name.endswith(".weight") and info.shape in heights and _is_module(name, HEADS, COMMON_HEADS)
+    ]
+
+
 def is_vocabulary(name: str) -> bool:
     """Tells by its name whether a tensor holds a row per token."""
     return _is_module(name, EMBEDDINGS + HEADS, COMMON_EMBEDDINGS + COMMON_HEADS)
