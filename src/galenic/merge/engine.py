@@ -33,10 +33,12 @@ from galenic.merge.statistics import (
     trim_thresholds,
 )
 from galenic.merge.vocabulary import is_vocabulary
-from galenic.merge.workers import in_order
+from galenic.merge.workers import Workspace, in_order
 from galenic.runtime import Bar, UserError, folder_name, progress
 
 Result = TypeVar("Result")
+
+_workspace = Workspace()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ def measure(
     names, parameters = config.names(), config.parameters
     weights = sum(base.tensors[name].numel for name in float_names(base))
 
-    def shown(label: str, work: Callable[[Bar | None], Result], passes: int = 1) -> Result:
-        with progress(passes * weights, label, "weights") if show else nullcontext() as bar:
+    def shown(label: str, work: Callable[[Bar | None], Result]) -> Result:
+        with progress(weights, label, "weights") if show else nullcontext() as bar:
             return work(bar)
 
     adapters = [expert for expert in experts if isinstance(expert, Adapter)]
@@ -153,7 +155,7 @@ def _thresholds(
     base: Weights,
     experts: Sequence[Weights],
     cache: Path | None,
-    shown: "Callable[[str, Callable[[Bar | None], Any], int], Any]",
+    shown: "Callable[[str, Callable[[Bar | None], Any]], Any]",
     summary: dict[str, Any],
 ) -> Mapping[str, list[list[float]]]:
     """Finds the magnitudes that bound what is kept, and adds to the summary how much that is."""
@@ -166,7 +168,7 @@ def _thresholds(
         found, kept = remembered(
             cache,
             f"thresholds {keep}",
-            lambda: shown("thresholds", lambda bar: trim_thresholds(base, experts, keep, bar), 2),
+            lambda: shown("thresholds", lambda bar: trim_thresholds(base, experts, keep, bar)),
         )
         # More than the density where magnitudes tie, as they do in low-precision checkpoints.
         summary["kept"] = {name: n / weights for name, n in zip(names, kept, strict=True)}
@@ -195,7 +197,7 @@ def _thresholds(
     return remembered(
         cache,
         key,
-        lambda: shown("thresholds", lambda bar: tensor_thresholds(base, experts, ranks, magnitudes, bar), 2),
+        lambda: shown("thresholds", lambda bar: tensor_thresholds(base, experts, ranks, magnitudes, bar)),
     )
 
 
@@ -273,12 +275,13 @@ def merge_blocks(
     workers: int | None = None,
     first: int = 0,
     finished: Callable[[int], None] = lambda blocks: None,
+    forks: bool = False,
 ) -> None:
     """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block of `output`.
 
-    `write` is called from several threads, each block once, in no particular order; it must have used the block
-    when it returns. Blocks before the `first` are left out; `finished(n)` is called, in the calling thread, when the
-    first n blocks are written.
+    `write` is called from several threads, or processes with `forks`, each block once, in no particular order; it must
+    have used the block when it returns. Blocks before the `first` are left out; `finished(n)` is called, in the
+    calling thread, when the first n blocks are written.
 
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
@@ -306,7 +309,7 @@ def merge_blocks(
     ]
     if bar:
         bar.update(sum(stop - start for _, start, stop in blocks[:first]))
-    for count, elements in enumerate(in_order(one, blocks[first:], workers), start=first + 1):
+    for count, elements in enumerate(in_order(one, blocks[first:], workers, forks), start=first + 1):
         finished(count)
         if bar:
             bar.update(elements)
@@ -340,8 +343,12 @@ def _merge_block(
                 [origin_block[first:last], *parts], [statistics.origin[name], *weights]
             )
             continue
-        origin = origin_block[first:last].double()
-        deltas = [part.double() - origin for part in parts]
+        shape = (last - first,)
+        origin = _workspace.buffer("origin", shape, torch.float64).copy_(origin_block[first:last])
+        deltas = [
+            _workspace.buffer(f"delta {t}", shape, torch.float64).copy_(part).sub_(origin)
+            for t, part in enumerate(parts)
+        ]
         deltas = _thinned(config, statistics.thresholds, base, name, start + first, deltas)
         if config.elects:
             votes = [1.0] * len(deltas) if config.merge_method == "sce" else None

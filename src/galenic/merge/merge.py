@@ -47,7 +47,7 @@ def plan(config: MergeConfig) -> Plan:
         output = output_tensors(config, base, opened.stored[0])
         statistics_passes = (
             1
-            + 2 * (config.thins in ("ties", "breadcrumbs", "sce"))
+            + (config.thins in ("ties", "breadcrumbs", "sce"))
             + (
                 config.parameters.norms == "after_trim"
                 or config.thins == "sce"
@@ -130,6 +130,7 @@ def run(config: MergeConfig) -> None:
                     bar,
                     first=writer.done,
                     finished=writer.finished,
+                    forks=True,
                 )
     page = Path(config.out) / "merge-report.html"
     write_merge_page(page, statistics.summary, recipe_yaml(config), inputs)

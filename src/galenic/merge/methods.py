@@ -7,18 +7,27 @@ Sums run over the experts in their given order. `round_once` is the only roundin
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from galenic.merge.workers import Workspace
+
 NEARLY_PARALLEL = 0.9995
 """Cosine beyond which `slerp` goes straight, as dividing by the sine of the angle would lose digits."""
-ROW = 256
-"""Values looked at together when bfloat16 is rounded."""
-MIDPOINT = -(1 << 31)
-"""The lower half 0x8000 of a float32 pattern, shifted up: the least int32."""
+GOLDEN = 0x9E3779B97F4A7C15
+"""SplitMix64's step from state to state."""
+SPLITMIX = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
+"""Its mixing of a state: shifts and factors."""
+
+_workspace = Workspace()
 
 
 def weighted_sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -27,16 +36,22 @@ def weighted_sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     With weights that sum to 1 and experts as blocks: the weight average (Model Soups, arXiv 2203.05482), and
     MetaGPT, whose base cancels.
     """
-    result = blocks[0].double() * weights[0]
+    result = torch.empty(blocks[0].shape, dtype=torch.float64).copy_(blocks[0])
+    if weights[0] != 1:
+        result.mul_(weights[0])
     for block, weight in zip(blocks[1:], weights[1:], strict=True):
+        if weight == 1 and block.dtype == torch.float64:
+            result.add_(block)
+            continue
+        term = _workspace.buffer("term", tuple(block.shape), torch.float64).copy_(block)
         # Not add_(..., alpha): that is a fused multiply-add where the processor has one, so bits would depend on it.
-        result += block.double().mul_(weight) if block.dtype != torch.float64 else block * weight
+        result.add_(term if weight == 1 else term.mul_(weight))
     return result
 
 
 def task_arithmetic(origin: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Returns `theta_0 + sum_t lambda_t tau_t`. Source: Ilharco et al., arXiv 2212.04089, section 2."""
-    return origin.double() + weighted_sum(deltas, weights)
+    return weighted_sum(deltas, weights).add_(origin.double())
 
 
 def trim(delta: Tensor, threshold: float) -> Tensor:
@@ -88,13 +103,18 @@ def ties(
     """
     elected = weighted_sum(thinned, votes or weights).sign_()
     # Magnitudes; 0 where the sign is another.
-    agreeing = [(delta * elected).clamp_min_(0) for delta in thinned]
+    agreeing = [
+        torch.mul(delta, elected, out=_workspace.buffer(f"agreeing {t}", tuple(delta.shape), torch.float64))
+        for t, delta in enumerate(thinned)
+    ]
+    for magnitudes in agreeing:
+        magnitudes.clamp_min_(0)
     merged = weighted_sum(agreeing, weights)
     if normalize:
         # In place of zero the least a positive sum of weights can be: there the numerator is zero as well.
         least = min(weight for weight in weights if weight)
         merged /= weighted_sum([part.sign_() for part in agreeing], weights).clamp_min_(least)
-    return origin + merged.mul_(elected if scale == 1 else elected * scale)
+    return merged.mul_(elected if scale == 1 else elected * scale).add_(origin)
 
 
 def between(delta: Tensor, least: float, largest: float) -> Tensor:
@@ -190,7 +210,7 @@ def drop_and_rescale(delta: Tensor, kept: Tensor, density: float | Tensor) -> Te
 
     Source: DARE, "Language Models are Super Mario", arXiv 2311.03099, section 3.
     """
-    return delta * kept / density
+    return (delta * kept).div_(density)
 
 
 # ---------------------------------------------------------------------------- keyed random numbers
@@ -208,19 +228,30 @@ def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density
         (stop - start,) bool.
     """
     digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
-    key = int.from_bytes(digest[:8], "little", signed=True)
+    key = int.from_bytes(digest[:8], "little")
     first = start // 2
-    bits = torch.arange(first + 1, (stop + 1) // 2 + 1)
-    # Signed arithmetic wraps around as unsigned does; a shift must not bring the sign in.
-    bits.mul_(0x9E3779B97F4A7C15 - (1 << 64)).add_(key)
-    bits.bitwise_xor_((bits >> 30).bitwise_and_((1 << 34) - 1)).mul_(0xBF58476D1CE4E5B9 - (1 << 64))
-    bits.bitwise_xor_((bits >> 27).bitwise_and_((1 << 37) - 1)).mul_(0x94D049BB133111EB - (1 << 64))
-    bits.bitwise_xor_((bits >> 31).bitwise_and_((1 << 33) - 1))
-    halves = bits.view(torch.int32)[start - 2 * first : stop - 2 * first]
+    count = (stop + 1) // 2 - first
+    # numpy: its 64-bit products are vectorised, torch's are not.
+    bits = _numbers("bits", count)
+    np.add(_multiples(count), np.uint64((key + first * GOLDEN) % 2**64), out=bits)
+    for shift, factor in SPLITMIX:
+        bits ^= np.right_shift(bits, shift, out=_numbers("shifted", count))
+        bits *= factor
+    bits ^= np.right_shift(bits, np.uint64(31), out=_numbers("shifted", count))
+    halves = torch.from_numpy(bits.view(np.int32)[start - 2 * first : stop - 2 * first])
     if isinstance(density, Tensor):  # one for each element
         return halves < (density * 2**32).round_().long() - 2**31
     limit = round(density * 2**32) - 2**31
     return halves < limit if limit < 2**31 else torch.ones_like(halves, dtype=torch.bool)
+
+
+def _numbers(use: str, count: int) -> "np.ndarray[Any, np.dtype[np.uint64]]":
+    return _workspace.buffer(use, (count,), torch.int64).numpy().view(np.uint64)
+
+
+@lru_cache(1)
+def _multiples(count: int) -> "np.ndarray[Any, np.dtype[np.uint64]]":
+    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
 
 
 # ---------------------------------------------------------------------------- rounding
@@ -240,16 +271,15 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     if dtype != torch.bfloat16:
         return _round_to_odd(values).to(dtype)
-    # The two roundings differ only where the first ends on the midpoint of two bfloat16 numbers: the lower half of
-    # the float32 bits is then 0x8000. That is rare, but for round coefficients; so rows are looked at first.
-    nearest = values.float()
+    # The two roundings differ only where the first ends on the midpoint of two bfloat16 numbers, which is rare but for
+    # round coefficients: the lower half of the float32 bits is then 0x8000.
+    nearest = _workspace.buffer("nearest", tuple(values.shape), torch.float32).copy_(values)
     rounded = nearest.to(dtype)
-    whole = len(values) // ROW * ROW
-    lower_halves = (nearest[:whole].view(torch.int32) << 16).view(-1, ROW)
-    rows = (lower_halves.amin(1) == MIDPOINT).nonzero().flatten()
-    row, column = (lower_halves[rows] == MIDPOINT).nonzero().unbind(1)
-    midpoints = torch.cat([rows[row] * ROW + column, torch.arange(whole, len(values))])
-    rounded[midpoints] = _round_to_odd(values[midpoints]).to(dtype)
+    lower = _workspace.buffer("lower", tuple(values.shape), torch.int32)
+    torch.bitwise_and(nearest.view(torch.int32), 0xFFFF, out=lower)
+    midpoints = torch.from_numpy(np.flatnonzero(lower.numpy() == 0x8000))  # several times as fast as torch's
+    if len(midpoints):
+        rounded[midpoints] = _round_to_odd(values[midpoints]).to(dtype)
     return rounded
 
 

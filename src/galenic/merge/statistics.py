@@ -8,10 +8,13 @@ on the chunk size nor on the number of threads.
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -30,7 +33,9 @@ CHUNK = 8 * CACHED
 _workspace = Workspace()
 
 HIGH_BINS, LOW_BINS = 1 << 15, 1 << 16
-"""The 31 bits of a float32 magnitude, split in two: the bins of the two selection passes."""
+"""The 31 bits of a float32 magnitude, split in two: bins whose magnitudes differ by 0.8% at most, and single ones."""
+WIDEST = 32
+"""Bins a guess may span; a histogram of single magnitudes takes half a MiB of memory for each."""
 
 
 def grid(numel: int, chunk: int = CHUNK, row: int = 1) -> Iterator[tuple[int, int]]:
@@ -245,7 +250,7 @@ def trim_thresholds(
         base: the base model.
         experts: T models with the same tensors.
         keep: how many entries to keep of each, at least 1.
-        bar: advanced by the number of elements, twice.
+        bar: advanced by the number of elements.
         chunk: elements read at a time.
         workers: threads; the result does not depend on it.
 
@@ -253,7 +258,8 @@ def trim_thresholds(
         T thresholds, and how many entries reach them: `keep`, or more where magnitudes tie.
     """
     blocks = list(float_blocks(base, chunk))
-    found = _largest(blocks, base, experts, [[rank] for rank in keep], torch.abs, bar, workers)
+    over = partial(in_order, workers=workers)
+    found = _largest(blocks, base, experts, [[rank] for rank in keep], torch.abs, over, bar)
     return [threshold for [(threshold, _)] in found], [reached for [(_, reached)] in found]
 
 
@@ -272,72 +278,133 @@ def tensor_thresholds(
         experts: T models with the same tensors.
         ranks: number of elements -> for each row of `magnitudes` the ranks wanted, 1 for the largest.
         magnitudes: (T, n) task vectors -> (S, n) float32, not negative: what is ranked. Default: the T magnitudes.
-        bar: advanced by the number of elements, twice.
+        bar: advanced by the number of elements.
         workers: threads; the result does not depend on it.
 
     Returns:
         Tensor -> S lists of magnitudes, float32 numbers, in the order of their ranks.
     """
+
+    def one(name: str) -> list[list[float]]:
+        blocks = [(name, start, stop) for start, stop in grid(base.tensors[name].numel)]
+        wanted = ranks(base.tensors[name].numel)
+        rows = _largest(blocks, base, experts, wanted, magnitudes, map) if blocks else []
+        return [[value for value, _ in row] for row in rows]
+
+    names = float_names(base)
     found = {}
-    for name in float_names(base):
-        numel = base.tensors[name].numel
-        blocks = [(name, start, stop) for start, stop in grid(numel)]
-        rows = _largest(blocks, base, experts, ranks(numel), magnitudes, bar, workers) if numel else []
-        found[name] = [[value for value, _ in row] for row in rows]
+    for name, rows in zip(names, in_order(one, names, workers), strict=True):
+        found[name] = rows
+        if bar:
+            bar.update(base.tensors[name].numel)
     return found
 
 
+_Blocks = Sequence[tuple[str, int, int]]
+
+
 def _largest(
-    blocks: Sequence[tuple[str, int, int]],
+    blocks: _Blocks,
     base: Weights,
     experts: Sequence[Weights],
     ranks: Sequence[Sequence[int]],
     magnitudes: Callable[[Tensor], Tensor],
-    bar: Bar | None,
-    workers: int | None,
+    over: Callable[[Callable[[tuple[str, int, int]], Any], _Blocks], Iterable[Any]],
+    bar: Bar | None = None,
 ) -> list[list[tuple[float, int]]]:
     """Finds for each row of magnitudes its values of the given ranks, and how many entries reach each.
 
-    Exact selection in two passes and bounded memory: a histogram of the upper bits of the float32 magnitude finds
-    the bin the answer lies in, a second one of the lower bits finds it. (Magnitudes are non-negative floats, whose
-    bit patterns are ordered as they are.)
+    Exact selection in bounded memory. (Magnitudes are non-negative floats, whose bit patterns are ordered as they
+    are.) A sample says in which bins of the upper bits the answers most likely lie; one pass counts what lies above
+    these bins, and every single magnitude inside them. Where the sample misled, a histogram of all upper bits says
+    the bins for certain, and a last pass counts in those. `over` maps a function over blocks, in their order.
     """
 
-    def counted(bins: int, count: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-        """Adds up `count(row, keys)` over all blocks: for each row (any, bins) counts."""
+    def histograms(blocks: _Blocks) -> list[Tensor]:
+        """Counts the upper bits, for each row (HIGH_BINS,)."""
 
-        def one(block: tuple[str, int, int]) -> list[Tensor]:
-            parts = [
-                [count(row, keys) for row, keys in enumerate(_magnitude_keys(magnitudes(deltas)))]
-                for deltas in task_vectors(*block, base, experts)
-            ]
-            return [torch.stack(row).sum(0) for row in zip(*parts, strict=True)]
+        def one(block: tuple[str, int, int]) -> Any:
+            counts = torch.zeros(len(ranks), HIGH_BINS, dtype=torch.int64)
+            for deltas in task_vectors(*block, base, experts):
+                for row, keys in zip(counts, _magnitude_keys(magnitudes(deltas)), strict=True):
+                    row += torch.bincount(keys >> 16, minlength=HIGH_BINS)
+            return counts.numpy()
 
-        sums = [torch.zeros(1, bins, dtype=torch.int64)] * len(ranks)
-        for (_, start, stop), counts in zip(blocks, in_order(one, blocks, workers), strict=True):
-            sums = [total + more for total, more in zip(sums, counts, strict=True)]
+        return list(torch.from_numpy(sum(over(one, blocks))))
+
+    def select(bins: list[list[tuple[int, int]]]) -> list[list[tuple[float, int] | None]]:
+        """Finds the answers that lie in their bins [first, last)."""
+
+        def one(block: tuple[str, int, int]) -> list[list[tuple[int, Any]]]:
+            found = [[(0, [])] * len(row) for row in bins]
+            for deltas in task_vectors(*block, base, experts):
+                for row, keys in enumerate(_magnitude_keys(magnitudes(deltas)).numpy()):
+                    for i, (first, last) in enumerate(bins[row]):
+                        least, beyond = first << 16, (last << 16) - 1
+                        reaching, above = keys >= least, keys > beyond
+                        more = np.count_nonzero(above)
+                        inside = keys[np.logical_xor(reaching, above, out=above)] - least
+                        found[row][i] = (found[row][i][0] + more, [*found[row][i][1], inside])
+            return [[(above, np.concatenate(inside)) for above, inside in row] for row in found]
+
+        above = [[0] * len(row) for row in bins]
+        counts = [
+            [torch.zeros((last - first) * LOW_BINS, dtype=torch.int64) for first, last in row] for row in bins
+        ]
+        for (_, start, stop), found in zip(blocks, over(one, blocks), strict=True):
+            for row, answers in enumerate(found):
+                for i, (more, inside) in enumerate(answers):
+                    above[row][i] += int(more)
+                    counts[row][i].index_add_(
+                        0, torch.from_numpy(inside), torch.ones(len(inside), dtype=torch.int64)
+                    )
             if bar:
                 bar.update(stop - start)
-        return sums
+        return [
+            [
+                _answer(rank - more, counted, more, first << 16)
+                for rank, more, counted, (first, _) in zip(*columns, strict=True)
+            ]
+            for columns in zip(ranks, above, counts, bins, strict=True)
+        ]
 
-    high = counted(HIGH_BINS, lambda row, keys: torch.bincount(keys >> 16, minlength=HIGH_BINS)[None])
-    places = [
-        [_bin_from_above(counts[0], rank) for rank in row] for counts, row in zip(high, ranks, strict=True)
+    sample = [(name, start, min(start + BLOCK, stop)) for name, start, stop in blocks]
+    size, sampled = (sum(stop - start for _, start, stop in part) for part in (blocks, sample))
+    doubt = 3 * sampled**-0.5 if sampled < size else 0.0
+    guesses = [
+        [_bins_around(counts, rank / size, doubt) for rank in row]
+        for counts, row in zip(histograms(sample), ranks, strict=True)
     ]
+    found = select(guesses)
+    if any(answer is None for row in found for answer in row):
+        bar = None
+        found = select(
+            [
+                [_bins_around(counts, rank / size, 0.0) for rank in row]
+                for counts, row in zip(histograms(blocks), ranks, strict=True)
+            ]
+        )
+    return [[answer for answer in row if answer is not None] for row in found]
 
-    def count_low(row: int, keys: Tensor) -> Tensor:
-        inside = [keys[keys >> 16 == bin_] & (LOW_BINS - 1) for bin_, _ in places[row]]
-        return torch.stack([torch.bincount(part, minlength=LOW_BINS) for part in inside])
 
-    low = counted(LOW_BINS, count_low)
-    found: list[list[tuple[float, int]]] = []
-    for row, wanted in enumerate(ranks):
-        found.append([])
-        for rank, (bin_, left), counts in zip(wanted, places[row], low[row], strict=True):
-            index, missing = _bin_from_above(counts, left)
-            key = torch.tensor(bin_ << 16 | index, dtype=torch.int32)
-            found[row].append((key.view(torch.float32).item(), rank - missing + int(counts[index])))
-    return found
+def _answer(rank: int, counts: Tensor, above: int, least: int) -> tuple[float, int] | None:
+    """Returns the magnitude of the `rank`-th largest that was counted, and how many reach it; None if it was not."""
+    if not 0 < rank <= int(counts.sum()):
+        return None
+    index, missing = _bin_from_above(counts, rank)
+    key = torch.tensor(least + index, dtype=torch.int32)
+    return key.view(torch.float32).item(), above + rank - missing + int(counts[index])
+
+
+def _bins_around(histogram: Tensor, share: float, doubt: float) -> tuple[int, int]:
+    """Returns the range [first, last) of bins of the items that rank from `share - doubt` to `share + doubt`."""
+    total = int(histogram.sum())
+    high, low = (
+        _bin_from_above(histogram, min(max(round((share + way * doubt) * total), 1), total))[0]
+        for way in (-1, 1)
+    )
+    middle = (high + low) // 2
+    return max(low, middle - WIDEST // 2), min(high, middle + WIDEST // 2) + 1
 
 
 def _magnitude_keys(deltas: Tensor) -> Tensor:
