@@ -53,7 +53,7 @@ def test_a_killed_worker_is_told():
             os.kill(os.getpid(), signal.SIGKILL)
         return i
 
-    with pytest.raises(UserError, match="-9.*memory"):
+    with pytest.raises(UserError, match=r"-9.*memory"):
         list(in_order(one, range(8), 2))
 
 

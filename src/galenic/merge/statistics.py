@@ -32,10 +32,13 @@ CHUNK = 8 * CACHED
 
 _workspace = Workspace()
 
-HIGH_BINS, LOW_BINS = 1 << 15, 1 << 16
-"""The 31 bits of a float32 magnitude, split in two: bins whose magnitudes differ by 0.8% at most, and single ones."""
-WIDEST = 32
-"""Bins a guess may span; a histogram of single magnitudes takes half a MiB of memory for each."""
+SAMPLE = 1 << 20
+"""Entries that say about where a magnitude of some rank lies."""
+DOUBT = 0.01
+"""How far, as a share of all entries, ranks in a sample may be off."""
+BINS = 1 << 20
+"""Bins that the magnitudes of a range are counted in."""
+LARGEST_KEY = 0x7FFFFFFF
 
 
 def grid(numel: int, chunk: int = CHUNK, row: int = 1) -> Iterator[tuple[int, int]]:
@@ -314,107 +317,131 @@ def _largest(
 ) -> list[list[tuple[float, int]]]:
     """Finds for each row of magnitudes its values of the given ranks, and how many entries reach each.
 
-    Exact selection in bounded memory. (Magnitudes are non-negative floats, whose bit patterns are ordered as they
-    are.) A sample says in which bins of the upper bits the answers most likely lie; one pass counts what lies above
-    these bins, and every single magnitude inside them. Where the sample misled, a histogram of all upper bits says
-    the bins for certain, and a last pass counts in those. `over` maps a function over blocks, in their order.
+    Exact selection in bounded memory, on the bit patterns of the magnitudes, the keys, which are ordered as they are. A
+    sample says within which keys an answer most likely lies; a pass counts what is larger, what equals the ends (in
+    low-precision checkpoints most magnitudes are equal to many), and the keys between them. That most often gives the
+    answer; where not, a pass over what is left does. `over` maps a function over blocks, in their order.
     """
 
-    def histograms(blocks: _Blocks) -> list[Tensor]:
-        """Counts the upper bits, for each row (HIGH_BINS,)."""
-
-        def one(block: tuple[str, int, int]) -> Any:
-            counts = torch.zeros(len(ranks), HIGH_BINS, dtype=torch.int64)
-            for deltas in task_vectors(*block, base, experts):
-                for row, keys in zip(counts, _magnitude_keys(magnitudes(deltas)), strict=True):
-                    row += torch.bincount(keys >> 16, minlength=HIGH_BINS)
-            return counts.numpy()
-
-        return list(torch.from_numpy(sum(over(one, blocks))))
-
-    def select(bins: list[list[tuple[int, int]]]) -> list[list[tuple[float, int] | None]]:
-        """Finds the answers that lie in their bins [first, last)."""
-
-        def one(block: tuple[str, int, int]) -> list[list[tuple[int, Any]]]:
-            found = [[(0, [])] * len(row) for row in bins]
-            for deltas in task_vectors(*block, base, experts):
-                for row, keys in enumerate(_magnitude_keys(magnitudes(deltas)).numpy()):
-                    for i, (first, last) in enumerate(bins[row]):
-                        least, beyond = first << 16, (last << 16) - 1
-                        reaching, above = keys >= least, keys > beyond
-                        more = np.count_nonzero(above)
-                        inside = keys[np.logical_xor(reaching, above, out=above)] - least
-                        found[row][i] = (found[row][i][0] + more, [*found[row][i][1], inside])
-            return [[(above, np.concatenate(inside)) for above, inside in row] for row in found]
-
-        above = [[0] * len(row) for row in bins]
-        counts = [
-            [torch.zeros((last - first) * LOW_BINS, dtype=torch.int64) for first, last in row] for row in bins
+    def keys_of(block: tuple[str, int, int]) -> Any:
+        parts = [
+            _magnitude_keys(magnitudes(deltas)).numpy() for deltas in task_vectors(*block, base, experts)
         ]
+        return np.concatenate(parts, axis=1)
+
+    def count(ranges: Sequence[Sequence["_Range"]]) -> None:
+        def one(block: tuple[str, int, int]) -> list[list[tuple[int, int, int, Any, Any]]]:
+            return [
+                [searched.count(keys) for searched in row]
+                for row, keys in zip(ranges, keys_of(block), strict=True)
+            ]
+
         for (_, start, stop), found in zip(blocks, over(one, blocks), strict=True):
-            for row, answers in enumerate(found):
-                for i, (more, inside) in enumerate(answers):
-                    above[row][i] += int(more)
-                    counts[row][i].index_add_(
-                        0, torch.from_numpy(inside), torch.ones(len(inside), dtype=torch.int64)
-                    )
+            for row, counted in zip(ranges, found, strict=True):
+                for searched, more in zip(row, counted, strict=True):
+                    searched.add(*more)
             if bar:
                 bar.update(stop - start)
-        return [
-            [
-                _answer(rank - more, counted, more, first << 16)
-                for rank, more, counted, (first, _) in zip(*columns, strict=True)
-            ]
-            for columns in zip(ranks, above, counts, bins, strict=True)
-        ]
 
-    sample = [(name, start, min(start + BLOCK, stop)) for name, start, stop in blocks]
-    size, sampled = (sum(stop - start for _, start, stop in part) for part in (blocks, sample))
-    doubt = 3 * sampled**-0.5 if sampled < size else 0.0
-    guesses = [
-        [_bins_around(counts, rank / size, doubt) for rank in row]
-        for counts, row in zip(histograms(sample), ranks, strict=True)
+    step = max(1, len(blocks) * BLOCK // SAMPLE)
+    piece = max(BLOCK, SAMPLE // len(blocks))
+    pieces = [(name, start, min(start + piece, stop)) for name, start, stop in blocks[::step]]
+    sample = np.concatenate(list(over(keys_of, pieces)), axis=1)
+    size = sum(stop - start for _, start, stop in blocks)
+    doubt = DOUBT if sample.shape[1] < size else 0.0
+    ranges = [
+        [_Range(rank, *_around(np.sort(keys), rank / size, doubt)) for rank in row]
+        for row, keys in zip(ranks, sample, strict=True)
     ]
-    found = select(guesses)
-    if any(answer is None for row in found for answer in row):
-        bar = None
-        found = select(
-            [
-                [_bins_around(counts, rank / size, 0.0) for rank in row]
-                for counts, row in zip(histograms(blocks), ranks, strict=True)
-            ]
-        )
-    return [[answer for answer in row if answer is not None] for row in found]
+    count(ranges)
+    bar = None
+    while not all(searched.narrowed() for row in ranges for searched in row):
+        count(ranges)
+    return [[(_magnitude(searched.least), searched.reached) for searched in row] for row in ranges]
 
 
-def _answer(rank: int, counts: Tensor, above: int, least: int) -> tuple[float, int] | None:
-    """Returns the magnitude of the `rank`-th largest that was counted, and how many reach it; None if it was not."""
-    if not 0 < rank <= int(counts.sum()):
-        return None
-    index, missing = _bin_from_above(counts, rank)
-    key = torch.tensor(least + index, dtype=torch.int32)
-    return key.view(torch.float32).item(), above + rank - missing + int(counts[index])
+class _Range:
+    """Keys from `least` to `greatest`, among which the `rank`-th largest of all keys is looked for."""
+
+    def __init__(self, rank: int, least: int, greatest: int) -> None:
+        self.rank = rank
+        self.reached = 0
+        """How many keys are as large as the answer, once it is known."""
+        self._look_in(least, greatest)
+
+    def _look_in(self, least: int, greatest: int) -> None:
+        self.least, self.greatest = least, greatest
+        self._shift = max(0, (greatest - least).bit_length() - BINS.bit_length() + 1)
+        self._larger = self._at_greatest = self._at_least = 0
+        self._between = np.zeros((greatest - least >> self._shift) + 1, dtype=np.int64)
+
+    def count(self, keys: Any) -> tuple[int, int, int, Any, Any]:
+        """Counts keys: the larger ones, those at the ends, and those between them by bin (bins, how many in each)."""
+        larger = int(np.count_nonzero(keys > self.greatest))
+        at_greatest = int(np.count_nonzero(keys == self.greatest))
+        above_least = keys > self.least
+        nothing = np.zeros(0, dtype=np.int64)
+        if self.least == self.greatest:
+            return larger, at_greatest, 0, nothing, nothing
+        at_least = int(np.count_nonzero(keys == self.least))
+        if np.count_nonzero(above_least) == larger + at_greatest:
+            return larger, at_greatest, at_least, nothing, nothing
+        between = keys[np.logical_and(above_least, keys < self.greatest, out=above_least)]
+        bins = (between - self.least) >> self._shift
+        if len(bins) < BINS // 16:
+            return larger, at_greatest, at_least, *np.unique(bins, return_counts=True)
+        times = np.bincount(bins)
+        different = np.flatnonzero(times)
+        return larger, at_greatest, at_least, different, times[different]
+
+    def add(self, larger: int, at_greatest: int, at_least: int, bins: Any, times: Any) -> None:
+        """Adds what `count` found in some of the keys."""
+        self._larger += larger
+        self._at_greatest += at_greatest
+        self._at_least += at_least
+        self._between[bins] += times
+
+    def narrowed(self) -> bool:
+        """Whether what was counted gives the answer, `least` then; if not, all keys must be counted again."""
+        if self.reached:
+            return True
+        least, greatest, shift = self.least, self.greatest, self._shift
+        left = self.rank - self._larger
+        if left <= 0:
+            self._look_in(greatest + 1, LARGEST_KEY)
+        elif left <= self._at_greatest:
+            self._found(greatest, self._larger + self._at_greatest)
+        elif (left := left - self._at_greatest) <= (between := int(self._between.sum())):
+            above = self._between[::-1].cumsum()
+            place = int(np.searchsorted(above, left))
+            bin_ = len(above) - 1 - place
+            if shift:
+                first = least + (bin_ << shift)
+                self._look_in(max(first, least + 1), min(first + (1 << shift), greatest) - 1)
+            else:
+                self._found(least + bin_, self.rank - left + int(above[place]))
+        elif left <= between + self._at_least:
+            self._found(least, self.rank - left + between + self._at_least)
+        else:
+            self._look_in(0, least - 1)
+        return self.reached > 0
+
+    def _found(self, key: int, reached: int) -> None:
+        self._look_in(key, key)
+        self.reached = reached
 
 
-def _bins_around(histogram: Tensor, share: float, doubt: float) -> tuple[int, int]:
-    """Returns the range [first, last) of bins of the items that rank from `share - doubt` to `share + doubt`."""
-    total = int(histogram.sum())
-    high, low = (
-        _bin_from_above(histogram, min(max(round((share + way * doubt) * total), 1), total))[0]
-        for way in (-1, 1)
-    )
-    middle = (high + low) // 2
-    return max(low, middle - WIDEST // 2), min(high, middle + WIDEST // 2) + 1
+def _around(keys: Any, share: float, doubt: float) -> tuple[int, int]:
+    """Returns the keys, of sorted ones, that rank `share + doubt` and `share - doubt` from above."""
+    ranks = [round((share + way * doubt) * len(keys)) for way in (1, -1)]
+    least, greatest = (int(keys[-min(max(rank, 1), len(keys))]) for rank in ranks)
+    return least, greatest
+
+
+def _magnitude(key: int) -> float:
+    return float(np.int32(key).view(np.float32))
 
 
 def _magnitude_keys(deltas: Tensor) -> Tensor:
     """Returns the float32 bits of the magnitudes as int32, in their order."""
     return deltas.float().view(torch.int32).bitwise_and_(0x7FFFFFFF)  # all but the sign bit
-
-
-def _bin_from_above(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """Returns the bin of the `rank`-th largest item, and how many of that bin are among the `rank` largest."""
-    above = histogram.flip(0).cumsum(0)
-    position = int(torch.searchsorted(above, rank))
-    before = int(above[position - 1]) if position else 0
-    return histogram.numel() - 1 - position, rank - before
