@@ -32,6 +32,12 @@ def counted(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     return call
+# Notes are waited for, so that there is one for every block; else it depends on the disk how many there are.
+finished = writer.Writer.finished
+def noted(self, blocks):
+    finished(self, blocks)
+    self._note.result()
+writer.Writer.finished = noted
 for name in ("pwrite", "fdatasync", "fsync", "posix_fallocate", "replace"):
     setattr(os, name, counted(getattr(os, name)))
 merge(recipe, out)

@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.merge import merge_state_dicts
+from galenic.merge.blocks import CHUNK
 from galenic.merge.config import MethodParameters
 from galenic.merge.io import StateDict
+from galenic.merge.kernels import BLOCK
+from galenic.merge.magnitudes import tensor_thresholds
 from galenic.merge.methods import (
     keep_mask,
     keep_probabilities,
     model_stock_ratio,
     slerp_coefficients,
 )
-from galenic.merge.statistics import CACHED, CHUNK, tensor_thresholds
 
 BIG = {"a.0.weight": (700, 900), "a.1.bias": (CHUNK + 5,), "scale": (), "narrow": (5, 1)}
 """Several blocks and parts, rows that do not divide them, and the smallest tensors."""
@@ -247,7 +249,7 @@ def test_number_of_threads_and_other_tensors_do_not_change_a_bit(states, method,
     )
     assert all(torch.equal(results[0][name], results[1][name]) for name in BIG)
     assert torch.equal(alone["a.0.weight"], results[0]["a.0.weight"])
-    assert base["a.0.weight"].numel() > CACHED
+    assert base["a.0.weight"].numel() > BLOCK
 
 
 @pytest.mark.parametrize("normalize", [True, False])

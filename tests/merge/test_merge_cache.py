@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from galenic.merge import merge, statistics
+from galenic.merge import magnitudes, merge, statistics
 from galenic.merge.cache import remembered
 
 
@@ -21,7 +21,8 @@ def passes(monkeypatch):
     """Counts the passes over the weights that the statistics take."""
     taken = []
     real = statistics.in_order
-    monkeypatch.setattr(statistics, "in_order", lambda *a, **k: (taken.append(1), real(*a, **k))[1])
+    for module in (statistics, magnitudes):
+        monkeypatch.setattr(module, "in_order", lambda *a, **k: (taken.append(1), real(*a, **k))[1])
     return taken
 
 
@@ -43,12 +44,23 @@ def test_thresholds_and_trimmed_norms_are_remembered_by_what_they_depend_on(fami
     merge(recipe(family, parameters=trimmed | {"norm_power": 1.0}), tmp_path / "b")
     assert len(passes) == 4
     merge(recipe(family, parameters=trimmed | {"density": 0.3}), tmp_path / "c")
-    assert len(passes) == 7
+    assert len(passes) == 5  # the usual thresholds are found together; what is left is another Gram matrix
+    merge(recipe(family, parameters=trimmed | {"density": 0.31}), tmp_path / "c2")
+    assert len(passes) == 8
     dropped = {"trim": "dare", "density": 0.5, "norms": "after_trim"}
     merge(recipe(family, parameters=dropped), tmp_path / "d")
     merge(recipe(family, parameters=dropped, seed=1), tmp_path / "e")
-    assert len(passes) == 9
+    assert len(passes) == 10
     assert told(tmp_path / "d")["coefficients"] != told(tmp_path / "e")["coefficients"]
+
+
+def test_a_sweep_over_densities_of_ties_reads_the_weights_once(family, tmp_path, passes):
+    for i in range(1, 20):
+        words = {"merge_method": "ties", "parameters": {"density": i / 20}}
+        merge(recipe(family, **words), tmp_path / f"{i}")
+        merge(recipe(family, **words), tmp_path / "again")
+        assert told(tmp_path / f"{i}") == told(tmp_path / "again")
+    assert len(passes) == 3  # Gram, and two for all thresholds
 
 
 def test_other_contents_are_noticed_though_size_and_time_are_the_same(family, tmp_path, passes):

@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.merge import gram, merge_state_dicts, metagpt_coefficients
+from galenic.merge.blocks import CHUNK, layer_of
 from galenic.merge.config import MethodParameters
 from galenic.merge.io import StateDict
-from galenic.merge.methods import keep_mask, round_once, ties, trim
-from galenic.merge.statistics import BLOCK, CHUNK, layer_of, total, trim_thresholds
+from galenic.merge.kernels import BLOCK
+from galenic.merge.magnitudes import model_thresholds
+from galenic.merge.methods import keep_mask, largest_below, round_once, ties
+from galenic.merge.statistics import total
 from galenic.runtime import UserError
 
 
@@ -146,14 +149,15 @@ def test_threshold_is_the_exact_kth_magnitude(values, density, tensors):
     base = StateDict({str(i): torch.zeros_like(p) for i, p in enumerate(parts)}, "base")
     expert = StateDict({str(i): p for i, p in enumerate(parts)}, "expert")
     keep = max(1, round(density * len(values)))
-    (threshold,), (kept,) = trim_thresholds(base, [expert], [keep], chunk=7)
+    [[(threshold, kept)]] = model_thresholds(base, [expert], [[keep]], chunk=7)
     magnitudes = delta.abs().sort(descending=True).values
     assert threshold == magnitudes[keep - 1]
     assert kept == int((delta.abs() >= threshold).sum()) >= keep
 
 
 def test_trim_keeps_ties_and_negative_values():
-    assert trim(torch.tensor([1.0, -1.0, 0.5]), 1.0).tolist() == [1, -1, 0]
+    base, expert = {"w": torch.zeros(3)}, {"w": torch.tensor([1.0, -1.0, 0.5])}
+    assert merge_state_dicts(base, [expert], "ties", density=0.4)["w"].tolist() == [1, -1, 0]
     zero = ties(torch.ones(2), [torch.zeros(2)], [1.0])
     assert zero.tolist() == [1, 1]
 
@@ -423,7 +427,7 @@ def test_trim_is_decided_by_the_float32_magnitude(threshold):
         around += [below, torch.nextafter(below, torch.tensor(towards).double())]
     values = torch.stack(around + [-a for a in around])
     expected = values.where(values.float().abs() >= float(edge), 0.0)
-    assert torch.equal(trim(values, float(edge)), expected)
+    assert torch.equal(values.where(values.abs() > largest_below(float(edge)), 0.0), expected)
 
 
 def test_units_name_layers_and_their_coefficients():

@@ -1,27 +1,28 @@
-"""Selection by rank: against sorting, for magnitudes that are all different, mostly equal, and badly sampled."""
+"""Selection by rank: against sorting, for magnitudes that are all different, mostly equal, and of any size."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.merge import statistics
 from galenic.merge.io import StateDict
-from galenic.merge.statistics import tensor_thresholds, trim_thresholds
+from galenic.merge.magnitudes import model_thresholds, tensor_thresholds
 
 
-def check(base, experts, keep):
-    found, reached = trim_thresholds(
+def check(base, experts, ranks, workers=1):
+    found = model_thresholds(
         StateDict(base, "base"),
         [StateDict(expert, "expert") for expert in experts],
-        keep,
+        ranks,
         chunk=4096,
-        workers=1,
+        workers=workers,
     )
-    for expert, rank, threshold, count in zip(experts, keep, found, reached, strict=True):
+    for expert, own, pairs in zip(experts, ranks, found, strict=True):
         deltas = torch.cat([(expert[name].float() - base[name].float()).abs().flatten() for name in base])
-        assert threshold == deltas.sort(descending=True).values[rank - 1].item()
-        assert count == int((deltas >= threshold).sum())
+        ordered = deltas.sort(descending=True).values
+        for rank, (threshold, count) in zip(own, pairs, strict=True):
+            assert threshold == ordered[rank - 1].item()
+            assert count == int((deltas >= threshold).sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -30,10 +31,9 @@ def check(base, experts, keep):
     size=st.integers(1, 20_000),
     kind=st.sampled_from(["different", "rounded", "equal", "zero", "wide"]),
     share=st.floats(0, 1),
-    sample=st.sampled_from([1, 64, 4096, 1 << 20]),
-    bins=st.sampled_from([2, 16, 1 << 20]),
+    workers=st.integers(1, 3),
 )
-def test_thresholds_are_those_of_sorting(seed, size, kind, share, sample, bins):
+def test_thresholds_are_those_of_sorting(seed, size, kind, share, workers):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(size, generator=generator)
     values = {
@@ -43,22 +43,17 @@ def test_thresholds_are_those_of_sorting(seed, size, kind, share, sample, bins):
         "zero": torch.zeros(size),
         "wide": values * torch.logspace(-30, 30, size),
     }[kind]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "SAMPLE", sample)
-        patch.setattr(statistics, "BINS", bins)
-        rank = max(1, round(share * size))
-        check({"w": torch.zeros(size)}, [{"w": values}, {"w": -values * 3}], [rank, max(1, size - rank)])
+    rank = max(1, round(share * size))
+    ranks = [[rank, 1, size], [max(1, size - rank)]]
+    check({"w": torch.zeros(size)}, [{"w": values}, {"w": -values * 3}], ranks, workers)
 
 
-@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.9])
-def test_a_sample_that_misleads_costs_passes_but_no_exactness(monkeypatch, share):
-    monkeypatch.setattr(statistics, "SAMPLE", 4096)
-    generator = torch.Generator().manual_seed(0)
-    size = 40 * 4096
-    values = torch.randn(size, generator=generator)
-    values[: 4096 * 10] *= 1000
-    values[:4096] = 0  # the only part that is sampled
-    check({"w": torch.zeros(size)}, [{"w": values}], [round(share * size)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_thresholds_of_other_types(dtype):
+    generator = torch.Generator().manual_seed(2)
+    base = {"w": torch.randn(9_000, generator=generator).to(dtype)}
+    expert = {"w": (base["w"].float() + 0.01 * torch.randn(9_000, generator=generator)).to(dtype)}
+    check(base, [expert], [[1, 4000, 8999, 9000]], workers=2)
 
 
 def test_thresholds_per_tensor():

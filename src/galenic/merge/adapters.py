@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galenic.merge.blocks import float_names
 from galenic.merge.io import Checkpoint, TensorInfo, Weights, all_finite
-from galenic.merge.statistics import float_names, gram_matrices
+from galenic.merge.statistics import gram_matrices
 from galenic.runtime import Bar, UserError, nearest, read_json
 
 CONFIG = "adapter_config.json"

@@ -15,6 +15,8 @@ from typing import Any
 from galenic.merge.io import OnDisk
 from galenic.runtime import UserError, read_json, write_json
 
+FORMAT = 2
+"""Of what is remembered: another one when its shape or the way it is computed changes."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Pieces of a file that identify it besides size, time and header: times alone are equal in some archives."""
 
@@ -26,7 +28,7 @@ def statistics_file(models: Sequence[OnDisk], how: str = "") -> Path:
         models: base and experts.
         how: says in which way they are seen, if not as they are stored.
     """
-    digest = hashlib.sha256(how.encode())
+    digest = hashlib.sha256(f"{FORMAT} {how}".encode())
     for model in models:
         digest.update(b"model\0")
         for file in model.files:

@@ -4,36 +4,27 @@ The same code merges folders and state dicts, so both give the same bits.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from galenic.merge import methods, spectral
+from galenic.merge import kernels, methods, spectral
 from galenic.merge.adapters import Adapter, adapter_gram
+from galenic.merge.blocks import CHUNK, Block, Workspace, as_numpy, float_names, grid, layer_of, read_rows
 from galenic.merge.cache import remembered
 from galenic.merge.config import COMMON_SHARE, MergeConfig
 from galenic.merge.io import TensorInfo, Weights, all_finite
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
-from galenic.merge.statistics import (
-    CACHED,
-    CHUNK,
-    Origin,
-    float_names,
-    gram_matrices,
-    grid,
-    layer_of,
-    tensor_thresholds,
-    total,
-    trim_thresholds,
-)
+from galenic.merge.statistics import Origin, gram_matrices, no_thinning, read_block, total
+from galenic.merge.thinning import Thresholds, find_thresholds, read_thinned, row_of, task_vectors, thinning
 from galenic.merge.vocabulary import is_vocabulary
-from galenic.merge.workers import Workspace, in_order
+from galenic.merge.workers import in_order
 from galenic.runtime import Bar, UserError, folder_name, progress
 
 Result = TypeVar("Result")
@@ -49,8 +40,8 @@ class Statistics:
     """Tensor -> what each expert is multiplied by in it."""
     origin: Mapping[str, float]
     """`slerp` only: tensor -> what the base is multiplied by."""
-    thresholds: Mapping[str, list[list[float]]]
-    """Methods that select by size only: tensor -> magnitudes that bound what is kept, as `_thinned` reads them."""
+    thresholds: Thresholds
+    """Methods that select by size only: magnitudes that bound what is kept."""
     summary: dict[str, Any]
     """The contents of `merge.json`."""
 
@@ -73,8 +64,8 @@ def measure(
     names, parameters = config.names(), config.parameters
     weights = sum(base.tensors[name].numel for name in float_names(base))
 
-    def shown(label: str, work: Callable[[Bar | None], Result]) -> Result:
-        with progress(weights, label, "weights") if show else nullcontext() as bar:
+    def shown(label: str, passes: int, work: Callable[[Bar | None], Result]) -> Result:
+        with progress(passes * weights, label, "weights") if show else nullcontext() as bar:
             return work(bar)
 
     adapters = [expert for expert in experts if isinstance(expert, Adapter)]
@@ -85,7 +76,7 @@ def measure(
             return adapter_gram(base, adapters, bar)
         return gram_matrices(base, experts, bar)
 
-    matrices = _remembered_gram(cache, "gram", lambda: shown("task vectors", gram))
+    matrices = _remembered_gram(cache, "gram", lambda: shown("task vectors", 1, gram))
     matrix = total(matrices)
     summary: dict[str, Any] = {
         "method": config.merge_method,
@@ -94,10 +85,10 @@ def measure(
         "norms": dict(zip(names, matrix.diagonal().sqrt().tolist(), strict=True)),
         "cosines": cosines(matrix),
     }
-    thresholds = _thresholds(config, base, experts, cache, shown, summary)
+    thresholds = find_thresholds(config, base, experts, cache, shown, summary)
     weighing = matrices
     if parameters.norms == "after_trim" or config.thins == "sce":
-        thin = partial(_thinned, config, thresholds, base)
+        vectors = read_thinned(config, thresholds, base, experts)
         keyed_by = (
             (parameters.select_topk,)
             if config.thins == "sce"
@@ -106,14 +97,16 @@ def measure(
         weighing = _remembered_gram(
             cache,
             f"gram {config.thins} {keyed_by}",
-            lambda: shown("what is left of them", lambda bar: gram_matrices(base, experts, bar, thin=thin)),
+            lambda: shown(
+                "what is left of them", 1, lambda bar: gram_matrices(base, experts, bar, vectors=vectors)
+            ),
         )
     origin: dict[str, float] = {}
     if config.merge_method == "slerp":
         weighing = _remembered_gram(
             cache,
             "gram of weights",
-            lambda: shown("angles", lambda bar: gram_matrices(Origin(base), [base, *experts], bar)),
+            lambda: shown("angles", 1, lambda bar: gram_matrices(Origin(base), [base, *experts], bar)),
         )
         t = 0.5 if parameters.t is None else parameters.t
         both = {name: methods.slerp_coefficients(matrix, t) for name, matrix in weighing.items()}
@@ -148,57 +141,6 @@ def _remembered_gram(
 ) -> dict[str, Tensor]:
     rows = remembered(cache, name, lambda: {key: matrix.tolist() for key, matrix in compute().items()})
     return {key: torch.tensor(matrix, dtype=torch.float64) for key, matrix in rows.items()}
-
-
-def _thresholds(
-    config: MergeConfig,
-    base: Weights,
-    experts: Sequence[Weights],
-    cache: Path | None,
-    shown: "Callable[[str, Callable[[Bar | None], Any]], Any]",
-    summary: dict[str, Any],
-) -> Mapping[str, list[list[float]]]:
-    """Finds the magnitudes that bound what is kept, and adds to the summary how much that is."""
-    names, densities, floats = config.names(), config.densities(), float_names(base)
-    if config.thins in ("dare", "della", "breadcrumbs"):
-        summary["densities"] = dict(zip(names, densities, strict=True))
-    if config.thins == "ties":
-        weights = sum(base.tensors[name].numel for name in floats)
-        keep = [max(1, round(density * weights)) for density in densities]
-        found, kept = remembered(
-            cache,
-            f"thresholds {keep}",
-            lambda: shown("thresholds", lambda bar: trim_thresholds(base, experts, keep, bar)),
-        )
-        # More than the density where magnitudes tie, as they do in low-precision checkpoints.
-        summary["kept"] = {name: n / weights for name, n in zip(names, kept, strict=True)}
-        return {name: [[threshold] for threshold in found] for name in floats}
-    magnitudes: Callable[[Tensor], Tensor] = torch.abs
-    if config.thins == "breadcrumbs":
-        shares = list(zip(config.gammas(), densities, strict=True))
-
-        def ranks(numel: int) -> list[list[int]]:
-            found = []
-            for gamma, density in shares:
-                first = min(int(gamma * numel), numel - 1)
-                found.append([first + 1, min(numel, first + max(1, int(density * numel)))])
-            return found
-
-        key = f"breadcrumbs {shares}"
-    elif config.thins == "sce":
-        share = config.parameters.select_topk or 1.0
-
-        def ranks(numel: int) -> list[list[int]]:
-            return [[max(1, round(share * numel))]]
-
-        key, magnitudes = f"sce {share}", methods.variances
-    else:
-        return {}
-    return remembered(
-        cache,
-        key,
-        lambda: shown("thresholds", lambda bar: tensor_thresholds(base, experts, ranks, magnitudes, bar)),
-    )
 
 
 def _coefficients(config: MergeConfig, matrices: Mapping[str, Tensor]) -> dict[str, list[float]]:
@@ -275,104 +217,130 @@ def merge_blocks(
     workers: int | None = None,
     first: int = 0,
     finished: Callable[[int], None] = lambda blocks: None,
-    forks: bool = False,
 ) -> None:
     """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block of `output`.
 
-    `write` is called from several threads, or processes with `forks`, each block once, in no particular order; it must
-    have used the block when it returns. Blocks before the `first` are left out; `finished(n)` is called, in the
-    calling thread, when the first n blocks are written.
+    `write` is called from several threads, each block once, in no particular order; it must have used the block when
+    it returns. Blocks before the `first` are left out; `finished(n)` is called, in the calling thread, when the first
+    n blocks are written.
 
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
     """
 
-    def one(block: tuple[str, int, int]) -> int:
-        name, start, stop = block
-        dtype = output[name].dtype
+    def one(block: Block) -> int:
+        dtype = output[block.name].dtype
         if not dtype.is_floating_point:
-            write(name, start, base.read(name, start, stop))
+            write(block.name, block.start, base.read(*block))
             return 0
-        merged = torch.empty(stop - start, dtype=dtype)
-        parts = _merge_block(config, base, experts, statistics, *block)
-        for (first, last), part in zip(_parts(config, base, name, start, stop), parts, strict=True):
-            merged[first:last] = methods.round_once(part, dtype)
-        if not all_finite(merged):
-            raise UserError(f"'{name}': merged values do not fit {dtype}; use dtype: bfloat16 or float32")
-        write(name, start, merged)
-        return stop - start
+        by_entry = not config.spectral and config.thins not in ("della", "sce")
+        merge = _merge_entries if by_entry else _merge_rows
+        merged = merge(config, base, experts, statistics, block, dtype)
+        if merged is None:
+            raise UserError(
+                f"'{block.name}': merged values do not fit {dtype}; use dtype: bfloat16 or float32"
+            )
+        write(block.name, block.start, merged)
+        return block.stop - block.start
 
     blocks = [
-        (name, start, stop)
+        Block(name, start, stop)
         for name, info in output.items()
         for start, stop in grid(info.numel, row=_row(config, name, info))
     ]
     if bar:
-        bar.update(sum(stop - start for _, start, stop in blocks[:first]))
-    for count, elements in enumerate(in_order(one, blocks[first:], workers, forks), start=first + 1):
+        bar.update(sum(block.stop - block.start for block in blocks[:first]))
+    for count, elements in enumerate(in_order(one, blocks[first:], workers), start=first + 1):
         finished(count)
         if bar:
             bar.update(elements)
 
 
-def _merge_block(
+def _merge_entries(
     config: MergeConfig,
     base: Weights,
     experts: Sequence[Weights],
     statistics: Statistics,
-    name: str,
-    start: int,
-    stop: int,
-) -> Iterator[Tensor]:
-    """Yields the merged block in float64, in parts that fit a core's cache."""
-    weights = statistics.coefficients[name]
-    blocks = [expert.read(name, start, stop) for expert in experts]
-    origin_block = None if config.base_cancels else base.read(name, start, stop)
-    for first, last in _parts(config, base, name, start, stop):
-        parts = [block[first:last] for block in blocks]
-        if origin_block is None:
-            yield methods.weighted_sum(parts, weights)
-            continue
-        if config.spectral:
-            origin = origin_block[first:last].double()
-            deltas = [(part.double() - origin) * weight for part, weight in zip(parts, weights, strict=True)]
-            yield origin + _spectral(config, name, base.tensors[name].shape, deltas) * config.scale
-            continue
-        if config.merge_method == "slerp":
-            yield methods.weighted_sum(
-                [origin_block[first:last], *parts], [statistics.origin[name], *weights]
-            )
-            continue
-        shape = (last - first,)
-        origin = _workspace.buffer("origin", shape, torch.float64).copy_(origin_block[first:last])
-        deltas = [
-            _workspace.buffer(f"delta {t}", shape, torch.float64).copy_(part).sub_(origin)
-            for t, part in enumerate(parts)
-        ]
-        deltas = _thinned(config, statistics.thresholds, base, name, start + first, deltas)
-        if config.elects:
-            votes = [1.0] * len(deltas) if config.merge_method == "sce" else None
-            yield methods.ties(origin, deltas, weights, config.scale, votes, config.normalizes)
-        else:
-            yield methods.task_arithmetic(origin, deltas, [weight * config.scale for weight in weights])
+    block: Block,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Merges a block entry by entry, in the compiled loops; None if a value does not fit `dtype`.
+
+    The result is overwritten by the thread's next one.
+    """
+    name, weights = block.name, statistics.coefficients[block.name]
+    if config.base_cancels:
+        origin, rows = None, read_rows(experts, block)
+    elif config.merge_method == "slerp":  # a sum of the two models themselves
+        origin, rows = None, read_rows([base, *experts], block)
+        weights = [statistics.origin[name], *weights]
+    else:
+        origin, rows = read_block(base, experts, block)
+    # float16 comes out of the loops as float32 with its values.
+    kind = torch.float32 if dtype == torch.float16 else dtype
+    merged = _workspace.buffer("merged", (block.stop - block.start,), kind)
+    rounding = kernels.ROUNDINGS[str(dtype).removeprefix("torch.")]
+    taken = no_thinning(len(rows)) if origin is None else thinning(config, statistics.thresholds, name)
+    largest = kernels.merged(
+        origin, rows, block.start, taken, _fusing(config, weights), rounding, as_numpy(merged)
+    )
+    return merged.to(dtype) if largest < rounding.too_large else None
+
+
+def _fusing(config: MergeConfig, weights: Sequence[float]) -> kernels.Fusing:
+    """Returns how the compiled loops make one task vector of several."""
+    # An elected sum is multiplied by the scale once, a plain one entry by entry.
+    factor = 1.0 if config.elects or config.base_cancels or config.merge_method == "slerp" else config.scale
+    votes = [1.0] * len(weights) if config.merge_method == "sce" else weights
+    return kernels.Fusing(
+        weights=np.array(weights, dtype=np.float64) * factor,
+        elects=config.elects,
+        votes=np.array(votes, dtype=np.float64),
+        normalizes=config.normalizes,
+        least=min((weight for weight in weights if weight > 0), default=1.0),
+        scale=config.scale,
+    )
+
+
+def _merge_rows(
+    config: MergeConfig,
+    base: Weights,
+    experts: Sequence[Weights],
+    statistics: Statistics,
+    block: Block,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Merges a block of whole rows, or a whole matrix; None if a value does not fit `dtype`."""
+    weights = statistics.coefficients[block.name]
+    origin, deltas = task_vectors(config, statistics.thresholds, base, experts, block)
+    if config.spectral:
+        weighted = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+        merged = (
+            origin + _spectral(config, block.name, base.tensors[block.name].shape, weighted) * config.scale
+        )
+    else:
+        votes = [1.0] * len(deltas) if config.merge_method == "sce" else None
+        merged = methods.ties(origin, deltas, weights, config.scale, votes, config.normalizes)
+    merged = methods.round_once(merged, dtype)
+    return merged if all_finite(merged) else None
 
 
 def _row(config: MergeConfig, name: str, info: TensorInfo) -> int:
-    """Returns how many elements must be looked at together.
-
-    DELLA ranks the rows of a matrix, or all of a vector; singular spaces are those of a whole matrix.
-    """
+    """Returns how many elements must be looked at together: singular spaces are those of a whole matrix."""
     if config.spectral and len(info.shape) == 2 and not is_vocabulary(name):
         return max(1, info.numel)
-    return max(1, info.shape[-1]) if config.thins == "della" and info.shape else 1
+    return row_of(config, info)
 
 
 def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], experts: int) -> int:
     """Returns about how many bytes the blocks under way take, in all threads."""
     row = max((_row(config, name, info) for name, info in output.items()), default=1)
-    # Per model a block as stored (8 bytes at most) and a few parts in float64; singular vectors are parts too.
+    whole = config.spectral or config.thins in ("della", "sce")
+    # Per model a block as stored (4 bytes, rarely 8); in float64, with room for what is computed, where rows are
+    # looked at as a whole.
+    each = (4 + 8 * 4 * whole) * max(CHUNK, row)
     models = experts + 2 + 2 * experts * config.spectral
-    return (8 * max(CHUNK, row) + 4 * 8 * max(CACHED, row)) * models * torch.get_num_threads()
+    return each * models * torch.get_num_threads()
 
 
 def _spectral(config: MergeConfig, name: str, shape: tuple[int, ...], deltas: list[Tensor]) -> Tensor:
@@ -386,43 +354,3 @@ def _spectral(config: MergeConfig, name: str, shape: tuple[int, ...], deltas: li
         return spectral.iso_c(matrices).flatten()
     share = config.parameters.common_share
     return spectral.iso_cts(matrices, COMMON_SHARE if share is None else share).flatten()
-
-
-def _parts(config: MergeConfig, base: Weights, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yields the [first, last) ranges of a block that are computed at a time."""
-    return grid(stop - start, CACHED, _row(config, name, base.tensors[name]))
-
-
-def _thinned(
-    config: MergeConfig,
-    thresholds: Mapping[str, list[list[float]]],
-    base: Weights,
-    name: str,
-    start: int,
-    deltas: list[Tensor],
-) -> list[Tensor]:
-    """Takes entries away from the task vectors (float64) of the elements from `start` on, as the method says."""
-    if config.thins == "ties":
-        return [methods.trim(delta, least) for delta, [least] in zip(deltas, thresholds[name], strict=True)]
-    if config.thins == "breadcrumbs":
-        limits = thresholds[name]
-        return [
-            methods.between(delta, least, largest)
-            for delta, [largest, least] in zip(deltas, limits, strict=True)
-        ]
-    if config.thins == "sce":
-        [[least]] = thresholds[name]
-        selected = methods.variances(torch.stack(deltas).float())[0] >= least
-        return [delta * selected for delta in deltas]
-    if not config.draws:
-        return deltas
-    dropped = []
-    row = _row(config, name, base.tensors[name])
-    numbers = zip(deltas, config.names(), config.densities(), config.epsilons(), strict=True)
-    for delta, label, density, epsilon in numbers:
-        chance = (
-            methods.keep_probabilities(delta, row, density, epsilon) if config.thins == "della" else density
-        )
-        kept = methods.keep_mask(config.seed, label, name, start, start + len(delta), chance)
-        dropped.append(methods.drop_and_rescale(delta, kept, chance))
-    return dropped

@@ -191,16 +191,20 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Returns the flattened elements [start, stop) of a tensor; 8-bit floats come as bfloat16."""
+        return self.read_into(torch.empty(stop - start, dtype=self.tensors[name].dtype), name, start)
+
+    def read_into(self, row: Tensor, name: str, start: int) -> Tensor:
+        """Fills a contiguous `row` with the flattened elements from `start` on, in the row's own dtype."""
         place = self._places[name]
-        elements = torch.empty(stop - start, dtype=place.dtype)
-        view = elements.view(torch.uint8).numpy().data
+        stored = row if row.dtype == place.dtype else torch.empty(len(row), dtype=place.dtype)
+        view = stored.view(torch.uint8).numpy().data
         offset, done = place.offset + start * place.dtype.itemsize, 0
         while done < len(view):
             got = os.preadv(self._descriptor(place.file), [view[done:]], offset + done)
             if got == 0:
                 raise UserError(f"{place.file}: ends inside '{name}'; the file changed while it was read")
             done += got
-        return elements.to(WIDENED[place.dtype]) if place.dtype in WIDENED else elements
+        return row if stored is row else row.copy_(stored)
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:

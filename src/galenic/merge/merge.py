@@ -83,10 +83,10 @@ def run(config: MergeConfig) -> None:
     Raises:
         UserError: a folder is missing or malformed, the models do not fit together, or hold NaN or infinity.
     """
+    from galenic.merge.blocks import float_names
     from galenic.merge.cache import identity, statistics_file
     from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.folder import recipe_yaml, write_companions
-    from galenic.merge.statistics import float_names
     from galenic.merge.vocabulary import write_union_tokenizer
     from galenic.merge.writer import JOURNAL, safetensors_writer
     from galenic.report.merge_page import write_merge_page
@@ -130,7 +130,6 @@ def run(config: MergeConfig) -> None:
                     bar,
                     first=writer.done,
                     finished=writer.finished,
-                    forks=True,
                 )
     page = Path(config.out) / "merge-report.html"
     write_merge_page(page, statistics.summary, recipe_yaml(config), inputs)
@@ -163,7 +162,7 @@ class _Opened:
 
 def _key(config: MergeConfig, opened: _Opened, statistics: "Statistics") -> str:
     """Identifies a merge: what is merged, how, and into which blocks. Files are known by size and time of change."""
-    from galenic.merge.statistics import CHUNK
+    from galenic.merge.blocks import CHUNK
 
     files = [
         (str(file), file.stat().st_size, file.stat().st_mtime_ns)

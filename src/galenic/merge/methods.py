@@ -1,5 +1,8 @@
 """The merging methods on one block of one tensor: pure functions, float64 in and out.
 
+`kernels` has those loops that every weight goes through, to the same bits; here is what looks at more than an entry at
+a time, and what is computed once a tensor.
+
 Shapes: `origin` (n,) is a block of the base, `experts` and `deltas` T blocks of the experts and of their task vectors.
 Sums run over the experts in their given order. `round_once` is the only rounding to the output type.
 """
@@ -7,64 +10,34 @@ Sums run over the experts in their given order. `round_once` is the only roundin
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
 
-from galenic.merge.workers import Workspace
+from galenic.merge.kernels import GOLDEN, MIX_1, MIX_2
 
 NEARLY_PARALLEL = 0.9995
 """Cosine beyond which `slerp` goes straight, as dividing by the sine of the angle would lose digits."""
-GOLDEN = 0x9E3779B97F4A7C15
-"""SplitMix64's step from state to state."""
-SPLITMIX = (
-    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
-    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
-)
-"""Its mixing of a state: shifts and factors."""
-
-_workspace = Workspace()
 
 
 def weighted_sum(blocks: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Returns `sum_t w_t x_t` in float64.
-
-    With weights that sum to 1 and experts as blocks: the weight average (Model Soups, arXiv 2203.05482), and
-    MetaGPT, whose base cancels.
-    """
-    result = torch.empty(blocks[0].shape, dtype=torch.float64).copy_(blocks[0])
-    if weights[0] != 1:
-        result.mul_(weights[0])
+    """Returns `sum_t w_t x_t` in float64."""
+    result = blocks[0].double() * weights[0]
     for block, weight in zip(blocks[1:], weights[1:], strict=True):
-        if weight == 1 and block.dtype == torch.float64:
-            result.add_(block)
-            continue
-        term = _workspace.buffer("term", tuple(block.shape), torch.float64).copy_(block)
         # Not add_(..., alpha): that is a fused multiply-add where the processor has one, so bits would depend on it.
-        result.add_(term if weight == 1 else term.mul_(weight))
+        result += block.double() * weight
     return result
 
 
-def task_arithmetic(origin: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Returns `theta_0 + sum_t lambda_t tau_t`. Source: Ilharco et al., arXiv 2212.04089, section 2."""
-    return weighted_sum(deltas, weights).add_(origin.double())
+def largest_below(threshold: float) -> float:
+    """Returns the largest float64 that rounds to a float32 below `threshold` (a float32); -1 if there is none.
 
-
-def trim(delta: Tensor, threshold: float) -> Tensor:
-    """Zeroes the entries whose float32 magnitude is below `threshold`, a float32 number; ties are kept.
-
-    Source: TIES-Merging, arXiv 2306.01708, Algorithm 1, step 1: each task vector keeps its top entries over the
-    whole model, so the threshold is the model's, not the tensor's.
+    What is larger is kept by TIES, whose trimming keeps each task vector's top entries over the whole model, so that
+    the threshold is the model's, not the tensor's (TIES-Merging, arXiv 2306.01708, Algorithm 1, step 1). Ties are kept.
+    Magnitudes are compared as float32 numbers, the keys in which they are ranked. Breadcrumbs drop the entries above
+    another threshold as well, outliers along with small changes (arXiv 2312.06795, section 3).
     """
-    return hardshrink(delta, _largest_below(threshold))
-
-
-def _largest_below(threshold: float) -> float:
-    """Returns the largest float64 that rounds to a float32 below `threshold` (a float32); -1 if there is none."""
     if threshold <= 0:
         return -1.0
     above = np.float32(threshold)
@@ -102,27 +75,15 @@ def ties(
     Source: TIES-Merging, arXiv 2306.01708, Algorithm 1, steps 2 and 3.
     """
     elected = weighted_sum(thinned, votes or weights).sign_()
-    # Magnitudes; 0 where the sign is another.
     agreeing = [
-        torch.mul(delta, elected, out=_workspace.buffer(f"agreeing {t}", tuple(delta.shape), torch.float64))
-        for t, delta in enumerate(thinned)
-    ]
-    for magnitudes in agreeing:
-        magnitudes.clamp_min_(0)
+        (delta * elected).clamp_min_(0) for delta in thinned
+    ]  # magnitudes; 0 where the sign is another
     merged = weighted_sum(agreeing, weights)
     if normalize:
         # In place of zero the least a positive sum of weights can be: there the numerator is zero as well.
         least = min(weight for weight in weights if weight)
         merged /= weighted_sum([part.sign_() for part in agreeing], weights).clamp_min_(least)
-    return merged.mul_(elected if scale == 1 else elected * scale).add_(origin)
-
-
-def between(delta: Tensor, least: float, largest: float) -> Tensor:
-    """Zeroes the entries whose float32 magnitude is below `least` or above `largest`, two float32 numbers.
-
-    Source: Model Breadcrumbs, arXiv 2312.06795, section 3: outliers are dropped along with small changes.
-    """
-    return trim(delta, least).masked_fill_(delta.float().abs() > largest, 0.0)
+    return merged.mul_(elected * scale).add_(origin)
 
 
 def keep_probabilities(delta: Tensor, row: int, density: float, epsilon: float) -> Tensor:
@@ -216,6 +177,17 @@ def drop_and_rescale(delta: Tensor, kept: Tensor, density: float | Tensor) -> Te
 # ---------------------------------------------------------------------------- keyed random numbers
 
 
+def stream(seed: int, model: str, tensor: str) -> int:
+    """Returns the 64-bit seed of the random numbers of one tensor of one model."""
+    digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def bound(density: float) -> int:
+    """Returns below which of the numbers from -2^31 to 2^31 - 1 an entry is kept with probability `density`."""
+    return round(density * 2**32) - 2**31
+
+
 def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density: float | Tensor) -> Tensor:
     """Decides for the elements [start, stop) of a tensor whether they are kept, each with probability `density`.
 
@@ -227,31 +199,17 @@ def keep_mask(seed: int, model: str, tensor: str, start: int, stop: int, density
     Returns:
         (stop - start,) bool.
     """
-    digest = hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
-    key = int.from_bytes(digest[:8], "little")
-    first = start // 2
-    count = (stop + 1) // 2 - first
+    key, first = stream(seed, model, tensor), start // 2
     # numpy: its 64-bit products are vectorised, torch's are not.
-    bits = _numbers("bits", count)
-    np.add(_multiples(count), np.uint64((key + first * GOLDEN) % 2**64), out=bits)
-    for shift, factor in SPLITMIX:
-        bits ^= np.right_shift(bits, shift, out=_numbers("shifted", count))
-        bits *= factor
-    bits ^= np.right_shift(bits, np.uint64(31), out=_numbers("shifted", count))
-    halves = torch.from_numpy(bits.view(np.int32)[start - 2 * first : stop - 2 * first])
+    bits = np.arange(1, (stop + 1) // 2 - first + 1, dtype=np.uint64) * GOLDEN
+    bits += np.uint64((key + first * int(GOLDEN)) % 2**64)
+    bits = (bits ^ (bits >> np.uint64(30))) * MIX_1
+    bits = (bits ^ (bits >> np.uint64(27))) * MIX_2
+    bits ^= bits >> np.uint64(31)
+    halves = torch.from_numpy(bits.view(np.int32)[start - 2 * first : stop - 2 * first]).long()
     if isinstance(density, Tensor):  # one for each element
         return halves < (density * 2**32).round_().long() - 2**31
-    limit = round(density * 2**32) - 2**31
-    return halves < limit if limit < 2**31 else torch.ones_like(halves, dtype=torch.bool)
-
-
-def _numbers(use: str, count: int) -> "np.ndarray[Any, np.dtype[np.uint64]]":
-    return _workspace.buffer(use, (count,), torch.int64).numpy().view(np.uint64)
-
-
-@lru_cache(1)
-def _multiples(count: int) -> "np.ndarray[Any, np.dtype[np.uint64]]":
-    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return halves < bound(density)
 
 
 # ---------------------------------------------------------------------------- rounding
@@ -269,18 +227,7 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype)
-    if dtype != torch.bfloat16:
-        return _round_to_odd(values).to(dtype)
-    # The two roundings differ only where the first ends on the midpoint of two bfloat16 numbers, which is rare but for
-    # round coefficients: the lower half of the float32 bits is then 0x8000.
-    nearest = _workspace.buffer("nearest", tuple(values.shape), torch.float32).copy_(values)
-    rounded = nearest.to(dtype)
-    lower = _workspace.buffer("lower", tuple(values.shape), torch.int32)
-    torch.bitwise_and(nearest.view(torch.int32), 0xFFFF, out=lower)
-    midpoints = torch.from_numpy(np.flatnonzero(lower.numpy() == 0x8000))  # several times as fast as torch's
-    if len(midpoints):
-        rounded[midpoints] = _round_to_odd(values[midpoints]).to(dtype)
-    return rounded
+    return _round_to_odd(values).to(dtype)
 
 
 def _round_to_odd(values: Tensor) -> Tensor:
