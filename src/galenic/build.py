@@ -208,7 +208,7 @@ def run_step(verb: str, config: Any, marks: dict[str, Any]) -> None:
     started = time.monotonic()
     try:
         importlib.import_module(VERBS[verb][1]).run(config)
-    except UserError:
+    except (UserError, OSError):
         _remove_marks(out)
         raise
     seconds = round(time.monotonic() - started, 1)

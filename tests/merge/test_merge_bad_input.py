@@ -532,3 +532,13 @@ def test_the_result_names_its_parents_and_counts_its_bytes(run, family, tmp_path
         family[SHARDED] / "model-00001-of-00002.safetensors"
     ).stat().st_size
     assert record["merge"] == json.loads((tmp_path / "out/merge.json").read_text())
+
+
+def test_folders_that_may_not_be_listed(refused, monkeypatch):
+    real = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, *how, **more: not str(path).endswith("expert0") and real(path, *how, **more),
+    )
+    refused("expert0: permission denied", models=[{"model": "expert0"}])

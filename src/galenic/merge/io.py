@@ -245,6 +245,8 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         looped = " (the link leads nowhere)" if folder.is_symlink() else ""
         raise UserError(f"{folder}: no such model folder{looped}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: permission denied")
     path = folder / INDEX
     if not is_there(path):
         return {}
