@@ -34,6 +34,8 @@ def run(config):
     RUNS.append(Path(config.out).name)
     if config.text == "fail":
         raise RuntimeError("cut")
+    if config.text == "mistake":
+        raise UserError("cannot be")
     before = (Path(config.source) / "text.txt").read_text() if config.source else ""
     (Path(config.out) / "text.txt").write_text(before + config.text.upper())
 
@@ -125,6 +127,7 @@ def test_plan_does_nothing(recipe, tmp_path, capsys):
         ("30-upper.yaml", "text: x\nsource: RUN/40-upper", "not an earlier step"),
         ("30-upper.yaml", "text: x\nsource: RUN/10-uper", "did you mean '10-upper'?"),
         ("30-upper.yaml", "a: [", "not valid YAML"),
+        ("30-upper.yaml", "text: a\ntext: b\n", "the key 'text' stands twice"),
         ("30-upper.yaml", "word", "expected options"),
     ],
 )
@@ -168,6 +171,14 @@ def test_a_single_verb_resumes_its_own_folder_and_refuses_another(recipe, tmp_pa
     assert "holds the result of another configuration" in capsys.readouterr().err
     assert cli.main(["upper", "--out", str(recipe), "--text", "a"]) == 2
     assert "holds other files" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_mistake_may_be_used_again(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["upper", "--out", str(out), "--text", "mistake"]) == 2
+    assert not list(out.iterdir())
+    assert cli.main(["upper", "--out", str(out), "--text", "right"]) == 0
+    assert (out / "text.txt").read_text() == "RIGHT"
 
 
 def test_a_moved_run_is_still_done(recipe, tmp_path):

@@ -5,9 +5,10 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from galenic import runtime
-from galenic.runtime import UserError, atomic_path, human, nearest, read_jsonl
+from galenic.runtime import UserError, atomic_path, human, load_yaml, nearest, read_jsonl
 
 
 def test_atomic_path_file_appears_whole_or_not_at_all(tmp_path):
@@ -86,3 +87,11 @@ def test_folders_are_named_without_their_place(tmp_path):
     assert runtime.folder_name(str(tmp_path / "30-pretrain" / "phase-1")) == "30-pretrain/phase-1"
     assert runtime.folder_name(str(tmp_path / "41-sft" / "model")) == "41-sft/model"
     assert runtime.folder_name("org/model-on-the-hub") == "org/model-on-the-hub"
+
+
+def test_yaml_is_the_librarys_but_for_keys_that_stand_twice():
+    text = "a: &x {b: 1, c: [2, 1.5e3, null]}\nd: {<<: *x, b: 3}\n'1': yes\n1: no\n"
+    assert load_yaml(text) == yaml.safe_load(text)
+    for twice in ("a: 1\na: 1\n", "x:\n  - {a: 1, 'a': 2}\n", "a: {b: {c: 1, c: 2}}\n"):
+        with pytest.raises(yaml.YAMLError, match="stands twice"):
+            load_yaml(twice)

@@ -35,6 +35,7 @@ from galenic.runtime import (
     atomic_path,
     duration,
     human_bytes,
+    load_yaml,
     nearest,
     peak_memory_bytes,
     read_json,
@@ -81,7 +82,7 @@ def read_recipe(folder: Path, run_dir: Path) -> list[Step]:
                 f"{file}: a step is named NN-verb[-label].yaml with a known verb{nearest(verb, VERBS)}"
             )
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            values = load_yaml(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
         if not isinstance(values, dict):
@@ -205,9 +206,21 @@ def run_step(verb: str, config: Any, marks: dict[str, Any]) -> None:
     provenance = {"verb": verb, **marks, "versions": versions()}
     write_json(out / "provenance.json", provenance)
     started = time.monotonic()
-    importlib.import_module(VERBS[verb][1]).run(config)
+    try:
+        importlib.import_module(VERBS[verb][1]).run(config)
+    except (UserError, OSError):
+        _remove_marks(out)
+        raise
     seconds = round(time.monotonic() - started, 1)
     write_json(out / "done.json", {**provenance, "seconds": seconds, "peak_rss_bytes": peak_memory_bytes()})
+
+
+def _remove_marks(out: Path) -> None:
+    """Empties a folder in which nothing but its marks was written: a mended configuration may have it."""
+    left = list(out.iterdir())
+    if {path.name for path in left} <= {"config.yaml", "provenance.json"}:
+        for path in left:
+            path.unlink()
 
 
 def versions() -> dict[str, str]:

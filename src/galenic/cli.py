@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from galenic import __version__
-from galenic.runtime import Plan, UserError, nearest
+from galenic.runtime import Plan, UserError, load_yaml, nearest
 
 VERBS: dict[str, tuple[str, str, str]] = {
     # verb: (config dataclass, module with plan(config) and run(config), what it does)
@@ -66,7 +66,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-OTHER_WORDS = {"merge": "galenic.merge.config:from_mergekit"}
+OTHER_WORDS = {"merge": "galenic.merge.recipe:from_mergekit"}
 """Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
 
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
@@ -112,6 +112,9 @@ def _one_line(error: Exception, config: type) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = re.sub(r"Parser key \"([\w.-]+)\":", r"\1:", text)
+    text = re.sub(r"^Unexpected config:.*", "--config: the file holds no options ('key: value' lines)", text)
+    if isinstance(error, UnicodeDecodeError):
+        text = f"--config: the file is not UTF-8 text ({error.reason})"
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
     names = option_names(config)
     unknown = re.search(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.-]+)", text)
@@ -145,7 +148,7 @@ def _loader(verb: str) -> str:
     translate, name = load_object(OTHER_WORDS[verb]), f"{verb} YAML"
 
     def load(text: str) -> Any:
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
         return translate(values) if isinstance(values, dict) else values
 
     set_loader(name, load, exceptions=(yaml.YAMLError,))

@@ -169,6 +169,29 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def load_yaml(text: str) -> Any:
+    """Loads YAML as `yaml.safe_load` does, but refuses a key that stands twice in a mapping; there the last would win.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or a key stands twice.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
+                    )
+                seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+            return node
+
+    return yaml.load(text, Loader)
+
+
 def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
     """Appends one row to a JSON-lines file."""
     with open(path, "a", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -229,6 +230,43 @@ def test_an_adapter_on_another_model_than_the_base(folders, tmp_path):
     assert [parent.split("/")[-1] for parent in provenance["parents"]] == ["base", "full", "first", "second"]
 
 
+def test_the_files_of_an_adapters_own_base_count(folders, tmp_path, monkeypatch):
+    """The same adapter on two models is two experts: nothing remembered of one is the other's."""
+    monkeypatch.setenv("GALENIC_CACHE", str(tmp_path / "cache"))
+    base, first, _, full = folders
+    other = tmp_path / "other"
+    shutil.copytree(full, other)
+    state = load_file(other / "model.safetensors")
+    save_file({name: 2 * value for name, value in state.items()}, other / "model.safetensors")
+    norms = []
+    for model in (full, other):
+        models = [{"model": f"{model}+{first}", "name": "x"}]
+        out = merge({"base_model": str(base), "models": models}, tmp_path / f"out-{model.name}")
+        norms.append(json.loads((out.parent / "merge.json").read_text())["norms"]["x"])
+        record = json.loads((out / "galenic.json").read_text())
+        assert [row["file"] for row in record["inputs"]] == [
+            "model.safetensors",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "model.safetensors",
+        ]
+        assert str(tmp_path) not in json.dumps(record)
+    assert norms[1] > 1.5 * norms[0]
+
+
+def test_a_model_that_is_an_adapter_is_refused(folders, tmp_path):
+    base, first, second, _ = folders
+    for recipe in (
+        {"base_model": str(first), "models": [{"model": str(base)}]},
+        {"base_model": str(base), "models": [{"model": f"{first}+{second}"}]},
+    ):
+        with pytest.raises(UserError, match="is a LoRA adapter; here a whole model is needed"):
+            merge(recipe, tmp_path / "out")
+    (first / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors in it"):
+        merge({"base_model": str(base), "models": [{"model": str(first)}]}, tmp_path / "out")
+
+
 def test_what_is_an_adapter(folders, tmp_path):
     base, first, *_ = folders
     assert is_adapter(first) and not is_adapter(base)
@@ -250,6 +288,10 @@ def test_what_is_an_adapter(folders, tmp_path):
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changed the base's weights"),
         ({"r": 0}, "r is 0; it is a positive number"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"lora_alpha": 1e300}, "lora_alpha is 1e\\+300; it is a positive number"),
+        ({"lora_alpha": 10**400}, "it is a positive number"),
+        ({"alpha_pattern": {"q": float("inf")}}, "maps names to positive numbers"),
+        ({"rank_pattern": {"q": True}}, "maps names to positive numbers"),
         ({"r": 4}, r"with rank 4 do not make an update of 'model.layers.0.q.weight'"),
         ({"rank_pattern": {"q": 8}}, "with rank 8"),
         ({"alpha_pattern": {"(": 8}}, "is not a regular expression"),

@@ -80,6 +80,18 @@ def test_models_of_the_hub_merge_like_folders(family, hub_cache, tmp_path, monke
     assert "- org/expert0\n" in (out / "README.md").read_text()
 
 
+def test_hub_ids_on_the_command_line(hub_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merge.yaml").write_text("base_model: org/base\nmodels: [{model: org/expert0}]\nout: out\n")
+    assert main(["merge", "--config", "merge.yaml"]) == 0
+    assert main(["merge", "--config", "merge.yaml"]) == 0
+    assert "already done" in capsys.readouterr().out
+    (tmp_path / "merge.yaml").write_text("base_model: org/base\nmodels: [{model: org/other}]\nout: out2\n")
+    assert main(["merge", "--config", "merge.yaml"]) == 2
+    assert "org/other: no such folder, and as a Hub id: " in capsys.readouterr().err
+    assert not list((tmp_path / "out2").iterdir())
+
+
 def test_a_plan_downloads_nothing(tmp_path, monkeypatch, no_network, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merge.yaml").write_text("base_model: org/base\nmodels: [{model: org/a}]\nout: out\n")

@@ -114,6 +114,11 @@ def test_what_is_not_finite_in_an_expert_may_be_the_bases(states, write, tmp_pat
     found = load_file(merge(allowed, tmp_path / "allowed") / "model.safetensors")
     expected = load_file(merge(repaired, tmp_path / "repaired") / "model.safetensors")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+    states = {"a": experts[0], "b": broken}
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        merge_state_dicts(base, states, method)
+    found = merge_state_dicts(base, states, method, allow_non_finite=True)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_base_that_is_not_finite_is_refused_even_then(states, write, tmp_path):

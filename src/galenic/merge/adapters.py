@@ -67,20 +67,25 @@ class Adapter:
         folder: PEFT's folder.
         base: the model the adapter was trained on.
         label: name in messages.
+        base_files: the base's, if it is not the merge's base but this expert's own: then they are the expert's too.
 
     Raises:
         UserError: files are missing or malformed, a setting is not understood, or a tensor does not fit the base.
     """
 
-    def __init__(self, folder: Path, base: Weights, label: str) -> None:
+    def __init__(self, folder: Path, base: Weights, label: str, base_files: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self._base_files = base_files
         self.label = label
         self.base = base
         self._settings = _read_settings(folder)
-        if not any(folder.glob("*.safetensors")) and any(folder.glob("adapter_model.*")):
-            raise UserError(
-                f"{folder}: only pickled weights, which are never loaded; save the adapter with PEFT's save_pretrained"
-            )
+        if not any(folder.glob("*.safetensors")):
+            if any(folder.glob("adapter_model.*")):
+                raise UserError(
+                    f"{folder}: only pickled weights, which are never loaded; save the adapter with PEFT's "
+                    "save_pretrained"
+                )
+            raise UserError(f"{folder}: no adapter_model.safetensors in it")
         self._file = Checkpoint(folder, label)
         self._pairs: dict[str, tuple[str, str]] = {}  # the base's name -> names of A and B
         self._instead: dict[str, str] = {}  # the base's name -> name of what replaces it
@@ -101,8 +106,8 @@ class Adapter:
 
     @property
     def files(self) -> list[Path]:
-        """The adapter's files."""
-        return [self.folder / CONFIG, *self._file.files]
+        """The adapter's files, and those of a base of its own."""
+        return [self.folder / CONFIG, *self._file.files, *self._base_files]
 
     @property
     def nbytes(self) -> int:
@@ -230,18 +235,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         )
     for key in ("r", "lora_alpha"):
         value = settings.get(key)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value <= 0
-        ):
+        if not _is_positive(value):
             raise UserError(f"{path}: {key} is {value!r}; it is a positive number")
     for key in ("rank_pattern", "alpha_pattern"):
         values = settings.get(key) or {}
-        if not isinstance(values, dict) or not all(
-            isinstance(v, int | float) and v > 0 for v in values.values()
-        ):
+        if not isinstance(values, dict) or not all(map(_is_positive, values.values())):
             raise UserError(f"{path}: {key} is {values!r}; it maps names to positive numbers")
         for pattern in values:
             try:
@@ -249,6 +247,11 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             except re.error as error:
                 raise UserError(f"{path}: {key}: {pattern!r} is not a regular expression ({error})") from None
     return settings
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a setting is a positive number, and none that no adapter can have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 # ---------------------------------------------------------------------------- norms without weights

@@ -2,11 +2,12 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
-from pathlib import PurePath
-from typing import Any, Literal
+from pathlib import Path, PurePath
+from typing import Literal
 
-from galenic.runtime import UserError, nearest
+from galenic.runtime import UserError
 
 Method = Literal[
     "metagpt",
@@ -159,6 +160,20 @@ def folder_label(folder: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name in a recipe means a repository on the Hub.
+
+    A local folder wins; and where the first part is a local folder, the whole is a mistyped path, not a repository.
+    """
+    if os.path.lexists(model) or not HUB_ID.fullmatch(model):
+        return False
+    owner = model.split("/")[0]
+    return owner not in (".", "..") and not os.path.lexists(owner)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeTokenizer:
     """Which vocabulary the output has."""
@@ -202,13 +217,19 @@ class MergeConfig:
         """Refuses contradictions before any work.
 
         Raises:
-            UserError: no models, a model twice, a number that is out of range or without meaning for this method, or
-                weights that sum to zero.
+            UserError: no models, a model twice, an output that lies in an input or would replace one, a number that is
+                out of range or without meaning for this method, or weights that sum to zero.
         """
+        if not all(self.names_read()):
+            raise UserError(
+                "base_model or models[].model: '' names no model; a model+adapter needs both parts"
+            )
         if self.tokenizer and self.tokenizer_source not in (None, self.tokenizer.source):
             raise UserError(
                 f"tokenizer_source: {self.tokenizer_source}, but tokenizer.source is {self.tokenizer.source}; give one"
             )
+        if self.out:
+            self._check_places()
         self._leave_base_out()
         if not self.models:
             raise UserError("models: at least one expert is needed besides the base")
@@ -235,6 +256,21 @@ class MergeConfig:
                 )
         object.__setattr__(self, "models", experts)
 
+    def _check_places(self) -> None:
+        """Refuses an output that is no folder, lies in an input or replaces one, before anything is written."""
+        out = Path(os.path.realpath(self.out))
+        for path in (Path(self.out), *out.parents):
+            if os.path.lexists(path) and not path.is_dir():
+                raise UserError(f"out: {path} is not a folder; choose another out")
+        for folder in self.reads():
+            source = Path(os.path.realpath(folder))
+            if out == source or source in out.parents:
+                raise UserError(f"out: {self.out} lies inside the input {folder}; choose another folder")
+            if out / "model" == source or out / "model" in source.parents:
+                raise UserError(
+                    f"out: {self.out}/model would replace the input {folder}; choose another folder"
+                )
+
     def _check_models(self) -> None:
         count = len(self.models)
         if self.merge_method == "slerp" and count != 1:
@@ -249,6 +285,10 @@ class MergeConfig:
             path, label = os.path.realpath(model.model), model.label()
             if path in paths:
                 raise UserError(f"models[{index}].model: {model.model} is models[{paths[path]}] already")
+            if not label.isprintable() or not label:
+                raise UserError(
+                    f"models[{index}]: {label!r} cannot be printed as a name; set `name:` to another"
+                )
             if label in labels:
                 raise UserError(
                     f"models[{index}]: '{label}' is the name of models[{labels[label]}] too; set `name:` for one"
@@ -374,10 +414,14 @@ class MergeConfig:
         """Whose tokens the output has where rows are matched by token; None if vocabularies must be equal."""
         return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
-    def reads(self) -> list[str]:
-        """Inputs, for the fingerprint and the plan."""
+    def names_read(self) -> list[str]:
+        """Inputs as the recipe names them: folders, files and Hub ids."""
         every = [self.base_model, *(path for model in self.models for path in model.paths())]
         return list(dict.fromkeys(every))
+
+    def reads(self) -> list[str]:
+        """Inputs that lie on this machine, for the fingerprint: a Hub id is its own."""
+        return [name for name in self.names_read() if not is_hub_id(name)]
 
     def names(self) -> list[str]:
         """Returns the experts' names in order."""
@@ -412,22 +456,3 @@ class MergeConfig:
 
 def _first(*values: float | None) -> float:
     return next(value for value in values if value is not None)
-
-
-def from_mergekit(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recipe with the one word of mergekit's that cannot be a field's name, `lambda`, as `scale`.
-
-    Raises:
-        UserError: both are given, or there is a key that no merge knows.
-    """
-    known = [field_.name for field_ in fields(MergeConfig)]
-    for key in recipe:
-        if key.split(".")[0] not in (*known, "config", "plan"):
-            raise UserError(f"{key}: not supported{nearest(key, known)}; a merge knows {', '.join(known)}")
-    numbers = recipe.get("parameters")
-    if not isinstance(numbers, dict) or "lambda" not in numbers:
-        return recipe
-    if "scale" in numbers:
-        raise UserError("parameters.lambda: is the same as scale; give one of them")
-    rest = {key: value for key, value in numbers.items() if key != "lambda"}
-    return recipe | {"parameters": rest | {"scale": numbers["lambda"]}}

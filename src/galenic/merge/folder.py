@@ -10,6 +10,7 @@ import yaml
 
 from galenic import __version__
 from galenic.merge.config import TAKES, MergeConfig, folder_label
+from galenic.merge.io import is_there
 from galenic.merge.vocabulary import difference, read_tokens
 from galenic.runtime import UserError, folder_name, read_json
 
@@ -29,15 +30,32 @@ NOT_SETTINGS = (
 
 
 def companions(folder: Path) -> list[Path]:
-    """Returns the files of a model folder that a merge copies, sorted: no weights, no card, no training state."""
+    """Returns the files of a model folder that a merge copies, sorted: no weights, no card, no training state.
+
+    Raises:
+        UserError: one of them is a link that leads nowhere.
+    """
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in COMPANIONS or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")))
+        if (path.suffix in COMPANIONS or path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")))
         and path.name not in NOT_COMPANIONS
         and not path.name.endswith(".index.json")
+        and not path.is_dir()
+        and is_there(path)
     ]
+
+
+def missing_bytes(out: str | Path, needed: int) -> int:
+    """Returns how many bytes a disk lacks for what is to be written in a folder; 0 if there are enough.
+
+    What an earlier run has written of it already, which goes on or makes room, is not needed again.
+    """
+    out = Path(out)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(there)
+    begun = sum(file.stat().st_blocks * 512 for file in (out / ".model.partial").glob("*"))
+    return max(0, needed - begun - disk.free) if disk.total else 0  # some file systems do not tell
 
 
 def check_folders(base: Path, experts: Mapping[str, Path], matched: bool = False) -> list[str]:
@@ -100,7 +118,7 @@ def _refuse_quantised(folder: Path) -> None:
 
 def json_if_there(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; empty if there is no file."""
-    value = read_json(path) if path.exists() else {}
+    value = read_json(path) if is_there(path) else {}
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
@@ -197,7 +215,7 @@ def _takes(config: MergeConfig, key: str) -> bool:
 
 def parents(config: MergeConfig) -> list[str]:
     """Returns the models a merge comes from, base first."""
-    return list(dict.fromkeys(folder_name(path) for path in config.reads()))
+    return list(dict.fromkeys(folder_name(path) for path in config.names_read()))
 
 
 def _card(config: MergeConfig, base: Path, recipe: str, summary: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def dequantised(file: Path, convert: bool = True) -> Path:
         UserError: no such file, no `gguf` package, or a model that transformers cannot read from GGUF.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such GGUF file")
+        raise UserError(f"{file}: {'not a file' if file.exists() else 'no such GGUF file'}")
     status = file.stat()
     key = json.dumps([str(file.resolve()), status.st_size, status.st_mtime_ns])
     out = cache_folder() / f"gguf-{hashlib.sha256(key.encode()).hexdigest()[:32]}"

@@ -3,27 +3,15 @@
 The network is used only for a model that is no local folder, looks like a Hub id, and is not in the Hub's cache yet.
 """
 
-import re
 from pathlib import Path
 
+from galenic.merge.config import HUB_ID, is_hub_id
 from galenic.merge.folder import COMPANIONS
 from galenic.merge.io import INDEX
 from galenic.runtime import UserError
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 WANTED = ("*.safetensors", INDEX, "LICEN*", "NOTICE*", "README.md", *(f"*{ending}" for ending in COMPANIONS))
 """What a merge reads of a repository: weights and what stands beside them, nothing pickled."""
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether a model's name in a recipe means a repository on the Hub.
-
-    A local folder wins; and where the first part is a local folder, the whole is a mistyped path, not a repository.
-    """
-    if Path(model).exists() or not HUB_ID.fullmatch(model):
-        return False
-    owner = model.split("/")[0]
-    return owner not in (".", "..") and not Path(owner).exists()
 
 
 def local_folder(model: str, download: bool = True) -> Path:

@@ -9,6 +9,7 @@ memory-mapped or unpickled.
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from galenic.runtime import UserError, nearest, read_json
+from galenic.runtime import UserError, nearest
 
 DTYPES = {
     "F64": torch.float64,
@@ -213,14 +214,50 @@ class Checkpoint:
             return self._descriptors[file]
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file.
+
+    Raises:
+        UserError: the name is taken by something else: a link that leads nowhere or in a circle, a folder, a pipe; or
+            the system cannot tell.
+    """
+    try:
+        if path.is_file():
+            return True
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if os.path.lexists(path):
+        what = "a link that leads to no file" if path.is_symlink() else "not a file"
+        raise UserError(f"{path}: {what}; restore the file or remove the name")
+    return False
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`, which takes the last of two equal keys without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
+
+
 def _read_index(folder: Path) -> dict[str, str]:
     """Returns tensor name -> file name of a sharded folder, or an empty mapping."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name the folder of the model")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder")
+        looped = " (the link leads nowhere)" if folder.is_symlink() else ""
+        raise UserError(f"{folder}: no such model folder{looped}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: permission denied")
     path = folder / INDEX
-    if not path.exists():
+    if not is_there(path):
         return {}
-    index = read_json(path)
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places:
         raise UserError(f"{path}: has no weight_map")
@@ -229,13 +266,26 @@ def _read_index(folder: Path) -> dict[str, str]:
             raise UserError(
                 f"{path}: '{name}' is placed in {file!r}, which is not a safetensors file of the folder"
             )
-        if not (folder / file).is_file():
+        if not is_there(folder / file):
             raise UserError(f"{folder / file}: missing, but {INDEX} places '{name}' there")
+    _refuse_forgotten_shards(path, set(places.values()))
     return places
 
 
+def _refuse_forgotten_shards(index: Path, shards: set[str]) -> None:
+    """Refuses an index without one of the numbered shards that lie beside it: its tensors would be left out."""
+    number = re.compile(r"(.*)-\d+-of-(\d+)\.safetensors")
+    series = {found.groups() for file in shards if (found := number.fullmatch(file))}
+    for path in sorted(index.parent.glob("*.safetensors")):
+        found = number.fullmatch(path.name)
+        if found and found.groups() in series and path.name not in shards:
+            raise UserError(
+                f"{path}: {INDEX} places nothing in this shard; mend the index or remove the file"
+            )
+
+
 def _single_file(folder: Path) -> str:
-    files = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    files = sorted(path.name for path in folder.glob("*.safetensors") if not path.is_dir())
     if "model.safetensors" in files:
         return "model.safetensors"
     if len(files) == 1:
@@ -255,6 +305,7 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo, int]]:
     Raises:
         UserError: the file is truncated, or its header is not valid, overlaps, leaves gaps, or disagrees with shapes.
     """
+    is_there(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -262,8 +313,12 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo, int]]:
             raise UserError(f"{path}: truncated or not safetensors (header of {length} bytes in {size})")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        entries = [(name, _entry(entry)) for name, entry in header.items() if name != "__metadata__"]
+        header = json.loads(raw.decode(), object_pairs_hook=_no_key_twice)
+        if not isinstance(header.pop("__metadata__", {}), dict):
+            raise ValueError("__metadata__ is not a mapping")
+        for name in header:
+            name.encode()  # half a surrogate pair is no name that could be written again
+        entries = [(name, _entry(entry)) for name, entry in header.items()]
     except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: malformed safetensors header ({error})") from None
     entries.sort(key=lambda item: (item[1][2], item[1][3]))
@@ -294,8 +349,11 @@ def check_same_tensors(base: Weights, experts: Iterable[Weights]) -> None:
     """Checks from headers alone that all models hold the same tensors.
 
     Raises:
-        UserError: a missing or extra tensor, another shape, or a buffer of another type; the model is named.
+        UserError: a missing or extra tensor, another shape, or a buffer of another type; the model is named. Or there
+            is nothing to merge.
     """
+    if not any(info.numel and info.dtype.is_floating_point for info in base.tensors.values()):
+        raise UserError(f"{base.label}: holds no floating-point weights: there is nothing to merge")
     for expert in experts:
         missing = sorted(set(base.tensors) - set(expert.tensors))
         extra = sorted(set(expert.tensors) - set(base.tensors))

@@ -22,6 +22,7 @@ from galenic.runtime import (
     folder_name,
     human,
     human_bytes,
+    load_yaml,
     progress,
     resumable_folder,
     write_json,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from galenic.merge.engine import Statistics
-    from galenic.merge.io import OnDisk, Weights
+    from galenic.merge.io import OnDisk, TensorInfo, Weights
 
 
 def plan(config: MergeConfig) -> Plan:
@@ -41,6 +42,7 @@ def plan(config: MergeConfig) -> Plan:
         UserError: a folder is missing or malformed, or the models do not fit together.
     """
     from galenic.merge.engine import memory_for_blocks, output_tensors
+    from galenic.merge.folder import missing_bytes
 
     with _open(config, download=False) as opened:
         base, experts = opened.base, opened.experts
@@ -56,14 +58,18 @@ def plan(config: MergeConfig) -> Plan:
         )
         base_passes, expert_passes = statistics_passes + (not config.base_cancels), statistics_passes + 1
         first, *others = opened.stored
+        written = sum(info.nbytes for info in output.values())
+        missing = missing_bytes(config.out, written)
         read = base_passes * first.nbytes + expert_passes * sum(model.nbytes for model in others)
         facts = {
             "method": config.merge_method,
             "experts": ", ".join(config.names()),
             "tensors": str(len(output)),
             "parameters": human(sum(info.numel for info in output.values())),
+            "data types": _data_types(output),
             "to read": human_bytes(read),
-            "to write": human_bytes(sum(info.nbytes for info in output.values())),
+            "to write": human_bytes(written)
+            + (f", but {human_bytes(missing)} of disk space are missing for it" if missing else ""),
             "memory for blocks": human_bytes(memory_for_blocks(config, output, len(experts)))
             + (", as the largest matrix needs" if config.spectral else ", whatever the model's size"),
         }
@@ -81,36 +87,44 @@ def run(config: MergeConfig) -> None:
     """Merges: writes `model/`, then `merge-report.html`, then `merge.json`.
 
     Raises:
-        UserError: a folder is missing or malformed, the models do not fit together, or hold NaN or infinity.
+        UserError: a folder is missing or malformed, the models do not fit together, hold NaN or infinity, or change
+            while they are read; or the disk has no room for the result.
     """
     from galenic.merge.blocks import float_names
     from galenic.merge.cache import identity, statistics_file
     from galenic.merge.engine import measure, merge_blocks, output_tensors
-    from galenic.merge.folder import recipe_yaml, write_companions
+    from galenic.merge.folder import missing_bytes, recipe_yaml, write_companions
     from galenic.merge.vocabulary import write_union_tokenizer
     from galenic.merge.writer import JOURNAL, safetensors_writer
     from galenic.report.merge_page import write_merge_page
 
+    _check_replaced(Path(config.out) / "model")
     with _open(config) as opened:
         base, experts = opened.base, opened.experts
+        output = output_tensors(config, base, opened.stored[0])
+        if missing := missing_bytes(config.out, sum(info.nbytes for info in output.values())):
+            raise UserError(
+                f"{config.out}: no space left on device: {human_bytes(missing)} more are needed for the merged model"
+            )
+        stamps = _stamps(opened)
         elements = sum(base.tensors[name].numel for name in float_names(base))
+        paths = [[config.base_model], *(model.paths() for model in config.models)]
         inputs = [
             {
-                "model": folder_name(model.label),
+                "model": "+".join(map(folder_name, names)),
                 "file": file.name,
                 "bytes": file.stat().st_size,
                 "identity": identity(file),
             }
-            for model in opened.stored
+            for names, model in zip(paths, opened.stored, strict=True)
             for file in model.files
         ]
         cache = statistics_file(opened.stored, opened.how)
         statistics = measure(config, base, experts, cache, show=True)
-        statistics.summary["warnings"] += opened.warnings
+        statistics.summary["warnings"] += [*opened.warnings, *_same_weights(config.names(), opened, inputs)]
         if opened.notes:
             statistics.summary["vocabulary"] = opened.notes
-        output = output_tensors(config, base, opened.stored[0])
-        key = _key(config, opened, statistics)
+        key = _key(config, opened, stamps, statistics)
         with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:
             origin, *others = opened.folders
             write_companions(config, origin, folder, statistics.summary, inputs, opened.rows)
@@ -131,6 +145,11 @@ def run(config: MergeConfig) -> None:
                     first=writer.done,
                     finished=writer.finished,
                 )
+            for before, now in zip(stamps, _stamps(opened), strict=True):
+                if before != now:
+                    raise UserError(
+                        f"{before[0]}: changed while it was merged; merge again when it is at rest"
+                    )
     page = Path(config.out) / "merge-report.html"
     write_merge_page(page, statistics.summary, recipe_yaml(config), inputs)
     write_json(Path(config.out) / "merge.json", statistics.summary)
@@ -160,17 +179,49 @@ class _Opened:
     """How tokens were matched."""
 
 
-def _key(config: MergeConfig, opened: _Opened, statistics: "Statistics") -> str:
+def _stamps(opened: _Opened) -> list[tuple[str, int, int]]:
+    """Returns path, size and time of change of every file of weights."""
+    files = [file for model in opened.stored for file in model.files]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _same_weights(
+    names: Sequence[str], opened: _Opened, inputs: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Warns of experts that are copies of each other."""
+    first: dict[Any, str] = {}
+    left = iter(inputs)
+    for name, model in zip(["the base", *names], opened.stored, strict=True):
+        weights = tuple(next(left)["identity"] for _ in model.files)
+        if name != "the base" and (other := first.setdefault(weights, name)) != name:
+            yield f"'{name}' and '{other}' hold the same weights, as far as samples tell: they count twice"
+
+
+def _data_types(output: Mapping[str, "TensorInfo"]) -> str:
+    """Names the data types of the merged tensors, those of most weights first."""
+    sizes: dict[str, int] = {}
+    for info in output.values():
+        kind = str(info.dtype).removeprefix("torch.")
+        sizes[kind] = sizes.get(kind, 0) + info.numel
+    return ", ".join(sorted(sizes, key=lambda kind: -sizes[kind]))
+
+
+def _check_replaced(model: Path) -> None:
+    """Refuses to put a merge where something else lies."""
+    from galenic.merge.folder import json_if_there
+
+    if os.path.lexists(model) and "merge" not in json_if_there(model / "galenic.json"):
+        raise UserError(f"{model}: is there already and no merge of ours; choose another out or remove it")
+
+
+def _key(
+    config: MergeConfig, opened: _Opened, files: Sequence[tuple[str, int, int]], statistics: "Statistics"
+) -> str:
     """Identifies a merge: what is merged, how, and into which blocks. Files are known by size and time of change."""
     from galenic.merge.blocks import CHUNK
 
-    files = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for model in opened.stored
-        for file in model.files
-    ]
     found = [statistics.thresholds, statistics.origin, statistics.summary["units"]]
-    parts = [repr(replace(config, out="")), files, opened.how, found, CHUNK]
+    parts = [repr(replace(config, out="")), list(files), opened.how, found, CHUNK]
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
@@ -182,10 +233,10 @@ def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
     from galenic.merge.gguf import dequantised, gguf_file
     from galenic.merge.hub import local_folder
     from galenic.merge.io import Checkpoint, Mended, check_same_tensors
-    from galenic.merge.vocabulary import tied_heads
+    from galenic.merge.vocabulary import check_tied, tied_heads
 
-    _check_places(config)
     notes = []
+    left_out: list[str] = []
 
     def folder_of(model: str) -> Path:
         found = local_folder(model, download)
@@ -193,9 +244,14 @@ def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
         return dequantised(file, convert=download) if file else found
 
     def whole(folder: Path, label: str) -> Checkpoint:
+        if is_adapter(folder):
+            raise UserError(f"{label}: is a LoRA adapter; here a whole model is needed")
         model = stack.enter_context(Checkpoint(folder, label))
         copies = tied_heads(model.tensors, json_if_there(folder / "config.json"))
+        if download:  # not for a plan, which reads no weights
+            check_tied(model, copies)
         model.leave_out(copies)
+        left_out.extend(f"{label}: {copy}" for copy in copies)
         notes.extend(f"{label}: '{copy}' is its input embedding, so it counts once" for copy in copies)
         return model
 
@@ -209,7 +265,8 @@ def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
                 first = model.paths()[0]
                 if len(model.paths()) == 2 and os.path.realpath(first) != os.path.realpath(config.base_model):
                     on_it = whole(folder_of(first), first)
-                experts.append(stack.enter_context(Adapter(own, on_it, model.model)))
+                its_own = [] if on_it is base else on_it.files
+                experts.append(stack.enter_context(Adapter(own, on_it, model.model, its_own)))
                 own = own if (own / "tokenizer.json").exists() else on_it.folder
             else:
                 experts.append(whole(own, model.model))
@@ -227,6 +284,8 @@ def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
             )
         )
         check_same_tensors(opened.base, opened.experts)
+        if left_out:  # what is remembered of the same files with these tensors is not theirs
+            opened = replace(opened, how=f"{opened.how} without {sorted(left_out)}")
         if config.allow_non_finite:
             mended: list[Weights] = [
                 expert if isinstance(expert, Adapter) else Mended(expert, opened.base)
@@ -271,19 +330,6 @@ def _matched(
     )
 
 
-def _check_places(config: MergeConfig) -> None:
-    """Refuses an output that would lie in an input or replace one."""
-    out = Path(os.path.realpath(config.out))
-    for folder in config.reads():
-        source = Path(os.path.realpath(folder))
-        if out == source or source in out.parents:
-            raise UserError(f"out: {config.out} lies inside the input {folder}; choose another folder")
-        if out / "model" == source or out / "model" in source.parents:
-            raise UserError(
-                f"out: {config.out}/model would replace the input {folder}; choose another folder"
-            )
-
-
 # ---------------------------------------------------------------------------- in Python
 
 
@@ -316,7 +362,7 @@ def _read_recipe(recipe: Mapping[str, Any] | str | Path, out: str | Path | None)
     values: Any = recipe
     if isinstance(recipe, str | Path):
         try:
-            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+            values = load_yaml(Path(recipe).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"{recipe}: no such file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -339,6 +385,7 @@ def merge_state_dicts(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     seed: int = 0,
     parameters: MethodParameters | None = None,
+    allow_non_finite: bool = False,
 ) -> dict[str, "Tensor"]:
     """Merges state dicts in memory, to the same bits as folders.
 
@@ -352,6 +399,7 @@ def merge_state_dicts(
         dtype: of the result's floating-point tensors. Default: the base's.
         seed: of DARE.
         parameters: the method's numbers, as in a recipe; then `density` is among them.
+        allow_non_finite: whether experts may hold NaN or infinity; the base's weights stand in for them.
 
     Returns:
         The merged state dict, with new tensors.
@@ -362,7 +410,7 @@ def merge_state_dicts(
     import torch
 
     from galenic.merge.engine import measure, merge_blocks, output_tensors
-    from galenic.merge.io import StateDict, check_same_tensors
+    from galenic.merge.io import Mended, StateDict, check_same_tensors
 
     named = experts if isinstance(experts, Mapping) else {str(i): state for i, state in enumerate(experts)}
     if weights is not None and len(weights) != len(named):
@@ -381,10 +429,13 @@ def merge_state_dicts(
         parameters=parameters or MethodParameters(density=density),
         dtype=dtype,
         seed=seed,
+        allow_non_finite=allow_non_finite,
     )
     origin = StateDict(base, "base")
-    models = [StateDict(state, name) for name, state in named.items()]
+    models: list[Weights] = [StateDict(state, name) for name, state in named.items()]
     check_same_tensors(origin, models)
+    if allow_non_finite:
+        models = [Mended(model, origin) for model in models]
     statistics = measure(config, origin, models)
     output = output_tensors(config, origin)
     merged = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in output.items()}

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from galenic.merge.io import TensorInfo, Weights
+from galenic.merge.io import TensorInfo, Weights, is_there
 from galenic.runtime import UserError, read_json, write_json
 
 EMBEDDINGS = (
@@ -57,6 +57,9 @@ COMMON_EMBEDDINGS = ("embeddings", "embedding", "shared", "emb")
 COMMON_HEADS = ("output", "head", "decoder")
 """Heads with names that layers use for other things too: they count outside numbered layers only."""
 
+PIECE, LOOKED_AT = 32768, 256
+"""Elements of a tied head that are compared with its embedding at a time, and how many times at most (about)."""
+
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 """What `tokenizer.json` says of an added token besides its id and string."""
 
@@ -78,7 +81,7 @@ def read_tokens(folder: str | Path) -> dict[str, int]:
         UserError: the file is not JSON, holds no vocabulary, or a row is not a number from 0 up.
     """
     path = Path(folder) / "tokenizer.json"
-    if not path.exists():
+    if not is_there(path):
         return {}
     values = read_json(path)
     try:
@@ -191,7 +194,7 @@ def vocabulary_tensors(weights: Weights, config: Mapping[str, Any]) -> list[str]
     }
     text_config = config.get("text_config")
     nested = text_config.get("vocab_size") if isinstance(text_config, Mapping) else None
-    told = [size for size in (config.get("vocab_size"), nested) if size in heights]
+    told = [size for size in (config.get("vocab_size"), nested) if isinstance(size, int) and size in heights]
     if not told and len(heights) != 1:
         found = f"embeddings of {sorted(heights)} rows" if heights else "no embedding"
         raise UserError(
@@ -207,25 +210,55 @@ def vocabulary_tensors(weights: Weights, config: Mapping[str, Any]) -> list[str]
     ]
 
 
-def tied_heads(tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> list[str]:
+def tied_heads(tensors: Mapping[str, TensorInfo], settings: Mapping[str, Any]) -> dict[str, list[str]]:
     """Returns the output heads that a model's config says are its input embedding under another name.
 
     Some tools write such a copy; whoever loads the model does not look at it.
+
+    Returns:
+        Head -> the embeddings of its shape, of which it should be a copy (`check_tied` looks).
     """
     inner = settings.get("text_config")
     inner = inner if isinstance(inner, dict) else {}
     if not settings.get("tie_word_embeddings", inner.get("tie_word_embeddings")):
-        return []
-    heights = {
-        info.shape
+        return {}
+    embeddings: dict[tuple[int, ...], list[str]] = {}
+    for name, info in tensors.items():
+        if name.endswith(".weight") and _is_module(name, EMBEDDINGS, COMMON_EMBEDDINGS):
+            embeddings.setdefault(info.shape, []).append(name)
+    return {
+        name: embeddings[info.shape]
         for name, info in tensors.items()
-        if name.endswith(".weight") and _is_module(name, EMBEDDINGS, COMMON_EMBEDDINGS)
+        if name.endswith(".weight") and info.shape in embeddings and _is_module(name, HEADS, COMMON_HEADS)
     }
-    return [
-        name
-        for name, info in tensors.items()
-        if name.endswith(".weight") and info.shape in heights and _is_module(name, HEADS, COMMON_HEADS)
-    ]
+
+
+def check_tied(model: Weights, heads: Mapping[str, Sequence[str]]) -> None:
+    """Compares heads that would be left out with the embedding they should be a copy of.
+
+    Up to `LOOKED_AT` pieces spread over the tensor are read, all of a tensor of 8 million elements: training that a
+    config does not know of changes a head everywhere, and this must not cost a pass.
+
+    Args:
+        model: holds the heads still.
+        heads: of `tied_heads`.
+
+    Raises:
+        UserError: a head is another matrix than any embedding of its shape.
+    """
+    for head, embeddings in heads.items():
+        size = model.tensors[head].numel
+        starts = range(0, size, PIECE)
+        for start in [*starts[:: len(starts) // LOOKED_AT + 1], *starts[-1:]]:
+            stop = min(start + PIECE, size)
+            own = model.read(head, start, stop).double()
+            others = {name: model.read(name, start, stop).double() for name in embeddings}
+            embeddings = [name for name, other in others.items() if own.equal(other)]
+            if not embeddings:
+                raise UserError(
+                    f"{model.label}: '{head}' is no copy of the input embedding, though tie_word_embeddings is set "
+                    "in config.json; set it to false in every model to merge the heads too, or remove the tensor"
+                )
 
 
 def is_vocabulary(name: str) -> bool:
