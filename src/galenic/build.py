@@ -103,6 +103,8 @@ def _resolve(value: Any, run_dir: Path, done: list[str], file: Path) -> Any:
     if isinstance(value, list):
         return [_resolve(item, run_dir, done, file) for item in value]
     if isinstance(value, str) and value.startswith("RUN/"):
+        if "+RUN/" in value:  # a model and an adapter of it
+            return "+".join(_resolve(f"RUN/{part}", run_dir, done, file) for part in value[4:].split("+RUN/"))
         step = value.split("/")[1]
         if step not in done:
             raise UserError(f"{file}: '{value}' is not an earlier step of this recipe{nearest(step, done)}")
