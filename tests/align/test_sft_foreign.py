@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +78,17 @@ def test_an_adapter_trains_the_factors_alone(llama_folder, conversations, tmp_pa
     settings = read_json(tmp_path / "a" / "model" / "adapter_config.json")
     assert (settings["r"], settings["lora_alpha"]) == (2, 2)
     assert str(llama_folder.parent.parent) not in json.dumps(settings)
+
+
+def test_an_adapter_is_trained_and_saved_without_a_network(
+    llama_folder, conversations, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    sft.run(make_config(tmp_path / "a", llama_folder, conversations, lora=LoraConfig(rank=2)))
 
 
 def test_lora_targets_are_chosen_or_refused(llama_folder, conversations, tmp_path):
