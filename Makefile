@@ -11,7 +11,7 @@ PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard test
 .PHONY: help starter smollm2 smoke test test-slow parity peers lint types check env data clean
 help:
 	@echo "make starter    train, merge, flatten, evaluate and report the starter model (about 25 minutes)"
-	@echo "make smollm2    three experts of an existing model, merged, flattened, evaluated (an hour or two)"
+	@echo "make smollm2    three experts of an existing model, merged, flattened, evaluated (well over an hour)"
 	@echo "make smoke      the same steps with tiny budgets (about a minute)"
 	@echo "make test       the tests; make test-slow: the long ones"
 	@echo "make parity     other people's software against ours, in environments of its own (make peers)"
