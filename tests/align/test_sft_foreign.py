@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from galenic.align import sft
 from galenic.align.config import LoraConfig, SftConfig
+from galenic.evaluate.models import open_model
+from galenic.merge import merge
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
 from galenic.pretrain.config import OptimConfig
@@ -68,6 +70,15 @@ def test_a_whole_expert_gives_the_scores_that_were_measured(llama_folder, conver
     model = load_any(tmp_path / "a" / "model")
     samples, _ = sft.encode_samples(str(conversations), load_tokenizer(tmp_path / "a" / "model"), 128)
     assert sft.answer_loss(model, samples, 128) == pytest.approx(answers(tmp_path / "a")[1], rel=1e-6)
+
+
+def test_an_adapter_and_its_merge_give_the_scores_that_were_measured(llama_folder, conversations, tmp_path):
+    sft.run(make_config(tmp_path / "a", llama_folder, conversations, lora=LoraConfig(rank=4)))
+    adapter = tmp_path / "a" / "model"
+    samples, _ = sft.encode_samples(str(conversations), load_tokenizer(llama_folder), 128)
+    merged = merge({"base_model": str(llama_folder), "models": [{"model": str(adapter)}]}, tmp_path / "m")
+    for model in (open_model(f"{llama_folder}+{adapter}"), load_any(merged)):
+        assert sft.answer_loss(model, samples, 128) == pytest.approx(answers(tmp_path / "a")[1], rel=1e-4)
 
 
 def test_an_adapter_trains_the_factors_alone(llama_folder, conversations, tmp_path):

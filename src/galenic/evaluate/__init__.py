@@ -11,6 +11,6 @@ Out: `results.json` (one entry a model) and `items/<model>.jsonl` (one row a que
                             +--> normalised average over the experts' domains (MetaGPT, arXiv 2406.11385, section 4)
 
 `statistics` holds the intervals and averages, `likelihood` the log-probabilities of tokens, `bits_per_byte` and
-`multiple_choice` the two measures, `models` opens a model, `inputs` what is read and refused. `evaluate` is the verb that runs them over all
-models; `chat` talks to one model in the terminal.
+`multiple_choice` the two measures, `models` opens a model, `inputs` what is read and refused. `evaluate` is the verb
+that runs them over all models; `chat` talks to one model in the terminal.
 """
