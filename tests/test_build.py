@@ -207,3 +207,10 @@ def test_a_done_recipe_needs_no_heavy_import(recipe):
 def test_a_recipe_path_outside_a_build_is_explained(recipe, tmp_path, capsys):
     assert cli.main(["upper", "--out", str(tmp_path / "x"), "--source", "RUN/10-upper"]) == 2
     assert "RUN/ is the run folder of `galenic build`" in capsys.readouterr().err
+
+
+def test_a_model_and_its_adapter_are_both_found_in_the_run_folder(tmp_path):
+    where = build._resolve("RUN/10-a/model+RUN/20-b/model", tmp_path, ["10-a", "20-b"], tmp_path / "x.yaml")
+    assert where == f"{tmp_path}/10-a/model+{tmp_path}/20-b/model"
+    with pytest.raises(UserError, match="'RUN/20-b/model' is not an earlier step"):
+        build._resolve("RUN/10-a/model+RUN/20-b/model", tmp_path, ["10-a"], tmp_path / "x.yaml")

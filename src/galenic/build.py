@@ -103,6 +103,9 @@ def _resolve(value: Any, run_dir: Path, done: list[str], file: Path) -> Any:
         return {key: _resolve(item, run_dir, done, file) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolve(item, run_dir, done, file) for item in value]
+    if isinstance(value, str) and "+RUN/" in value:  # a model and an adapter of it
+        model, adapter = value.split("+RUN/", 1)
+        return "+".join(_resolve(part, run_dir, done, file) for part in (model, f"RUN/{adapter}"))
     if isinstance(value, str) and value.startswith("RUN/"):
         step = value.split("/")[1]
         if step not in done:

@@ -34,6 +34,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.pretrain.pretrain",
         "train a model from scratch through the curriculum's phases",
     ),
+    "convert": (
+        "galenic.model.config:ConvertConfig",
+        "galenic.model.convert",
+        "make a model folder of a GGUF file, also of one inside a pinned wheel",
+    ),
     "sft": (
         "galenic.align.config:SftConfig",
         "galenic.align.sft",

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from galenic.align import sft
-from galenic.align.config import SftConfig
+from galenic.align.config import LoraConfig, SftConfig
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
 from galenic.pretrain.config import OptimConfig
 from galenic.pretrain.packing import IGNORE, collate
@@ -135,3 +135,16 @@ def test_nothing_that_fits_is_refused(base, tmp_path, conversations):
 def test_a_context_beyond_the_model_is_refused(base, conversations, tmp_path):
     with pytest.raises(UserError, match=r"context: 256 tokens, but .* was made for 128"):
         sft.run(make_config(tmp_path / "out", base, conversations, context=256))
+
+
+def test_an_adapter_of_our_own_network_gives_the_scores_that_were_measured(base, conversations, tmp_path):
+    from galenic.evaluate.models import open_model
+
+    sft.run(make_config(tmp_path / "a", base, conversations, lora=LoraConfig(rank=4)))
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    before, after = (row["answers"]["medical.train"] for row in rows if row["kind"] == "heldout")
+    assert after < 0.9 * before
+    assert not any("lm_head" in n for n in load_file(tmp_path / "a" / "model" / "adapter_model.safetensors"))
+    samples, _ = sft.encode_samples(str(conversations), load_tokenizer(base), 128)
+    model = open_model(f"{base}+{tmp_path / 'a' / 'model'}")
+    assert sft.answer_loss(model, samples, 128) == pytest.approx(after, rel=1e-4)

@@ -166,7 +166,7 @@ def test_a_killed_run_keeps_finished_models_and_ends_with_the_same_bytes(
     evaluated, folders, tokens_folder, tmp_path, monkeypatch
 ):
     config = config_of(folders, tokens_folder, tmp_path)
-    loaded, real = [], evaluate.load
+    loaded, real = [], evaluate.open_model
 
     def load(path):
         loaded.append(path)
@@ -174,7 +174,7 @@ def test_a_killed_run_keeps_finished_models_and_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return real(path)
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(evaluate, "open_model", load)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config)
     assert sorted(path.name for path in (tmp_path / "items").iterdir()) == ["one.json", "one.jsonl"]

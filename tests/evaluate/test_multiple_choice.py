@@ -54,6 +54,14 @@ def test_markers_in_a_question_are_text(tokenizer):
 class StraddlingTokenizer:
     """Characters are tokens, but ': f' is one token: the prompt's last character and the option's first."""
 
+    eos_token_id = 2
+
+    def __len__(self):
+        return 0
+
+    def __call__(self, text):
+        return {"input_ids": [1, *self.encode(text)]}
+
     def encode(self, text, **_):
         ids, i = [], 0
         while i < len(text):

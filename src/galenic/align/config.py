@@ -7,13 +7,29 @@ from galenic.runtime import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A LoRA adapter (PEFT) instead of the whole model."""
+
+    rank: int = 8
+    """Columns of the thin factors."""
+    alpha: float = 16
+    """The update is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=list)
+    """Ends of the names of the layers that are adapted. Default: all linear layers but the head."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise UserError(f"lora: rank {self.rank} and alpha {self.alpha:g} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Fine-tune an expert on conversations, loss on answers only."""
 
     out: str
-    """Output folder: `model/` and `metrics.jsonl`."""
+    """Output folder: `model/` (with `lora`: an adapter of the model) and `metrics.jsonl`."""
     model: str
-    """Model folder to start from."""
+    """Model folder to start from: ours, or of any causal language model that transformers knows."""
     conversations: str
     """JSON lines of {"messages": [{"role", "content"}, ...]} to train on."""
     heldout: str | None = None
@@ -28,6 +44,8 @@ class SftConfig:
     """Optimizer; the report starts from the learning rate at which annealing ended, 2e-5."""
     final_lr: float = 0.0
     """Learning rate at the end of the cosine."""
+    lora: LoraConfig | None = None
+    """Train an adapter; needs PEFT (`pip install 'galenic[lora]'`). Default: the whole model is trained."""
     guard: GuardConfig = field(default_factory=lambda: GuardConfig(max_skips=0))
     """Gradient guard; the report uses it in early pre-training only, so it is off here."""
     heldout_conversations: int = 200

@@ -2,15 +2,20 @@
 
 Packed samples cannot see each other (positions restart, attention and convolution stay inside a sample) and only
 the assistant's tokens carry loss. Source: Baichuan-M1 report, section 5.1.
+
+Models of other architectures are trained too, with their own chat template. transformers keeps packed samples apart by
+their positions in most of them; it is tried on the model itself, and one that mixes samples gets one a row.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from galenic.align.config import SftConfig
-from galenic.corpus.chat_format import PAD, encode_conversation
+from galenic.corpus.chat_format import PAD
+from galenic.corpus.chat_template import encode_chat
 from galenic.pretrain.packing import IGNORE, best_fit, collate
 from galenic.runtime import (
     Plan,
@@ -40,6 +45,7 @@ def plan(config: SftConfig) -> Plan:
             "conversations": human(count),
             "training": f"{steps} steps of {config.rows} x {config.context} tokens, learning rate "
             f"{config.optim.lr:g} to {config.final_lr:g} on a cosine",
+            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
         },
     )
 
@@ -58,7 +64,7 @@ def encode_samples(path: str, tokenizer: Any, context: int) -> tuple[list[Sample
     too_long = 0
     for number, row in enumerate(read_jsonl(path), start=1):
         try:
-            ids, answers = encode_conversation(tokenizer, row["messages"])
+            ids, answers = encode_chat(tokenizer, row["messages"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}:{number}: not a conversation ({error})") from None
         if not any(answers):
@@ -73,14 +79,23 @@ def encode_samples(path: str, tokenizer: Any, context: int) -> tuple[list[Sample
     return samples, too_long
 
 
-def pack_samples(samples: list[Sample], *, tokens: int, context: int, seed: int) -> list[list[int]]:
+def pack_samples(
+    samples: list[Sample], *, tokens: int, context: int, seed: int, alone: bool = False
+) -> list[list[int]]:
     """Packs whole conversations, epoch after epoch in a new order, into rows of `context` tokens.
+
+    Args:
+        samples: encoded conversations.
+        tokens: of all rows together, filling included.
+        context: tokens in a row.
+        seed: of the order.
+        alone: one conversation a row.
 
     Returns:
         Indices of the samples in each row, in training order, enough rows for `tokens`.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, 0x5F7]))
-    lengths = [len(ids) for ids, _ in samples]
+    lengths = [context if alone else len(ids) for ids, _ in samples]
     rows: list[list[int]] = []
     while len(rows) * context < tokens:
         order = generator.permutation(len(samples)).tolist()
@@ -89,41 +104,71 @@ def pack_samples(samples: list[Sample], *, tokens: int, context: int, seed: int)
     return rows[: max(1, tokens // context)]
 
 
-def answer_loss(model: Any, samples: list[Sample], context: int) -> float:
-    """Mean negative log-likelihood of the answers' tokens, nats per token."""
+def keeps_apart(model: Any, sample: Sample) -> bool:
+    """Whether the model keeps packed samples apart: another first sample must not change what the second one gives."""
     import torch
 
-    rows = best_fit([len(ids) for ids, _ in samples], context)
+    ids = sample[0]
+    outputs = []
+    for first in (ids, ids[::-1].copy()):
+        batch = collate([[(first, first), (ids, ids)]], 2 * len(ids), PAD)
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
+        with torch.no_grad():
+            # With a cache, transformers would not look for packed samples.
+            outputs.append(model(**inputs, use_cache=False).logits[0, len(ids) :].float())
+    return torch.allclose(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def answer_loss(model: Any, samples: list[Sample], context: int, alone: bool = False) -> float:
+    """Mean negative log-likelihood of the answers' tokens, nats per token."""
+    import torch
+    import torch.nn.functional as F
+
+    from galenic.model import BaichuanM1ForCausalLM
+
+    ours = isinstance(model, BaichuanM1ForCausalLM)
+    rows = best_fit([context if alone else len(ids) for ids, _ in samples], context)
     total = count = 0.0
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(rows), 8):
             batch = collate([[samples[i] for i in row] for row in rows[start : start + 8]], context, PAD)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            output = model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False)
-            total += float(output.loss)
-            count += int((batch["labels"][:, 1:] != IGNORE).sum())
+            targets = batch["labels"][:, 1:]
+            wanted = targets != IGNORE
+            if ours:
+                loss = model(**batch, num_items_in_batch=1, skip_logits=True, use_cache=False).loss
+            else:
+                del batch["labels"]
+                logits = model(**batch, use_cache=False).logits[:, :-1][wanted]
+                loss = F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+            total += float(loss)
+            count += int(wanted.sum())
     return total / count
 
 
 def run(config: SftConfig) -> None:
     """Fine-tunes; continues where a killed run stopped, to the same bytes."""
-    from galenic.model import load, load_tokenizer, save
+    from galenic.align.lora import add_adapter, save_adapter
+    from galenic.model import BaichuanM1ForCausalLM, load_tokenizer
+    from galenic.model.foreign import load_any, save_any
     from galenic.pretrain.loop import Trainer, cosine_decay, warmup_stable_decay
 
     torch_setup(config.seed)
     out = Path(config.out)
     if (out / "model").exists():
         return
-    model, tokenizer = load(config.model), load_tokenizer(config.model)
-    if config.context > model.config.max_position_embeddings:
+    model, tokenizer = load_any(config.model), load_tokenizer(config.model)
+    most = getattr(model.config, "max_position_embeddings", config.context)
+    if config.context > most:
         raise UserError(
-            f"context: {config.context} tokens, but {config.model} was made for "
-            f"{model.config.max_position_embeddings} (max_position_embeddings in its config.json)"
+            f"context: {config.context} tokens, but {config.model} was made for {most} "
+            "(max_position_embeddings in its config.json)"
         )
 
     # ---- data
     samples, too_long = encode_samples(config.conversations, tokenizer, config.context)
-    rows = pack_samples(samples, tokens=config.tokens, context=config.context, seed=config.seed)
+    alone = not isinstance(model, BaichuanM1ForCausalLM) and not keeps_apart(model, samples[0])
+    rows = pack_samples(samples, tokens=config.tokens, context=config.context, seed=config.seed, alone=alone)
     steps = len(rows) // config.rows
     if not steps:
         raise UserError(f"{config.conversations}: fewer than {config.rows} rows of {config.context} tokens")
@@ -141,10 +186,12 @@ def run(config: SftConfig) -> None:
         seen = [row["step"] for row in trainer.rows() if row["kind"] == "heldout"]
         if heldout and step not in seen:
             model.eval()
-            answers = {Path(str(config.heldout)).stem: answer_loss(model, heldout, config.context)}
+            answers = {Path(str(config.heldout)).stem: answer_loss(model, heldout, config.context, alone)}
             append_jsonl(out / "metrics.jsonl", {"kind": "heldout", "step": step, "answers": answers})
 
     # ---- training
+    if config.lora:
+        model = add_adapter(model, config.lora, config.seed)
     trainer = Trainer(model, config.optim, config.guard, out, config.checkpoint_seconds)
     trainer.resume()
     if trainer.step == 0:
@@ -162,20 +209,27 @@ def run(config: SftConfig) -> None:
     # ---- result
     model.eval()
     write_json(
-        out / "data.json", {"conversations": len(samples), "longer_than_context": too_long, "steps": steps}
+        out / "data.json",
+        {
+            "conversations": len(samples),
+            "longer_than_context": too_long,
+            "steps": steps,
+            "packed": not alone,
+        },
     )
+    made_of = Path(config.model) / "galenic.json"
     provenance = {
         "verb": "sft",
         "conversations": Path(config.conversations).name,
         "steps": steps,
-        "base": read_json(Path(config.model) / "galenic.json")
-        if (Path(config.model) / "galenic.json").exists()
-        else None,
+        **({"lora": asdict(config.lora)} if config.lora else {}),
+        "base": read_json(made_of) if made_of.exists() else None,
     }
-    save(
+    write = save_adapter if config.lora else save_any
+    write(
         model,
         out / "model",
-        tokenizer=config.model,
+        base=config.model,
         provenance=provenance,
         parents=[folder_name(config.model)],
     )

@@ -1,6 +1,7 @@
 """Room 7: measure what the models know.
 
-In: model folders, the tokenizer step (tokenizer and held-out token shards), questions, held-out conversations.
+In: model folders (or `base+adapter`), the tokenizer step (tokenizer and held-out token shards), questions, held-out
+conversations. Without a tokenizer step: the models' own tokenizer and chat template, and no documents.
 Out: `results.json` (one entry a model) and `items/<model>.jsonl` (one row a question, every score kept).
 
     held-out tokens ----> bits per byte, one number a domain --------+
@@ -10,6 +11,6 @@ Out: `results.json` (one entry a model) and `items/<model>.jsonl` (one row a que
                             +--> normalised average over the experts' domains (MetaGPT, arXiv 2406.11385, section 4)
 
 `statistics` holds the intervals and averages, `likelihood` the log-probabilities of tokens, `bits_per_byte` and
-`multiple_choice` the two measures, `inputs` what is read and refused. `evaluate` is the verb that runs them over all
-models; `chat` talks to one model in the terminal.
+`multiple_choice` the two measures, `models` opens a model, `inputs` what is read and refused. `evaluate` is the verb
+that runs them over all models; `chat` talks to one model in the terminal.
 """

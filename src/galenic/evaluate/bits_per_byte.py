@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from galenic.corpus.chat_format import encode_conversation
+from galenic.corpus.chat_template import encode_chat
+from galenic.runtime import UserError
 
 from .likelihood import Advance, token_log_probs
 
@@ -39,8 +40,15 @@ def document(ids: np.ndarray, size: int) -> Scored:
 
 
 def conversation(tokenizer: Any, messages: list[dict[str, str]]) -> Scored:
-    """Prepares a conversation in the chat format: the assistant's tokens count, their closing `</s>` included."""
-    ids, answers = encode_conversation(tokenizer, messages)
+    """Prepares a conversation in the tokenizer's chat format: the assistant's tokens count, the ends of turns included.
+
+    Raises:
+        UserError: the tokenizer's chat template does not allow it.
+    """
+    try:
+        ids, answers = encode_chat(tokenizer, messages)
+    except ValueError as error:
+        raise UserError(f"a conversation cannot be scored: {error}") from None
     size = sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
     return Scored(ids=np.array(ids, dtype=np.int64), counted=np.array(answers, dtype=bool), bytes=size)
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from galenic.corpus.chat_format import EOS, PAD, encode_conversation
-from galenic.model import load, load_tokenizer
+from galenic.corpus.chat_template import encode_chat
+from galenic.model import load_tokenizer
+from galenic.model.foreign import load_any
 from galenic.runtime import Plan, UserError, human, torch_setup
 
 from .config import ChatConfig
@@ -39,7 +40,7 @@ def run(config: ChatConfig) -> None:
     """
     _weights(config.model)
     torch_setup(config.seed)
-    model, tokenizer = load(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_any(config.model), load_tokenizer(config.model)
     print(NOTICE, file=sys.stderr, flush=True)
     terminal = sys.stdin.isatty()
     if terminal:
@@ -92,7 +93,12 @@ def _turn(
     context = int(model.config.max_position_embeddings)
     length = min(config.max_new_tokens, context // 2)
     history.append({"role": "user", "content": question})
-    ids, dropped = fit(tokenizer, history, context - length)
+    try:
+        ids, dropped = fit(tokenizer, history, context - length)
+    except ValueError as error:  # a template that takes no such conversation, or a marker in the question
+        history.pop()
+        print(f"[{error}]", file=sys.stderr, flush=True)
+        return
     if not ids:
         history.pop()
         print(f"[too long: the model reads at most {context - length} tokens]", file=sys.stderr, flush=True)
@@ -105,8 +111,8 @@ def _turn(
         max_new_tokens=length,
         do_sample=sampling,
         **({"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if sampling else {}),
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     prompt = torch.tensor([ids])
     try:
@@ -126,7 +132,7 @@ def fit(tokenizer: Any, history: list[dict[str, str]], room: int) -> tuple[list[
     """
     first = 1 if history[0]["role"] == "system" else 0
     kept = list(history)
-    while len(ids := encode_conversation(tokenizer, kept)[0]) > room:
+    while len(ids := encode_chat(tokenizer, kept)[0]) > room:
         if len(kept) - first < 2:
             return [], 0
         del kept[first : first + 2]

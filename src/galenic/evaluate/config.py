@@ -1,5 +1,6 @@
 """What the verbs `evaluate` and `chat` can be told. Torch-free."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,11 @@ from galenic.runtime import UserError, nearest
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+def model_parts(model: str) -> list[str]:
+    """Returns the folders a model is made of: itself, or a base and a LoRA adapter written `base+adapter`."""
+    return [model] if "+" not in model or os.path.exists(model) else model.split("+", 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Measures models on held-out text, conversations and multiple-choice questions."""
@@ -16,11 +22,12 @@ class EvaluateConfig:
     out: str
     """Output folder: results.json and items/."""
     models: dict[str, str]
-    """Name -> model folder; evaluated and reported in this order."""
+    """Name -> model folder, or `base+adapter` for a LoRA adapter; evaluated and reported in this order."""
     groups: dict[str, Literal["base", "expert", "merge", "flattened"]] = field(default_factory=dict)
     """Model name -> its part in the pipeline; the report colours by it. Models left out are `other`."""
-    tokens: str
-    """Tokenizer step folder: the tokenizer, and tokens/<source>.heldout.* for the bits per byte."""
+    tokens: str | None = None
+    """Tokenizer step folder: the tokenizer, and tokens/<source>.heldout.* for the bits per byte. Without it the
+    models' own tokenizer is used, and bits per byte are those of the conversations' answers only."""
     questions: str | None = None
     """Folder of <kind>.jsonl question files; without it no accuracy is measured."""
     conversations: str | None = None
@@ -36,7 +43,8 @@ class EvaluateConfig:
     conversations_per_set: int = 100
     """At most so many held-out conversations of each set."""
     prompt: Literal["plain", "chat"] = "plain"
-    """`plain`: <s>Question: ... Answer: and the option; `chat`: <B_SYS>...<C_Q>...<C_A> and the option."""
+    """`plain`: <s>Question: ... Answer: and the option; `chat`: <B_SYS>...<C_Q>...<C_A> and the option, or the chat
+    template of a tokenizer that is not ours."""
     system: str | None = None
     """System message of the chat prompt; none takes the chat format's own."""
     scoring: Literal["total", "per_byte", "pmi"] = "per_byte"
@@ -52,8 +60,9 @@ class EvaluateConfig:
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        optional = [path for path in (self.questions, self.conversations) if path is not None]
-        return [*self.models.values(), self.tokens, *optional]
+        optional = (self.tokens, self.questions, self.conversations)
+        models = [part for model in self.models.values() for part in model_parts(model)]
+        return [*dict.fromkeys(models), *(path for path in optional if path is not None)]
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -69,6 +78,8 @@ class EvaluateConfig:
         for kind, name in self.experts.items():
             if name not in self.models:
                 raise UserError(f"experts.{kind}: no model is called '{name}'{nearest(name, self.models)}")
+        if self.tokens is None and self.questions is None and self.conversations is None:
+            raise UserError("nothing to evaluate on: name tokens, questions or conversations")
         if self.experts and self.questions is None:
             raise UserError("experts needs questions: the normalised average is over their accuracies")
         if self.system is not None and self.prompt != "chat":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from galenic.model import load, load_tokenizer
+from galenic.model import load_tokenizer
 from galenic.runtime import (
     Bar,
     Plan,
@@ -28,7 +28,8 @@ from galenic.runtime import (
 
 from . import inputs, multiple_choice
 from .bits_per_byte import Scored, bits_per_byte, conversation
-from .config import EvaluateConfig
+from .config import EvaluateConfig, model_parts
+from .models import open_model, weight_files
 from .multiple_choice import Prompted, PromptFormat
 from .statistics import normalised_average, wilson
 
@@ -43,7 +44,7 @@ def plan(config: EvaluateConfig) -> Plan:
     conversations = inputs.load_conversations(config)
     sources = inputs.heldout_sources(config)
     heldout = sum(min(entry["heldout"]["tokens"], config.heldout_tokens) for entry in sources.values())
-    weights = [_weights(name, path) for name, path in config.models.items()]
+    weights = [weight_files(name, path) for name, path in config.models.items()]
     count = sum(len(rows) for rows in questions.values())
     facts = {
         "models": f"{len(config.models)} ({human_bytes(sum(f.stat().st_size for w in weights for f in w))} of weights)",
@@ -69,7 +70,7 @@ def run(config: EvaluateConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     for name, path in config.models.items():
-        _weights(name, path)  # a wrong path is refused before any work
+        weight_files(name, path)  # a wrong path is refused before any work
     material = _load(config)
     items = Path(config.out) / "items"
     with progress(len(config.models) * material.work, "evaluate", unit="tokens") as bar:
@@ -107,7 +108,7 @@ class _Material:
 
 
 def _load(config: EvaluateConfig) -> _Material:
-    tokenizer = load_tokenizer(config.tokens)
+    tokenizer = load_tokenizer(_tokenizer_place(config))
     conversations = inputs.load_conversations(config)
     return _Material(
         tokenizer=tokenizer,
@@ -120,19 +121,9 @@ def _load(config: EvaluateConfig) -> _Material:
     )
 
 
-def _weights(name: str, path: str) -> list[Path]:
-    """Returns a model folder's weight files.
-
-    Raises:
-        UserError: no folder, or no weights in it.
-    """
-    folder = inputs.folder(path, f"models.{name}")
-    files = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not files:
-        raise UserError(
-            f"models.{name}: {path} is not a model folder (config.json and *.safetensors expected)"
-        )
-    return files
+def _tokenizer_place(config: EvaluateConfig) -> str:
+    """Returns where the tokenizer of all models is: in the tokenizer step, or with the first model."""
+    return config.tokens or model_parts(next(iter(config.models.values())))[0]
 
 
 # ---------------------------------------------------------------------------- one model
@@ -143,10 +134,11 @@ def _evaluate(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns a model's numbers and its rows, one a question."""
     path = config.models[name]
-    model = load(path)
-    if load_tokenizer(path).get_vocab() != material.tokenizer.get_vocab():
+    parts = model_parts(path)
+    model = open_model(path)
+    if load_tokenizer(parts[0]).get_vocab() != material.tokenizer.get_vocab():
         raise UserError(
-            f"models.{name}: {path} has another tokenizer than {config.tokens}; their tokens differ"
+            f"models.{name}: {path} has another tokenizer than {_tokenizer_place(config)}; their tokens differ"
         )
     context = int(model.config.max_position_embeddings)
 
@@ -167,7 +159,7 @@ def _evaluate(
     }
     rows, accuracy = _answer(config, model, material, context, bar, name)
     numbers = {
-        "path": folder_name(path),
+        "path": "+".join(map(folder_name, parts)),
         "group": config.groups.get(name, "other"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bits_per_byte": heldout,
@@ -315,10 +307,13 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         ids, text = prompt.parts(material.tokenizer, question)
         return material.tokenizer.decode(ids) + text + prompt.join + "{option}"
 
-    return {
+    documents = {
         "bits_per_byte": "sum over text tokens of -log2 p, divided by the UTF-8 bytes of the text; <s> and </s> are "
         "not counted; documents longer than the context are scored in windows that advance by half a context; whole "
-        f"held-out documents, sampled by seed {config.seed} until {config.heldout_tokens} tokens a source",
+        f"held-out documents, sampled by seed {config.seed} until {config.heldout_tokens} tokens a source"
+    }
+    return {
+        **(documents if material.heldout else {}),
         "answers": "bits per byte of the assistant's turns in the chat format, given all before them; the end-of-turn "
         f"token counts in the bits, not in the bytes; at most {config.conversations_per_set} conversations a set",
         "accuracy": f"the option with the highest score '{config.scoring}' after the prompt; the first of equals; "

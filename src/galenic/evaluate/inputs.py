@@ -110,9 +110,13 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
 def heldout_sources(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Returns tokens/meta.json's entry of every source that has held-out documents, in alphabetical order.
 
+    Without a tokenizer step there are none.
+
     Raises:
         UserError: not a tokenizer step folder, or nothing is held out.
     """
+    if config.tokens is None:
+        return {}
     sources = read_meta(folder(config.tokens, "tokens"))["sources"]
     found = {name: sources[name] for name in sorted(sources) if sources[name]["heldout"]["documents"]}
     if not found:
@@ -124,7 +128,7 @@ def heldout_sources(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 def load_heldout(config: EvaluateConfig, source: str) -> list[Scored]:
     """Returns a source's sampled held-out documents: whole documents until `heldout_tokens` is reached."""
-    shard = read_shard(config.tokens, source, "heldout")
+    shard = read_shard(str(config.tokens), source, "heldout")
     order = sorted(
         range(len(shard)), key=lambda i: hashlib.sha256(f"{config.seed}:{source}:{i}".encode()).digest()
     )

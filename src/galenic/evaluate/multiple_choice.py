@@ -1,7 +1,7 @@
 r"""Multiple choice by likelihood: the option the model finds likeliest after the prompt.
 
     plain:  <s>Question: {question}\nAnswer: {option}
-    chat:   <B_SYS>{system}<C_Q>{question}<C_A>{option}
+    chat:   <B_SYS>{system}<C_Q>{question}<C_A>{option}      (or the chat template of a tokenizer that is not ours)
 
 Three scores of an option o after a prompt x, from one pass over it:
 
@@ -28,7 +28,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from galenic.corpus.chat_format import BOS, encode_conversation, encode_text
+from galenic.corpus.chat_format import BOS, encode_text
+from galenic.corpus.chat_template import encode_chat, is_ours
 from galenic.runtime import UserError
 
 from .likelihood import Advance, target_log_probs
@@ -70,15 +71,25 @@ class PromptFormat:
             question: the question; none gives the bare prompt of the pmi score.
         """
         if self.name == "plain":
-            return [BOS], BARE if question is None else f"Question: {question}\n{BARE}"
+            return _start(tokenizer), BARE if question is None else f"Question: {question}\n{BARE}"
         messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         messages.append({"role": "user", "content": BARE if question is None else question})
-        return encode_conversation(tokenizer, messages)[0], ""
+        try:
+            return encode_chat(tokenizer, messages)[0], ""
+        except ValueError as error:
+            raise UserError(f"a question cannot be put: {error}") from None
 
     @property
     def join(self) -> str:
         """What stands between the prompt and the option."""
         return " " if self.name == "plain" else ""
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """Returns what a text begins with: `<s>`, or what another tokenizer puts there by itself, which may be nothing."""
+    if is_ours(tokenizer):
+        return [BOS]
+    return [index for index in tokenizer("")["input_ids"] if index != tokenizer.eos_token_id]
 
 
 def tokenize(

@@ -8,7 +8,8 @@
                                    v
     model/ + flatten.json <-- proof: outputs, losses and Hessian trace before and after; what breaks a budget goes back
 
-Comes in: a model folder and the token shards of the tokenizer step. Goes out: `model/` and `flatten.json`.
+Comes in: a model folder and the token shards of the tokenizer step, or conversations. Goes out: `model/` and
+`flatten.json`.
 
 Source: "Improving Generalization of Deep Neural Networks by Optimum Shifting", arXiv 2405.14111. What to expect, since
 the mathematics says so: with more training tokens than input dimensions the exact shift has nothing to move (the

@@ -14,9 +14,14 @@ class FlattenConfig:
     out: str
     """Output folder: receives `model/` and `flatten.json`."""
     model: str
-    """Model folder."""
-    tokens: str
+    """Model folder: ours, or of any causal language model that transformers knows."""
+    tokens: str | None = None
     """Output folder of the tokenizer step; its shards are the training text."""
+    conversations: list[str] = field(default_factory=list)
+    """Instead of `tokens`: JSON-lines files of conversations, encoded by the model's own tokenizer and chat template.
+    Each gives an equal share; the loss is that of the answers."""
+    heldout: list[str] = field(default_factory=list)
+    """With `conversations`: files of conversations the loss is proved on."""
     sources: list[str] | dict[str, float] = field(default_factory=list)
     """Which sources of training text to use: names (shares by their size), or name -> share. Default: all of them."""
     train_tokens: int = 32768
@@ -50,8 +55,15 @@ class FlattenConfig:
         """Refuses contradictions before any work.
 
         Raises:
-            UserError: a number out of range, a budget for the exact mode, shares that are not positive, no layers.
+            UserError: no text or two kinds of it, a number out of range, a budget for the exact mode, shares that are
+                not positive, no layers.
         """
+        if (self.tokens is None) == (not self.conversations):
+            raise UserError("tokens: give a tokenizer step's folder, or conversations; one of the two")
+        if bool(self.conversations) != bool(self.heldout):
+            raise UserError("heldout: conversations to train on and to prove the loss on go together")
+        if self.conversations and self.sources:
+            raise UserError("sources: are of tokens; conversations are files of their own")
         for name in ("train_tokens", "heldout_tokens", "batch_rows", "trace_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is less than 1")
@@ -84,7 +96,7 @@ class FlattenConfig:
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        return [self.model, self.tokens]
+        return [self.model, *([self.tokens] if self.tokens else []), *self.conversations, *self.heldout]
 
     @property
     def budget(self) -> float:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from galenic.align.sft import keeps_apart
 from galenic.flatten.apply import output_changes, propose, weight_of
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.curvature import TraceEstimate, hessian_trace, standard_error
@@ -25,8 +27,18 @@ from galenic.flatten.text import (
     source_tokens,
     summed_loss,
 )
-from galenic.model import BaichuanM1ForCausalLM, load, save
-from galenic.runtime import Plan, folder_name, human, progress, read_json, torch_setup, write_json
+from galenic.model import BaichuanM1ForCausalLM, load_tokenizer
+from galenic.model.foreign import load_any, save_any
+from galenic.runtime import (
+    Plan,
+    UserError,
+    folder_name,
+    human,
+    progress,
+    read_json,
+    torch_setup,
+    write_json,
+)
 
 PROBATION_ROWS = 8
 """Rows of training text on which every layer's own change of the loss is measured."""
@@ -36,7 +48,7 @@ def plan(config: FlattenConfig) -> Plan:
     """Tells what flattening would read, write and need.
 
     Raises:
-        UserError: the model folder or the token shards are missing, or a source is unknown.
+        UserError: the model folder or the text is missing, or a source is unknown.
     """
     from galenic.merge.io import Checkpoint
 
@@ -45,8 +57,13 @@ def plan(config: FlattenConfig) -> Plan:
         widths = [i.shape[1] for n, i in weights.tensors.items() if len(i.shape) == 2 and "embed" not in n]
         files = [str(file) for file in weights.files]
     settings = read_json(Path(config.model) / "config.json")
-    train = sum(source_tokens(config, "train", config.train_tokens).values())
-    heldout = sum(source_tokens(config, "heldout", config.heldout_tokens).values())
+    train, heldout = config.train_tokens, config.heldout_tokens
+    for file in [*config.conversations, *config.heldout]:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file")
+    if config.tokens:
+        train = sum(source_tokens(config, "train", train).values())
+        heldout = sum(source_tokens(config, "heldout", heldout).values())
     facts = {
         "mode": config.mode + (f", outputs move by {config.budget:g} of their norm" if config.budget else ""),
         "parameters": human(parameters),
@@ -62,7 +79,10 @@ def plan(config: FlattenConfig) -> Plan:
     if train < max(widths):
         facts["warning"] = "less training text than inputs of the widest layer: shifts may harm other text"
     return Plan(
-        reads=[*files, f"{config.tokens}/tokens/"],
+        reads=[
+            *files,
+            *([f"{config.tokens}/tokens/"] if config.tokens else config.conversations + config.heldout),
+        ],
         writes=[f"{config.out}/model/", f"{config.out}/flatten.json"],
         facts=facts,
     )
@@ -75,10 +95,11 @@ def run(config: FlattenConfig) -> None:
         UserError: missing inputs, an unknown layer pattern, NaN or infinity in activations.
     """
     torch_setup(config.seed)
-    model = load(config.model, attn_implementation="eager")  # the other kernels have no second derivative
+    model = load_any(config.model, attn_implementation="eager")  # the other kernels have no second derivative
     notes = _prepare_head(model, config)
-    train = read_rows(config, "train", config.train_tokens)
-    heldout = read_rows(config, "heldout", config.heldout_tokens)
+    alone = _must_be_alone(model, config)
+    train = read_rows(config, "train", config.train_tokens, alone)
+    heldout = read_rows(config, "heldout", config.heldout_tokens, alone)
     names = select_layers(model, config.layers)
 
     # ------------------------------------------------------------------------ measure, as it is
@@ -116,19 +137,41 @@ def run(config: FlattenConfig) -> None:
         "loss": losses,
         "notes": result["notes"],
     }
-    save(
+    save_any(
         model,
         Path(config.out) / "model",
-        tokenizer=config.model,
+        base=config.model,
         provenance=provenance,
         parents=[folder_name(config.model)],
     )
     write_json(Path(config.out) / "flatten.json", result)
 
 
-def _prepare_head(model: BaichuanM1ForCausalLM, config: FlattenConfig) -> list[str]:
+def _must_be_alone(model: nn.Module, config: FlattenConfig) -> bool:
+    """Whether a model of another architecture mixes packed samples, so that each needs a row of its own.
+
+    Raises:
+        UserError: the token shards are of another tokenizer than the model's.
+    """
+    if isinstance(model, BaichuanM1ForCausalLM):
+        return False
+    if (
+        config.tokens
+        and load_tokenizer(config.tokens).get_vocab() != load_tokenizer(config.model).get_vocab()
+    ):
+        raise UserError(
+            f"tokens: {config.tokens} has another tokenizer than {config.model}; give conversations instead"
+        )
+    ids = np.arange(4, 20)
+    mixes = not keeps_apart(model, (ids, ids))
+    if mixes and config.tokens:
+        raise UserError(f"{config.model}: mixes packed documents; give conversations instead of tokens")
+    return mixes
+
+
+def _prepare_head(model: nn.Module, config: FlattenConfig) -> list[str]:
     """Turns a NormHead into a plain head of the same outputs if asked to; returns what to note."""
-    if not model.config.norm_head:
+    if not isinstance(model, BaichuanM1ForCausalLM) or not model.config.norm_head:
         return []
     if config.head == "skip":
         return [

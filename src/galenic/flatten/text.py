@@ -1,16 +1,19 @@
-"""Rows of text for statistics, losses and curvature: whole documents packed as in training."""
+"""Rows of text for statistics, losses and curvature: whole documents or conversations packed as in training."""
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from galenic.align.sft import encode_samples
 from galenic.corpus.chat_format import PAD
 from galenic.corpus.shards import read_meta, read_shard
 from galenic.flatten.config import FlattenConfig
-from galenic.pretrain.packing import IGNORE, collate, phase_rows
+from galenic.model import load_tokenizer
+from galenic.pretrain.packing import IGNORE, best_fit, collate, phase_rows
 from galenic.runtime import UserError
 
 
@@ -37,8 +40,9 @@ def source_tokens(config: FlattenConfig, split: str, tokens: int) -> dict[str, f
     Raises:
         UserError: an unknown source, or no text at all.
     """
-    names = list(config.sources) or list(read_meta(config.tokens)["sources"])
-    sizes = {name: len(read_shard(config.tokens, name, split).tokens) for name in names}
+    place = str(config.tokens)
+    names = list(config.sources) or list(read_meta(place)["sources"])
+    sizes = {name: len(read_shard(place, name, split).tokens) for name in names}
     shares = config.sources if isinstance(config.sources, dict) else sizes
     whole = sum(shares[name] for name in names)
     amounts = {name: min(sizes[name], tokens * shares[name] / whole) for name in names if sizes[name]}
@@ -47,10 +51,43 @@ def source_tokens(config: FlattenConfig, split: str, tokens: int) -> dict[str, f
     return amounts
 
 
-def read_rows(config: FlattenConfig, split: str, tokens: int) -> list[Batch]:
-    """Packs about so many tokens of a split into rows, chosen by the config's seed, and batches them."""
+def read_rows(config: FlattenConfig, split: str, tokens: int, alone: bool = False) -> list[Batch]:
+    """Packs about so many tokens of a split into rows, chosen by the config's seed, and batches them.
+
+    Args:
+        config: names the text.
+        split: `train` or `heldout`.
+        tokens: filling included.
+        alone: one conversation a row, for models that would mix packed ones.
+    """
+    laid = (
+        _conversations(config, split, tokens, alone)
+        if config.conversations
+        else _documents(config, split, tokens)
+    )
+    batches = []
+    for start in range(0, len(laid), config.batch_rows):
+        rows = laid[start : start + config.batch_rows]
+        batch = collate(rows, config.row_length, PAD)
+        lengths = torch.tensor([sum(len(text) for text, _ in row) for row in rows])
+        batches.append(
+            Batch(
+                labels=batch.pop("labels"),
+                mask=torch.arange(config.row_length) < lengths[:, None],
+                inputs=batch | {"use_cache": False},
+            )
+        )
+    return batches
+
+
+Row = list[tuple[np.ndarray, np.ndarray]]
+"""The documents of a row as (token ids, labels)."""
+
+
+def _documents(config: FlattenConfig, split: str, tokens: int) -> list[Row]:
+    """Draws documents of the tokenizer step; every token is a label."""
     amounts = source_tokens(config, split, tokens)
-    shards = {name: read_shard(config.tokens, name, split) for name in amounts}
+    shards = {name: read_shard(str(config.tokens), name, split) for name in amounts}
     rows = phase_rows(
         shards,
         amounts,
@@ -59,19 +96,30 @@ def read_rows(config: FlattenConfig, split: str, tokens: int) -> list[Batch]:
         seed=config.seed,
         name=f"flatten-{split}",
     )[: max(1, tokens // config.row_length)]
-    batches = []
-    for start in range(0, len(rows), config.batch_rows):
-        laid = []
-        for row in rows[start : start + config.batch_rows]:
-            texts = [shards[p.source].document(p.document)[p.start : p.start + p.length] for p in row]
-            laid.append([(text, text) for text in texts])
-        batch = collate(laid, config.row_length, PAD)
-        labels = batch.pop("labels")
-        mask = batch["input_ids"] != PAD
-        batches.append(
-            Batch(inputs=batch | {"use_cache": False}, labels=labels.masked_fill(~mask, IGNORE), mask=mask)
-        )
-    return batches
+    laid = []
+    for row in rows:
+        texts = [shards[p.source].document(p.document)[p.start : p.start + p.length] for p in row]
+        laid.append([(text, text) for text in texts])
+    return laid
+
+
+def _conversations(config: FlattenConfig, split: str, tokens: int, alone: bool) -> list[Row]:
+    """Draws conversations, an equal share of each file and none twice; answers are labels."""
+    tokenizer = load_tokenizer(config.model)
+    files = config.conversations if split == "train" else config.heldout
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, split == "train"]))
+    chosen: Row = []
+    for file in files:
+        samples, _ = encode_samples(file, tokenizer, config.row_length)
+        drawn = 0
+        for index in generator.permutation(len(samples)).tolist():
+            if drawn >= tokens / len(files):
+                break
+            chosen.append(samples[index])
+            drawn += config.row_length if alone else len(samples[index][0])
+    packed = best_fit([config.row_length if alone else len(ids) for ids, _ in chosen], config.row_length)
+    order = generator.permutation(len(packed))[: max(1, tokens // config.row_length)]
+    return [[chosen[i] for i in packed[j]] for j in order]
 
 
 def first_rows(batches: list[Batch], count: int) -> list[Batch]:

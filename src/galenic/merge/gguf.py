@@ -1,17 +1,15 @@
 """Models in GGUF files: dequantised once into a folder of safetensors, then merged as any other.
 
-transformers knows the files' layouts and the `gguf` package (`pip install 'galenic[gguf]'`) their codes. Unlike the
-merge itself, the conversion holds a whole model in memory, in float32. Its result lies beside the remembered
-statistics and may be removed at any time.
+Unlike the merge itself, the conversion (`galenic.model.convert`) holds a whole model in memory, in float32. Its result
+lies beside the remembered statistics and may be removed at any time.
 """
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 from galenic.merge.cache import cache_folder
+from galenic.model.convert import convert_gguf
 from galenic.runtime import UserError, atomic_path
 
 
@@ -52,35 +50,3 @@ def dequantised(file: Path, convert: bool = True) -> Path:
         folder.mkdir(parents=True)
         convert_gguf(file, folder)
     return out
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Writes a GGUF file's model into a folder.
-
-    Raises:
-        UserError: no `gguf` package, or a model that transformers cannot read from GGUF.
-    """
-    try:
-        import gguf  # noqa: F401  # transformers needs it and asks for it in many words
-    except ImportError:
-        raise UserError(f"{file}: GGUF files are read with a package: pip install 'galenic[gguf]'") from None
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        stored = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-    except Exception as error:  # gguf and transformers raise whatever they meet
-        raise UserError(f"{file}: cannot be read as GGUF ({' '.join(str(error).split())[:300]})") from None
-    # A model of the same config that does not think it is quantised, so that it can be saved.
-    values = {key: value for key, value in stored.config.to_dict().items() if key != "quantization_config"}
-    model = type(stored)(type(stored.config).from_dict(values)).to(torch.float32)
-    model.load_state_dict(stored.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for card in sorted(file.parent.glob("LICEN*")):
-        shutil.copyfile(card, folder / card.name)

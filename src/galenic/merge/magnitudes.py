@@ -111,10 +111,10 @@ def _largest(
         )
     ]
     wanted = sorted({(s, group) for s, row in enumerate(groups) for group, _ in row})
-    places = np.full((len(ranks), 1 << COARSE_BITS), -1, dtype=np.int32)
+    places = np.full((len(ranks), 1 << COARSE_BITS), len(wanted), dtype=np.uint32)  # the last is for all others
     for place, (s, group) in enumerate(wanted):
         places[s, group] = place
-    inside = _counted(fine, blocks, (len(wanted), 1 << FINE_BITS), over, bar)
+    inside = _counted(fine, blocks, (len(wanted) + 1, 1 << FINE_BITS), over, bar)
     found = []
     for s, (row, own) in enumerate(zip(ranks, groups, strict=True)):
         found.append([])

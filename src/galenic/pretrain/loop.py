@@ -7,7 +7,7 @@ draws no random number, so a resumed run repeats the uninterrupted one bit for b
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint, then removes older ones."""
         tensors = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             tensors[f"model.{name}"] = parameter.detach()
             state = self.optimizer.state.get(parameter, {})
             for key, value in state.items():
@@ -191,6 +191,10 @@ class Trainer:
             remove(old)
         self.saved_at = time.monotonic()
 
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The parameters that training changes: all, or an adapter's."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
     def _checkpoints(self) -> list[Path]:
         return sorted(self.out.glob("checkpoint-*"))
 
@@ -200,7 +204,7 @@ class Trainer:
         if found:
             tensors = load_file(found[-1] / "state.safetensors")
             with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
+                for name, parameter in self._trained():
                     parameter.copy_(tensors[f"model.{name}"])
                     self.optimizer.state[parameter] = {
                         key: tensors[f"optimizer.{key}.{name}"]

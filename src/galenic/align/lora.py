@@ -1,0 +1,60 @@
+"""LoRA (arXiv 2106.09685) through PEFT, an optional dependency: an adapter is trained, the model stays as it is."""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from galenic.align.config import LoraConfig
+from galenic.runtime import UserError, atomic_path, folder_name, read_json, write_json
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("lora: adapters are trained with a package: pip install 'galenic[lora]'") from None
+    return peft
+
+
+def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
+    """Puts an adapter that changes nothing yet on a model and freezes the rest.
+
+    Raises:
+        UserError: PEFT is not installed, or a target is no layer of the model.
+    """
+    import torch
+
+    peft = _peft()
+    torch.manual_seed(seed)  # of the first factor; the second starts at zero
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.targets or "all-linear",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from None
+
+
+def save_adapter(
+    model: Any, folder: str | Path, *, base: str, provenance: dict[str, Any], parents: Iterable[str]
+) -> None:
+    """Writes a PEFT adapter folder: all of it, or nothing. The same inputs give the same bytes."""
+    from galenic.model.foreign import write_card
+
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        # PEFT keeps the names of layers in a set, whose order changes from run to run, and the base's place.
+        settings = read_json(temporary / "adapter_config.json")
+        if isinstance(settings["target_modules"], list):
+            settings["target_modules"] = sorted(settings["target_modules"])
+        settings["base_model_name_or_path"] = folder_name(base)
+        write_json(temporary / "adapter_config.json", settings)
+        write_json(temporary / "galenic.json", provenance)
+        write_card(temporary, provenance, parents, "a LoRA adapter of PEFT's, for that base alone")
