@@ -111,7 +111,9 @@ def _largest(
         )
     ]
     wanted = sorted({(s, group) for s, row in enumerate(groups) for group, _ in row})
-    places = np.full((len(ranks), 1 << COARSE_BITS), len(wanted), dtype=np.uint32)  # the last is for all others
+    places = np.full(
+        (len(ranks), 1 << COARSE_BITS), len(wanted), dtype=np.uint32
+    )  # the last is for all others
     for place, (s, group) in enumerate(wanted):
         places[s, group] = place
     inside = _counted(fine, blocks, (len(wanted) + 1, 1 << FINE_BITS), over, bar)
