@@ -30,6 +30,7 @@ import yaml
 
 from galenic import __version__
 from galenic.cli import VERBS, parse_config, print_plan
+from galenic.ranks import gathered, process_group, rank, ranks
 from galenic.runtime import (
     UserError,
     atomic_path,
@@ -46,6 +47,8 @@ from galenic.runtime import (
 
 PACKAGE = Path(__file__).parent
 STEP_NAME = re.compile(r"(\d\d)-([a-z]+)(-[a-z0-9-]+)?")
+SHARED = ("merge",)
+"""Verbs whose work several processes can share."""
 HASH_WHOLE_BELOW = 64 * 2**20
 """Bytes: larger input files are known by size and time of change, as hashing them would take minutes."""
 
@@ -250,11 +253,38 @@ def run_verb(verb: str, config: Any) -> None:
     Raises:
         UserError: the output folder holds something else.
     """
+    if ranks() > 1 and verb not in SHARED:
+        raise UserError(f"{verb}: runs in one process, but {ranks()} were started; leave the launcher out")
+    with process_group():
+        state, marks = "", {}
+        refused: Exception | None = None
+        if rank() == 0:
+            try:
+                marks = _checked(verb, config)
+                state = "run" if marks else "done"
+            except (UserError, OSError) as error:
+                state, refused = "refused", error
+        state = gathered(state)[0]  # what process 0 found
+        if refused:
+            raise refused
+        if state == "refused":
+            sys.exit(2)  # process 0 says why
+        if state == "done":
+            return
+        if rank() == 0:
+            run_step(verb, config, marks)
+            print(f"{config.out}: done")
+        else:
+            importlib.import_module(VERBS[verb][1]).run(config)
+
+
+def _checked(verb: str, config: Any) -> dict[str, Any]:
+    """Returns the marks of what is to be run; none if it is done."""
     out = Path(config.out)
     marks = fingerprint(verb, config, None)
     if is_done(out, marks):
         print(f"{out}: already done")
-        return
+        return {}
     if out.exists() and any(out.iterdir()):
         ours = (out / "provenance.json").exists()
         if not ours or read_json(out / "provenance.json")["fingerprint"] != marks["fingerprint"]:
@@ -262,8 +292,7 @@ def run_verb(verb: str, config: Any) -> None:
                 f"{out}: holds {'the result of another configuration' if ours else 'other files'}; "
                 "choose another --out or remove it"
             )
-    run_step(verb, config, marks)
-    print(f"{out}: done")
+    return marks
 
 
 # ---------------------------------------------------------------------------- a whole recipe
@@ -294,6 +323,8 @@ def _locked(run_dir: Path, recipe: str) -> Iterator[None]:
 
 def build(recipe: Path, run_dir: Path) -> None:
     """Builds a recipe: every step done, in order, in `run_dir`."""
+    if ranks() > 1:
+        raise UserError(f"build: runs in one process, but {ranks()} were started; leave the launcher out")
     steps = read_recipe(recipe, run_dir)
     started = time.monotonic()
     with _locked(run_dir, recipe.name):

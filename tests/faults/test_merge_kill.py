@@ -82,7 +82,7 @@ def survives(tmp_path, recipe, expected, stop, when):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     visible = contents(out / "model") if (out / "model").exists() else None
     assert visible is None or visible == expected["model"]
-    journal = out / ".model.partial/.journal"
+    journal = out / ".model.partial/.journal/0"
     lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
     merge(recipe, out)
     assert contents(out) == expected["out"]
@@ -106,7 +106,7 @@ def killed_in_the_middle(tmp_path, recipe):
     for stop in range(6, 30):
         out = tmp_path / f"middle-{stop}"
         assert run(recipe, out, stop, "before").returncode == -signal.SIGKILL
-        journal = out / ".model.partial/.journal"
+        journal = out / ".model.partial/.journal/0"
         if journal.exists() and journal.read_text():
             return out
     raise AssertionError("no merge noted its blocks")
@@ -142,7 +142,7 @@ def test_another_recipe_does_not_go_on_with_what_is_there(tmp_path, recipe):
 
 def test_what_is_noted_is_not_computed_again(tmp_path, recipe, expected, monkeypatch):
     out = killed_in_the_middle(tmp_path, recipe)
-    noted = int((out / ".model.partial/.journal").read_text().split("\n")[-2])
+    noted = int((out / ".model.partial/.journal/0").read_text().split("\n")[-2])
     written = []
     real = writer.Writer.write
     monkeypatch.setattr(writer.Writer, "write", lambda *a: (written.append(a[1:3]), real(*a)))

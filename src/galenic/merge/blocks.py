@@ -13,6 +13,7 @@ from torch import Tensor
 
 from galenic.merge.io import Checkpoint, Weights
 from galenic.merge.kernels import BLOCK
+from galenic.ranks import share
 
 CHUNK = 8 * BLOCK
 """Elements read and written at a time, 1 MiB in bfloat16: file systems are slow with smaller parts."""
@@ -43,11 +44,18 @@ def float_names(weights: Weights) -> list[str]:
     return [name for name, info in weights.tensors.items() if info.dtype.is_floating_point]
 
 
-def float_blocks(weights: Weights, chunk: int = CHUNK) -> list[Block]:
-    """Returns every block of every merged tensor."""
+def own_names(weights: Weights) -> list[str]:
+    """Returns those of `float_names` that this process looks after, all of them if there is but one."""
+    names = float_names(weights)
+    own = share({name: weights.tensors[name].numel for name in names})
+    return [name for name in names if name in own]
+
+
+def own_blocks(weights: Weights, chunk: int = CHUNK) -> list[Block]:
+    """Returns every block of every tensor of `own_names`."""
     return [
         Block(name, start, stop)
-        for name in float_names(weights)
+        for name in own_names(weights)
         for start, stop in grid(weights.tensors[name].numel, chunk)
     ]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from galenic.merge.io import OnDisk
+from galenic.ranks import gathered, rank
 from galenic.runtime import UserError, read_json, write_json
 
 FORMAT = 2
@@ -70,17 +71,20 @@ def remembered(file: Path | None, name: str, compute: Callable[[], Any]) -> Any:
         compute: returns a JSON value.
     """
     known: dict[str, Any] = {}
-    if file is not None and file.exists():
+    if file is not None and file.exists() and rank() == 0:
         try:
             found = read_json(file)
             known = found if isinstance(found, dict) else {}
         except (UserError, OSError):
             pass
-    if name not in known:
-        known[name] = compute()
-        if file is not None:
-            try:
-                write_json(file, known)
-            except OSError:  # a full or read-only disk: the next run computes again
-                pass
+    # What process 0 remembers counts for all, wherever they run: all compute, or none.
+    there, value = gathered([name in known, known.get(name)])[0]
+    if there:
+        return value
+    known[name] = compute()
+    if file is not None and rank() == 0:
+        try:
+            write_json(file, known)
+        except OSError:  # a full or read-only disk: the next run computes again
+            pass
     return known[name]

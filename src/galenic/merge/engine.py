@@ -16,7 +16,7 @@ from torch import Tensor
 
 from galenic.merge import kernels, methods, spectral
 from galenic.merge.adapters import Adapter, adapter_gram
-from galenic.merge.blocks import CHUNK, Block, Workspace, as_numpy, float_names, grid, layer_of, read_rows
+from galenic.merge.blocks import CHUNK, Block, Workspace, as_numpy, grid, layer_of, own_names, read_rows
 from galenic.merge.cache import remembered
 from galenic.merge.config import COMMON_SHARE, MergeConfig
 from galenic.merge.io import TensorInfo, Weights, all_finite
@@ -25,6 +25,7 @@ from galenic.merge.statistics import Origin, gram_matrices, no_thinning, read_bl
 from galenic.merge.thinning import Thresholds, find_thresholds, read_thinned, row_of, task_vectors, thinning
 from galenic.merge.vocabulary import is_vocabulary
 from galenic.merge.workers import in_order
+from galenic.ranks import share
 from galenic.runtime import Bar, UserError, folder_name, progress
 
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ def measure(
         UserError: NaN or infinity in a weight, unequal integer buffers.
     """
     names, parameters = config.names(), config.parameters
-    weights = sum(base.tensors[name].numel for name in float_names(base))
+    weights = sum(base.tensors[name].numel for name in own_names(base))
 
     def shown(label: str, passes: int, work: Callable[[Bar | None], Result]) -> Result:
         with progress(passes * weights, label, "weights") if show else nullcontext() as bar:
@@ -220,9 +221,9 @@ def merge_blocks(
 ) -> None:
     """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block of `output`.
 
-    `write` is called from several threads, each block once, in no particular order; it must have used the block when
-    it returns. Blocks before the `first` are left out; `finished(n)` is called, in the calling thread, when the first
-    n blocks are written.
+    Of several processes each does this for the tensors that are its share. `write` is called from several threads,
+    each block once, in no particular order; it must have used the block when it returns. Blocks before the `first` are
+    left out; `finished(n)` is called, in the calling thread, when the first n blocks are written.
 
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
@@ -243,9 +244,11 @@ def merge_blocks(
         write(block.name, block.start, merged)
         return block.stop - block.start
 
+    own = share({name: info.numel for name, info in output.items()})
     blocks = [
         Block(name, start, stop)
         for name, info in output.items()
+        if name in own
         for start, stop in grid(info.numel, row=_row(config, name, info))
     ]
     if bar:

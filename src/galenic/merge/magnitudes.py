@@ -6,24 +6,25 @@ bits inside those groups. Many ranks cost no more than one.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from galenic.merge import kernels
-from galenic.merge.blocks import CHUNK, Block, float_blocks, float_names, grid
+from galenic.merge.blocks import CHUNK, Block, grid, own_blocks, own_names
 from galenic.merge.io import Weights
 from galenic.merge.kernels import COARSE_BITS, FINE_BITS
 from galenic.merge.statistics import read_block
 from galenic.merge.workers import in_order
+from galenic.ranks import added_up, united
 from galenic.runtime import Bar
 
 Read = Callable[[Block], tuple[Any, Any]]
 """Returns a block's origin (n,) or None, and rows (S, n): what is ranked are the magnitudes of rows minus origin."""
-Over = Callable[[Callable[[Block], None], Sequence[Block]], Iterable[None]]
-"""Maps a function over blocks, in their order."""
+Total = Callable[[Callable[[Block, Any], None], tuple[int, ...]], Any]
+"""(count, shape) -> what `count` adds to counts of that shape in all blocks."""
 
 
 def model_thresholds(
@@ -48,8 +49,24 @@ def model_thresholds(
         For each expert and rank the magnitude, a float32 number, and how many entries reach it: the rank, or more
         where magnitudes tie.
     """
-    read = partial(read_block, base, experts)
-    return _largest(float_blocks(base, chunk), read, ranks, partial(in_order, workers=workers), bar)
+    blocks = own_blocks(base, chunk)
+
+    def total(count: Callable[[Block, Any], None], shape: tuple[int, ...]) -> Any:
+        own = threading.local()  # every thread has counts of its own
+        every = [np.zeros(shape, dtype=np.int64)]
+
+        def one(block: Block) -> None:
+            if not hasattr(own, "counts"):
+                own.counts = np.zeros(shape, dtype=np.int64)
+                every.append(own.counts)
+            count(block, own.counts)
+
+        for block, _ in zip(blocks, in_order(one, blocks, workers), strict=True):
+            if bar:
+                bar.update(block.stop - block.start)
+        return added_up(sum(every[1:], start=every[0]))
+
+    return _largest(partial(read_block, base, experts), ranks, total)
 
 
 def tensor_thresholds(
@@ -79,25 +96,25 @@ def tensor_thresholds(
         numel = base.tensors[name].numel
         if not numel:
             return []
-        blocks = [Block(name, start, stop) for start, stop in grid(numel)]
-        return [[value for value, _ in row] for row in _largest(blocks, read, ranks(numel), map)]
 
-    names = float_names(base)
+        def total(count: Callable[[Block, Any], None], shape: tuple[int, ...]) -> Any:
+            counts = np.zeros(shape, dtype=np.int64)
+            for start, stop in grid(numel):
+                count(Block(name, start, stop), counts)
+            return counts
+
+        return [[value for value, _ in row] for row in _largest(read, ranks(numel), total)]
+
+    names = own_names(base)
     found = {}
     for name, rows in zip(names, in_order(one, names, workers), strict=True):
         found[name] = rows
         if bar:
             bar.update(2 * base.tensors[name].numel)
-    return found
+    return united(found)
 
 
-def _largest(
-    blocks: Sequence[Block],
-    read: Read,
-    ranks: Sequence[Sequence[int]],
-    over: Over,
-    bar: Bar | None = None,
-) -> list[list[tuple[float, int]]]:
+def _largest(read: Read, ranks: Sequence[Sequence[int]], total: Total) -> list[list[tuple[float, int]]]:
     def coarse(block: Block, counts: Any) -> None:
         kernels.count_coarse(*read(block), counts)
 
@@ -106,17 +123,14 @@ def _largest(
 
     groups = [
         [_from_above(counts, rank) for rank in row]
-        for row, counts in zip(
-            ranks, _counted(coarse, blocks, (len(ranks), 1 << COARSE_BITS), over, bar), strict=True
-        )
+        for row, counts in zip(ranks, total(coarse, (len(ranks), 1 << COARSE_BITS)), strict=True)
     ]
     wanted = sorted({(s, group) for s, row in enumerate(groups) for group, _ in row})
-    places = np.full(
-        (len(ranks), 1 << COARSE_BITS), len(wanted), dtype=np.uint32
-    )  # the last is for all others
+    others = len(wanted)
+    places = np.full((len(ranks), 1 << COARSE_BITS), others, dtype=np.uint32)
     for place, (s, group) in enumerate(wanted):
         places[s, group] = place
-    inside = _counted(fine, blocks, (len(wanted) + 1, 1 << FINE_BITS), over, bar)
+    inside = total(fine, (len(wanted) + 1, 1 << FINE_BITS))
     found = []
     for s, (row, own) in enumerate(zip(ranks, groups, strict=True)):
         found.append([])
@@ -133,26 +147,3 @@ def _from_above(counts: Any, rank: int) -> tuple[int, int]:
     reached = counts[::-1].cumsum()
     place = int(np.searchsorted(reached, rank))
     return len(counts) - 1 - place, int(reached[place - 1]) if place else 0
-
-
-def _counted(
-    count: Callable[[Block, Any], None],
-    blocks: Sequence[Block],
-    shape: tuple[int, ...],
-    over: Over,
-    bar: Bar | None,
-) -> Any:
-    """Lets `count` add to a thread's own counts, block by block, and returns the sum of all threads' counts."""
-    own = threading.local()
-    every = []
-
-    def one(block: Block) -> None:
-        if not hasattr(own, "counts"):
-            own.counts = np.zeros(shape, dtype=np.int64)
-            every.append(own.counts)
-        count(block, own.counts)
-
-    for block, _ in zip(blocks, over(one, blocks), strict=True):
-        if bar:
-            bar.update(block.stop - block.start)
-    return sum(every[1:], start=every[0])

@@ -1,7 +1,8 @@
 """The verb: `galenic merge --config merge.yaml --out DIR`.
 
 Headers are checked, one pass measures the task vectors, one pass writes the merged model, which is visible only when
-it is whole. A killed merge goes on writing where it was; what was measured is remembered.
+it is whole. A killed merge goes on writing where it was; what was measured is remembered. Several processes started by
+`torchrun` share the tensors, and give the same bytes.
 """
 
 import copy
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from galenic import __version__
 from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, Method, MethodParameters
+from galenic.ranks import barrier, process_group, rank, ranks, zero_first
 from galenic.runtime import (
     Plan,
     UserError,
@@ -90,16 +92,19 @@ def run(config: MergeConfig) -> None:
         UserError: a folder is missing or malformed, the models do not fit together, hold NaN or infinity, or change
             while they are read; or the disk has no room for the result.
     """
-    from galenic.merge.blocks import float_names
+    from galenic.merge.blocks import own_names
     from galenic.merge.cache import identity, statistics_file
     from galenic.merge.engine import measure, merge_blocks, output_tensors
     from galenic.merge.folder import missing_bytes, recipe_yaml, write_companions
     from galenic.merge.vocabulary import write_union_tokenizer
-    from galenic.merge.writer import JOURNAL, safetensors_writer
+    from galenic.merge.writer import safetensors_writer
     from galenic.report.merge_page import write_merge_page
 
-    _check_replaced(Path(config.out) / "model")
-    with _open(config) as opened:
+    model = Path(config.out) / "model"
+    with process_group(), ExitStack() as stack:
+        _check_replaced(model)
+        with zero_first():  # what is downloaded or converted is so once
+            opened = stack.enter_context(_open(config))
         base, experts = opened.base, opened.experts
         output = output_tensors(config, base, opened.stored[0])
         if missing := missing_bytes(config.out, sum(info.nbytes for info in output.values())):
@@ -107,7 +112,7 @@ def run(config: MergeConfig) -> None:
                 f"{config.out}: no space left on device: {human_bytes(missing)} more are needed for the merged model"
             )
         stamps = _stamps(opened)
-        elements = sum(base.tensors[name].numel for name in float_names(base))
+        own = sum(base.tensors[name].numel for name in own_names(base))
         paths = [[config.base_model], *(model.paths() for model in config.models)]
         inputs = [
             {
@@ -120,20 +125,21 @@ def run(config: MergeConfig) -> None:
             for file in model.files
         ]
         cache = statistics_file(opened.stored, opened.how)
-        statistics = measure(config, base, experts, cache, show=True)
+        statistics = measure(config, base, experts, cache, show=rank() == 0)
         statistics.summary["warnings"] += [*opened.warnings, *_same_weights(config.names(), opened, inputs)]
         if opened.notes:
             statistics.summary["vocabulary"] = opened.notes
-        key = _key(config, opened, stamps, statistics)
-        with resumable_folder(Path(config.out) / "model", key, JOURNAL) as folder:
-            origin, *others = opened.folders
-            write_companions(config, origin, folder, statistics.summary, inputs, opened.rows)
-            if opened.new_tokens:
-                write_union_tokenizer(origin, others, opened.new_tokens, folder)
-            with (
-                safetensors_writer(folder, output) as writer,
-                progress(elements, f"merging ({config.merge_method})", "weights") as bar,
-            ):
+        with _shared_folder(model, _key(config, opened, stamps, statistics)) as folder:
+            with ExitStack() as files:
+                with zero_first():
+                    if rank() == 0:
+                        origin, *others = opened.folders
+                        write_companions(config, origin, folder, statistics.summary, inputs, opened.rows)
+                        if opened.new_tokens:
+                            write_union_tokenizer(origin, others, opened.new_tokens, folder)
+                    writer = files.enter_context(safetensors_writer(folder, output))
+                label = f"merging ({config.merge_method})"
+                bar = files.enter_context(progress(own, label, "weights")) if rank() == 0 else None
                 merge_blocks(
                     config,
                     base,
@@ -150,9 +156,24 @@ def run(config: MergeConfig) -> None:
                     raise UserError(
                         f"{before[0]}: changed while it was merged; merge again when it is at rest"
                     )
-    page = Path(config.out) / "merge-report.html"
-    write_merge_page(page, statistics.summary, recipe_yaml(config), inputs)
-    write_json(Path(config.out) / "merge.json", statistics.summary)
+    if rank() == 0:
+        page = Path(config.out) / "merge-report.html"
+        write_merge_page(page, statistics.summary, recipe_yaml(config), inputs)
+        write_json(Path(config.out) / "merge.json", statistics.summary)
+
+
+@contextmanager
+def _shared_folder(path: Path, key: str) -> Iterator[Path]:
+    """As `resumable_folder`, for all processes: it appears when all are through."""
+    from galenic.merge.writer import JOURNAL
+
+    if rank() == 0:
+        with resumable_folder(path, key, JOURNAL) as folder:
+            yield folder
+            barrier()
+    else:
+        yield path.with_name(f".{path.name}.partial")
+        barrier()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +242,7 @@ def _key(
     from galenic.merge.blocks import CHUNK
 
     found = [statistics.thresholds, statistics.origin, statistics.summary["units"]]
-    parts = [repr(replace(config, out="")), list(files), opened.how, found, CHUNK]
+    parts = [repr(replace(config, out="")), list(files), opened.how, found, CHUNK, ranks()]
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from galenic.merge import kernels
-from galenic.merge.blocks import CHUNK, Block, float_blocks, float_names, grid, read_rows
+from galenic.merge.blocks import CHUNK, Block, float_names, grid, own_blocks, read_rows
 from galenic.merge.io import Checkpoint, StateDict, TensorInfo, Weights, all_finite, check_same_tensors
 from galenic.merge.workers import in_order
+from galenic.ranks import united
 from galenic.runtime import Bar, UserError
 
 Vectors = tuple[Any, Any, kernels.Thinning]
@@ -112,18 +113,21 @@ def gram_matrices(
             _name_not_finite(block, [base, *experts])
         return sums
 
-    blocks = float_blocks(base, chunk)
-    matrices = {name: torch.zeros(count, count, dtype=torch.float64) for name in float_names(base)}
+    blocks = own_blocks(base, chunk)
+    found: dict[str, list[float]] = {}
     values = array("d")
     for block, sums in zip(blocks, in_order(block_sums, blocks, workers), strict=True):
         values.frombytes(sums.tobytes())
         if block.stop == base.tensors[block.name].numel:
-            entries = [math.fsum(values[i :: count * count]) for i in range(count * count)]
-            matrices[block.name] = torch.tensor(entries, dtype=torch.float64).view(count, count)
+            found[block.name] = [math.fsum(values[i :: count * count]) for i in range(count * count)]
             values = array("d")
         if bar:
             bar.update(block.stop - block.start)
-    return matrices
+    found, nothing = united(found), [0.0] * count * count
+    return {
+        name: torch.tensor(found.get(name, nothing), dtype=torch.float64).view(count, count)
+        for name in float_names(base)
+    }
 
 
 def read_block(base: Weights, experts: Sequence[Weights], block: Block) -> tuple[Any, Any]:

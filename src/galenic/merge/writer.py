@@ -20,6 +20,7 @@ from torch import Tensor
 
 from galenic.merge.blocks import PAGE, Workspace
 from galenic.merge.io import DTYPES, INDEX, TensorInfo
+from galenic.ranks import rank
 from galenic.runtime import write_json
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,7 +30,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 _workspace = Workspace()
 
 JOURNAL = ".journal"
-"""File of a merge under way: lines with the number of blocks that are safely on disk, counted from the first."""
+"""Folder of a merge under way. It has a file for each process, lines with the number of its blocks that are safely on
+disk, counted from the first."""
 SPAN = 64
 """Blocks from one line of the journal to the next, and so about what a kill costs: 64 MiB of bfloat16."""
 
@@ -96,6 +98,7 @@ class Writer:
     def _flush(self, blocks: int) -> None:
         for descriptor in self._descriptors:
             os.fdatasync(descriptor)
+        self._journal.parent.mkdir(exist_ok=True)
         with open(self._journal, "a", encoding="ascii") as file:
             file.write(f"{blocks}\n")
             file.flush()
@@ -139,7 +142,8 @@ def safetensors_writer(
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(info.nbytes for info in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if rank() == 0:
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     descriptors: list[int] = []
     places: dict[str, tuple[_File, int]] = {}
     try:
@@ -155,11 +159,13 @@ def safetensors_writer(
                 descriptors.append(direct)
             opened = _File(descriptor, direct)
             places |= {name: (opened, offset) for name, offset in offsets.items()}
-        writer = Writer(places, folder / JOURNAL)
+        writer = Writer(places, folder / JOURNAL / str(rank()))
         try:
             yield writer
         finally:
             writer.close()
+        for descriptor in descriptors:
+            os.fdatasync(descriptor)  # what other machines cannot do for this one
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Processes side by side: `torchrun` (or `accelerate launch`) starts several, which share the work of one verb.
+
+Without a launcher there is one, and nothing here does anything. What ranks tell each other goes through `gloo`, as JSON
+or numbers. Import is cheap (no torch).
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Connects the processes, if there are several and they are not connected yet."""
+    if ranks() == 1:
+        yield
+        return
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits until all processes have come here."""
+    if ranks() > 1:
+        import torch.distributed as distributed
+
+        distributed.barrier()
+
+
+@contextmanager
+def zero_first() -> Iterator[None]:
+    """Lets process 0 through alone, then all others: for what makes files that the others find."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Returns the JSON values of all processes, in their order, to all of them."""
+    if ranks() == 1:
+        return [value]
+    import torch
+    import torch.distributed as distributed
+
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks())]
+    distributed.all_gather(lengths, torch.tensor([len(own)]))
+    longest = max(int(length) for length in lengths)
+    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+    parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(ranks())]
+    distributed.all_gather(parts, padded)
+    return [
+        json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)
+    ]
+
+
+def united(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of all processes' mappings to all of them."""
+    return {key: value for part in gathered(dict(found)) for key, value in part.items()}
+
+
+def added_up(counts: Any) -> Any:
+    """Returns the sum of all processes' whole numbers, a numpy int64 array, to all of them."""
+    if ranks() > 1:
+        import torch
+        import torch.distributed as distributed
+
+        distributed.all_reduce(torch.from_numpy(counts))  # in place
+    return counts
+
+
+def share(sizes: Mapping[str, int]) -> set[str]:
+    """Returns the names whose work this process does, such that all have about the same to do.
+
+    Example:
+        >>> sorted(share({"a": 5, "b": 7}))
+        ['a', 'b']
+    """
+    filled = [0] * ranks()
+    own = set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = filled.index(min(filled))
+        filled[least] += sizes[name]
+        if least == rank():
+            own.add(name)
+    return own
