@@ -430,6 +430,22 @@ def test_trim_is_decided_by_the_float32_magnitude(threshold):
     assert torch.equal(values.where(values.abs() > largest_below(float(edge)), 0.0), expected)
 
 
+@pytest.mark.parametrize("method", ["metagpt", "ties", "dare_linear", "della", "tsv"])
+def test_running_statistics_are_averaged_and_have_no_part_in_norms(states, method):
+    base, experts = states(2)
+    plain = merge_state_dicts(base, experts, method)
+    for i, state in enumerate([base, *experts]):
+        state["bn.running_mean"] = torch.full((3,), 10.0 * i)
+        state["bn.running_var"] = torch.full((3,), 100.0 * i)
+        state["bn.num_batches_tracked"] = torch.tensor(i)
+    merged = merge_state_dicts(base, experts, method)
+    assert all(torch.equal(merged[name], plain[name]) for name in plain)
+    assert merged["bn.running_mean"].tolist() == [15.0] * 3
+    assert merged["bn.running_var"].tolist() == [150.0] * 3
+    assert merged["bn.num_batches_tracked"] == 0
+    assert set(gram(base, experts)) == set(plain)
+
+
 def test_units_name_layers_and_their_coefficients():
     assert [
         layer_of(n) for n in ("model.layers.10.mlp.weight", "lm_head.weight", "h.3", "0.weight", "a.b2.c")

@@ -18,12 +18,17 @@ from galenic.ranks import share
 
 METHODS = [
     {"merge_method": "metagpt"},
-    {"merge_method": "metagpt", "parameters": {"trim": "ties", "norms": "after_trim", "scope": "layer"}},
-    {"merge_method": "ties"},
-    {"merge_method": "dare_ties"},
     {"merge_method": "breadcrumbs"},
-    {"merge_method": "sce", "parameters": {"select_topk": 0.4}},
-    {"merge_method": "tsv"},
+    {"merge_method": "metagpt", "parameters": {"trim": "ties", "norms": "after_trim", "scope": "layer"}},
+    *(
+        pytest.param(recipe, marks=pytest.mark.slow)
+        for recipe in (
+            {"merge_method": "ties"},
+            {"merge_method": "dare_ties"},
+            {"merge_method": "sce", "parameters": {"select_topk": 0.4}},
+            {"merge_method": "tsv"},
+        )
+    ),
 ]
 
 

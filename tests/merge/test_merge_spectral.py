@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.merge import merge_state_dicts
+from galenic.merge import merge, merge_state_dicts
 from galenic.merge.config import MethodParameters
 from galenic.merge.spectral import iso_c, iso_cts, tsv
+from galenic.runtime import UserError
 
 METHODS = {"tsv": tsv, "iso_c": iso_c, "iso_cts": lambda deltas: iso_cts(deltas, 0.8)}
 
@@ -161,3 +162,13 @@ def test_folders_give_the_same_bits_and_the_plan_says_what_a_matrix_needs(family
     file.write_text(json.dumps(recipe | {"out": str(tmp_path / "plan")}))
     assert main(["merge", "--config", str(file), "--plan"]) == 0
     assert "memory" in capsys.readouterr().out
+
+
+def test_a_device_is_for_singular_values_and_must_be_there(family, tmp_path, monkeypatch):
+    recipe = {"base_model": str(family[0]), "models": [{"model": str(folder)} for folder in family[1:]]}
+    with pytest.raises(UserError, match="device: cuda is for tsv"):
+        merge(recipe | {"device": "cuda"}, tmp_path / "a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        merge(recipe | {"device": "cuda", "merge_method": "tsv"}, tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())

@@ -39,9 +39,21 @@ def grid(numel: int, chunk: int = CHUNK, row: int = 1) -> Iterator[tuple[int, in
         yield start, min(start + chunk, numel)
 
 
+def is_running(name: str) -> bool:
+    """Whether a tensor holds running statistics of batch normalisation.
+
+    They are measured, not trained, so they have no part in norms, and every method averages them.
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
 def float_names(weights: Weights) -> list[str]:
-    """Returns the names of the tensors that are merged; integer and boolean buffers are not."""
-    return [name for name, info in weights.tensors.items() if info.dtype.is_floating_point]
+    """Returns the names of the tensors that have task vectors; buffers have none."""
+    return [
+        name
+        for name, info in weights.tensors.items()
+        if info.dtype.is_floating_point and not is_running(name)
+    ]
 
 
 def own_names(weights: Weights) -> list[str]:

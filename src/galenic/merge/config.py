@@ -208,6 +208,9 @@ class MergeConfig:
     """The same as `tokenizer.source`."""
     tokenizer: MergeTokenizer | None = None
     """The output's vocabulary. Default: the base's, and experts with another one are refused."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where `tsv`, `iso_c` and `iso_cts` find singular values. All else is done where the weights are read, faster than
+    a disk can give them."""
     allow_non_finite: bool = False
     """Whether an expert's weights may be NaN or infinite; the base's stand in for them. Otherwise they are refused."""
     seed: int = 0
@@ -240,6 +243,11 @@ class MergeConfig:
         self._check_metagpt()
         self._check_weights()
         self._check_epsilons()
+        if self.device != "cpu" and not self.spectral:
+            raise UserError(
+                f"device: {self.device} is for tsv, iso_c, iso_cts; {self.merge_method} waits for the disk, not for "
+                "arithmetic"
+            )
 
     def _leave_base_out(self) -> None:
         """Takes the base off the list of experts, where mergekit's recipes may have it; `linear` averages it in."""

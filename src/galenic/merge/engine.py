@@ -16,7 +16,17 @@ from torch import Tensor
 
 from galenic.merge import kernels, methods, spectral
 from galenic.merge.adapters import Adapter, adapter_gram
-from galenic.merge.blocks import CHUNK, Block, Workspace, as_numpy, grid, layer_of, own_names, read_rows
+from galenic.merge.blocks import (
+    CHUNK,
+    Block,
+    Workspace,
+    as_numpy,
+    grid,
+    is_running,
+    layer_of,
+    own_names,
+    read_rows,
+)
 from galenic.merge.cache import remembered
 from galenic.merge.config import COMMON_SHARE, MergeConfig
 from galenic.merge.io import TensorInfo, Weights, all_finite
@@ -234,7 +244,8 @@ def merge_blocks(
         if not dtype.is_floating_point:
             write(block.name, block.start, base.read(*block))
             return 0
-        by_entry = not config.spectral and config.thins not in ("della", "sce")
+        whole = config.spectral or config.thins in ("della", "sce")
+        by_entry = not whole or is_running(block.name)
         merge = _merge_entries if by_entry else _merge_rows
         merged = merge(config, base, experts, statistics, block, dtype)
         if merged is None:
@@ -271,12 +282,15 @@ def _merge_entries(
 
     The result is overwritten by the thread's next one.
     """
-    name, weights = block.name, statistics.coefficients[block.name]
-    if config.base_cancels:
+    name, weights = block.name, statistics.coefficients.get(block.name, [])
+    fusing = _fusing(config, weights)
+    if is_running(name):
+        origin, rows, fusing = None, read_rows(experts, block), _plain_mean(len(experts))
+    elif config.base_cancels:
         origin, rows = None, read_rows(experts, block)
     elif config.merge_method == "slerp":  # a sum of the two models themselves
         origin, rows = None, read_rows([base, *experts], block)
-        weights = [statistics.origin[name], *weights]
+        fusing = _fusing(config, [statistics.origin[name], *weights])
     else:
         origin, rows = read_block(base, experts, block)
     # float16 comes out of the loops as float32 with its values.
@@ -284,10 +298,13 @@ def _merge_entries(
     merged = _workspace.buffer("merged", (block.stop - block.start,), kind)
     rounding = kernels.ROUNDINGS[str(dtype).removeprefix("torch.")]
     taken = no_thinning(len(rows)) if origin is None else thinning(config, statistics.thresholds, name)
-    largest = kernels.merged(
-        origin, rows, block.start, taken, _fusing(config, weights), rounding, as_numpy(merged)
-    )
+    largest = kernels.merged(origin, rows, block.start, taken, fusing, rounding, as_numpy(merged))
     return merged.to(dtype) if largest < rounding.too_large else None
+
+
+def _plain_mean(count: int) -> kernels.Fusing:
+    weights = np.full(count, 1 / count)
+    return kernels.Fusing(weights, elects=False, votes=weights, normalizes=False, least=1.0, scale=1.0)
 
 
 def _fusing(config: MergeConfig, weights: Sequence[float]) -> kernels.Fusing:
@@ -350,10 +367,12 @@ def _spectral(config: MergeConfig, name: str, shape: tuple[int, ...], deltas: li
     """Merges weighted task vectors: matrices in their singular spaces, everything else by the mean."""
     if len(shape) != 2 or is_vocabulary(name):
         return methods.weighted_sum(deltas, [1 / len(deltas)] * len(deltas))
-    matrices = [delta.view(shape) for delta in deltas]
+    matrices = [delta.view(shape).to(config.device) for delta in deltas]
     if config.merge_method == "tsv":
-        return spectral.tsv(matrices).flatten()
-    if config.merge_method == "iso_c":
-        return spectral.iso_c(matrices).flatten()
-    share = config.parameters.common_share
-    return spectral.iso_cts(matrices, COMMON_SHARE if share is None else share).flatten()
+        merged = spectral.tsv(matrices)
+    elif config.merge_method == "iso_c":
+        merged = spectral.iso_c(matrices)
+    else:
+        share_ = config.parameters.common_share
+        merged = spectral.iso_cts(matrices, COMMON_SHARE if share_ is None else share_)
+    return merged.flatten().cpu()

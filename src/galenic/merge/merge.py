@@ -249,6 +249,8 @@ def _key(
 @contextmanager
 def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
     """Opens all models and checks by their headers that they fit together."""
+    import torch
+
     from galenic.merge.adapters import Adapter, is_adapter
     from galenic.merge.folder import check_folders, json_if_there
     from galenic.merge.gguf import dequantised, gguf_file
@@ -256,6 +258,8 @@ def _open(config: MergeConfig, download: bool = True) -> Iterator[_Opened]:
     from galenic.merge.io import Checkpoint, Mended, check_same_tensors
     from galenic.merge.vocabulary import check_tied, tied_heads
 
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda, but there is no CUDA device that PyTorch can use; leave it out")
     notes = []
     left_out: list[str] = []
 
