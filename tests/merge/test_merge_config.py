@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -6,6 +7,8 @@ import yaml
 from galenic.cli import parse_config
 from galenic.merge.config import MergeConfig, MergeModel, MergeParameters, MethodParameters
 from galenic.runtime import UserError
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "merging"
 
 
 def config(method="task_arithmetic", models=("a", "b"), **changes):
@@ -152,3 +155,13 @@ def test_the_bases_own_parameters_are_refused():
     own = MergeModel(model="base", parameters=MergeParameters(weight=0.5))
     with pytest.raises(UserError, match=r"models\[0\].parameters: base is the base_model"):
         config("ties", [own, "a"])
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_ready_recipes_are_understood(file):
+    config, _ = parse_config("merge", ["--config", str(file), "--out", "merged"])
+    assert config.out == "merged" and config.models
+
+
+def test_there_are_ready_recipes():
+    assert len(list(RECIPES.glob("*.yaml"))) >= 6

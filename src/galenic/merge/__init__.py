@@ -3,11 +3,11 @@
     base ----+--> io: headers only, checked before a weight is read
     experts -+        |
                       v
-         statistics: one pass, a T x T Gram matrix of task vectors per tensor
+         statistics: one pass, a T x T Gram matrix of task vectors per tensor; magnitudes: thresholds
                       |                          (norms, cosines, coefficients; remembered by `cache`)
                       v
-         methods: blocks of a fixed grid, in several threads (workers)
-                      |
+         engine: blocks of a fixed grid, in several threads (workers), through compiled loops (kernels) or, where
+                      |                          rows or matrices are looked at as a whole, methods and spectral
                       v
          writer: safetensors laid out first, blocks put at their place, a journal; visible when whole
 
