@@ -146,8 +146,10 @@ def test_what_is_noted_is_not_computed_again(tmp_path, recipe, expected, monkeyp
     written = []
     real = writer.Writer.write
     monkeypatch.setattr(writer.Writer, "write", lambda *a: (written.append(a[1:3]), real(*a)))
+    merge(recipe, tmp_path / "counted")
+    every, written[:] = len(written), []
     merge(recipe, out)
-    assert noted > 0 and len(written) == 4 + 1 + 2 - noted
+    assert noted > 0 and every >= 6 and len(written) == every - noted
     assert contents(out) == expected["out"]
 
 

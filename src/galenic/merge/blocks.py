@@ -32,11 +32,17 @@ class Block(NamedTuple):
     """The element after the last one."""
 
 
-def grid(numel: int, chunk: int = CHUNK, row: int = 1) -> Iterator[tuple[int, int]]:
-    """Yields the [start, stop) ranges a tensor is processed in: `chunk` elements at most, in whole rows."""
+def grid(numel: int, chunk: int = CHUNK, row: int = 1, lead: int = 0) -> Iterator[tuple[int, int]]:
+    """Yields the [start, stop) ranges a tensor is processed in: `chunk` elements at most, in whole rows.
+
+    The first range has `lead` elements more, so that the others begin where something else does.
+    """
     chunk = max(1, chunk // row) * row
-    for start in range(0, numel, chunk):
-        yield start, min(start + chunk, numel)
+    start = 0
+    while start < numel:
+        stop = min(start + chunk + (0 if start else lead), numel)
+        yield start, stop
+        start = stop
 
 
 def is_running(name: str) -> bool:

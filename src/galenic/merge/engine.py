@@ -4,7 +4,7 @@ The same code merges folders and state dicts, so both give the same bits.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,12 +228,14 @@ def merge_blocks(
     workers: int | None = None,
     first: int = 0,
     finished: Callable[[int], None] = lambda blocks: None,
+    lead: Callable[[str], int] = lambda name: 0,
 ) -> None:
     """Second pass: calls `write(tensor name, first element, block in the output dtype)` for every block of `output`.
 
     Of several processes each does this for the tensors that are its share. `write` is called from several threads,
     each block once, in no particular order; it must have used the block when it returns. Blocks before the `first` are
-    left out; `finished(n)` is called, in the calling thread, when the first n blocks are written.
+    left out; `finished(n)` is called, in the calling thread, when the first n blocks are written. After its first
+    `lead(name)` elements a tensor's blocks are best cut anew, for the sake of who writes them.
 
     Raises:
         UserError: a merged value does not fit the output dtype; the tensor is named.
@@ -260,7 +262,7 @@ def merge_blocks(
         Block(name, start, stop)
         for name, info in output.items()
         if name in own
-        for start, stop in grid(info.numel, row=_row(config, name, info))
+        for start, stop in _grid(config, name, info, lead(name))
     ]
     if bar:
         bar.update(sum(block.stop - block.start for block in blocks[:first]))
@@ -345,6 +347,12 @@ def _merge_rows(
     return merged if all_finite(merged) else None
 
 
+def _grid(config: MergeConfig, name: str, info: TensorInfo, lead: int) -> Iterator[tuple[int, int]]:
+    row = _row(config, name, info)
+    # Random numbers come in pairs, so a block starts at an even place.
+    return grid(info.numel, row=row, lead=lead - lead % 2 if row == 1 else 0)
+
+
 def _row(config: MergeConfig, name: str, info: TensorInfo) -> int:
     """Returns how many elements must be looked at together: singular spaces are those of a whole matrix."""
     if config.spectral and len(info.shape) == 2 and not is_vocabulary(name):
@@ -360,7 +368,7 @@ def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], exp
     # looked at as a whole.
     each = (4 + 8 * 4 * whole) * max(CHUNK, row)
     models = experts + 2 + 2 * experts * config.spectral
-    return each * models * torch.get_num_threads()
+    return each * models * (torch.get_num_threads() + 2)
 
 
 def _spectral(config: MergeConfig, name: str, shape: tuple[int, ...], deltas: list[Tensor]) -> Tensor:

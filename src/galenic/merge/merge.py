@@ -150,6 +150,7 @@ def run(config: MergeConfig) -> None:
                     bar,
                     first=writer.done,
                     finished=writer.finished,
+                    lead=writer.lead,
                 )
             for before, now in zip(stamps, _stamps(opened), strict=True):
                 if before != now:

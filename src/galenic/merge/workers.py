@@ -15,7 +15,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 4
+AHEAD = 2
 """Blocks a thread may be ahead of the consumer: bounds the results that wait."""
 
 
@@ -27,12 +27,13 @@ def in_order(
     Args:
         function: computes one item; runs with one torch thread.
         items: what it is applied to.
-        workers: how many threads. Default: as many as torch would use, so `OMP_NUM_THREADS` rules.
+        workers: how many threads. Default: two more than torch would use, so `OMP_NUM_THREADS` rules: some always wait
+            for a disk or for each other.
 
     Raises:
         whatever `function` raises, for the first item (in order) that fails; later items are dropped.
     """
-    count = workers or torch.get_num_threads()
+    count = workers or torch.get_num_threads() + 2
     with ThreadPoolExecutor(count, initializer=_begin) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

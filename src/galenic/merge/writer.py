@@ -32,8 +32,8 @@ _workspace = Workspace()
 JOURNAL = ".journal"
 """Folder of a merge under way. It has a file for each process, lines with the number of its blocks that are safely on
 disk, counted from the first."""
-SPAN = 64
-"""Blocks from one line of the journal to the next, and so about what a kill costs: 64 MiB of bfloat16."""
+SPAN = 256
+"""Blocks from one line of the journal to the next, and so about what a kill costs: 256 MiB of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,21 @@ def _pwrite(descriptor: int, data: Any, offset: int) -> None:
 class Writer:
     """Writes blocks at their place in files whose headers are already there, and notes which are on disk."""
 
-    def __init__(self, places: dict[str, tuple[_File, int]], journal: Path) -> None:
-        self._places = places
+    def __init__(self, places: dict[str, tuple[_File, int]], sizes: Mapping[str, int], journal: Path) -> None:
+        self._places, self._sizes = places, sizes  # where tensors begin, and bytes of their elements
         self._journal = journal
         self._descriptors = {file.buffered for file, _ in places.values()}
         self._noting = ThreadPoolExecutor(1)
         self._note: Future[None] | None = None
         self.done = _last_line(journal)
         """Blocks that an earlier run has written."""
+
+    def lead(self, name: str) -> int:
+        """Returns how many elements of a tensor lie before the first page of its file that is all its own.
+
+        Blocks that begin there and have whole pages are written with the least ado.
+        """
+        return -self._places[name][1] % PAGE // self._sizes[name]
 
     def write(self, name: str, start: int, block: Tensor) -> None:
         """Writes flattened elements from `start` on; `block` has the tensor's output dtype. Thread-safe."""
@@ -159,7 +166,8 @@ def safetensors_writer(
                 descriptors.append(direct)
             opened = _File(descriptor, direct)
             places |= {name: (opened, offset) for name, offset in offsets.items()}
-        writer = Writer(places, folder / JOURNAL / str(rank()))
+        sizes = {name: info.dtype.itemsize for name, info in tensors.items()}
+        writer = Writer(places, sizes, folder / JOURNAL / str(rank()))
         try:
             yield writer
         finally:

@@ -19,6 +19,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from galenic.runtime import human
 
+from .svg import SERIES
+
 COLOURS = (
     *("ink", "muted", "line", "card"),
     *("general", "medical-basic", "medical-advanced"),
@@ -26,7 +28,6 @@ COLOURS = (
     *("bad", "first", "second", "third", "fourth", "fifth", "sixth"),
 )
 """Names of the page's CSS variables `--<name>`."""
-SERIES = ("first", "second", "third", "fourth", "fifth", "sixth")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 WIDTH = 4.8  # inches; with 9.5 point letters it reads well on a phone and beside another chart on a desk
@@ -233,63 +234,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_axisbelow(True)
 
 
-# ---------------------------------------------------------------------------- merging and flattening
-
-
-def heat(key: str, label: str, names: Sequence[str], matrix: Sequence[Sequence[float]]) -> Markup:
-    """Draws a symmetric matrix of cosines as shaded cells with their numbers."""
-
-    def paint(axes: Axes) -> None:
-        for row, values in enumerate(matrix):
-            for column, value in enumerate(values):
-                shade = colour("merge" if value >= 0 else "bad")
-                axes.add_patch(
-                    matplotlib.patches.Rectangle(
-                        (column - 0.5, row - 0.5),
-                        1,
-                        1,
-                        facecolor=shade,
-                        alpha=0.6 * min(1.0, abs(value)),
-                        linewidth=0,
-                    )
-                )
-                axes.text(
-                    column, row, f"{value:.3f}", ha="center", va="center", color=colour("ink"), fontsize=10
-                )
-        axes.set_xticks(range(len(names)), names)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.tick_params(length=0)
-        for side in axes.spines.values():
-            side.set_visible(False)
-
-    return draw(key, label, 1.0 + 0.55 * len(names), paint)
-
-
-def profile(key: str, label: str, series: Sequence[tuple[str, Sequence[float]]], *, x_title: str) -> Markup:
-    """Draws one line a name over the units of a network, in their order."""
-
-    def paint(axes: Axes) -> None:
-        for index, (name, values) in enumerate(series):
-            few = len(values) <= 40
-            axes.plot(
-                range(len(values)),
-                values,
-                color=colour(SERIES[index % len(SERIES)]),
-                linestyle=DASHES[index % len(DASHES)],
-                linewidth=1.4 if few else 0.9,
-                marker=MARKERS[index % len(MARKERS)] if few else None,
-                markersize=4,
-                label=name,
-            )
-        axes.set_xlabel(x_title)
-        axes.set_ylim(bottom=min(0.0, *(min(values) for _, values in series)))
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        if len(series) > 1:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=min(4, len(series)))
-
-    return draw(key, label, 2.7 + 0.25 * (len(series) > 4), paint)
+# ---------------------------------------------------------------------------- flattening
 
 
 def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]], *, x_title: str) -> Markup:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from galenic import __version__
 from galenic.runtime import atomic_path, human_bytes
 
-from . import charts
+from . import svg
 
 HERE = Path(__file__).parent
 SHORT = 14
@@ -122,7 +122,7 @@ def _heat(summary: dict[str, Any], short: Sequence[str]) -> Markup:
         if i < j
     ]
     label = f"Cosines between task vectors: {'; '.join(pairs)}."
-    return charts.heat("cosines", label, list(short), summary["cosines"])
+    return svg.heat(label, list(short), summary["cosines"])
 
 
 def _profiles(
@@ -148,5 +148,5 @@ def _profiles(
         ]
         label = f"{title} over {len(layers)} {'tensors' if tensors else 'layers'}: {'; '.join(spans)}."
         note = f"one line an expert, the first {'tensor' if tensors else 'layer'} on the left"
-        found.append((title, note, charts.profile(key, label, series, x_title=x_title)))
+        found.append((title, note, svg.profile(label, series, x_title)))
     return found

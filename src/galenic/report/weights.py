@@ -5,7 +5,7 @@ Every function takes the run and returns a dictionary for the template, or None 
 
 from typing import Any
 
-from . import charts
+from . import charts, svg
 from .inputs import Run
 
 # ---------------------------------------------------------------------------- merging
@@ -27,8 +27,7 @@ def merging(run: Run) -> dict[str, Any] | None:
     return {
         "experts": reference["experts"],
         "norms": reference["norms"],
-        "heat": charts.heat(
-            "cosines",
+        "heat": svg.heat(
             f"Cosines between task vectors: {'; '.join(pairs)}.",
             reference["experts"],
             reference["cosines"],
