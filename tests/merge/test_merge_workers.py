@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from galenic.merge.workers import AHEAD, in_order
+from galenic.merge.workers import AHEAD, GROUP, in_order
 from galenic.runtime import UserError
 
 
@@ -34,9 +34,9 @@ def test_the_first_failure_in_order_is_raised(error):
 
 def test_results_that_wait_are_bounded():
     started = []
-    found = in_order(lambda i: started.append(i), range(100), 2)
+    found = in_order(lambda i: started.append(i), range(1000), 2)
     next(found)
-    assert len(started) <= AHEAD * 2 + 2
+    assert len(started) <= (AHEAD * 2 + 2) * GROUP
     found.close()
 
 

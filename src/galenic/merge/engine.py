@@ -42,6 +42,11 @@ Result = TypeVar("Result")
 
 _workspace = Workspace()
 
+NANOSECOND = 1e-9
+"""Seconds a thread takes for a weight of an expert in a pass, reading from memory included."""
+FLOPS = 5e9
+"""Operations a second of a thread in a singular value decomposition in float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
@@ -369,6 +374,20 @@ def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], exp
     each = (4 + 8 * 4 * whole) * max(CHUNK, row)
     models = experts + 2 + 2 * experts * config.spectral
     return each * models * (torch.get_num_threads() + 2)
+
+
+def arithmetic_seconds(
+    config: MergeConfig, output: Mapping[str, TensorInfo], experts: int, passes: int
+) -> float:
+    """Returns about how long the arithmetic takes, by what benchmarks/merging_speed.py took on two cores of 2026."""
+    flops = 0.0
+    if (
+        config.spectral
+    ):  # as many decompositions as experts, and some of their sums, by 20 m n min(m, n) operations
+        matrices = [info.shape for name, info in output.items() if _row(config, name, info) == info.numel > 1]
+        flops = sum(20.0 * (experts + 2) * math.prod(shape) * min(shape) for shape in matrices)
+    weights = sum(info.numel for info in output.values())
+    return (NANOSECOND * passes * experts * weights + flops / FLOPS) / torch.get_num_threads()
 
 
 def _spectral(config: MergeConfig, name: str, shape: tuple[int, ...], deltas: list[Tensor]) -> Tensor:

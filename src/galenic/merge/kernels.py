@@ -7,7 +7,7 @@ compiles them on first use and remembers the result on disk.
 Weights come as numpy arrays: float64, float32, or the bits of bfloat16 in uint16. `origin` (n,) is a block of the
 base and `rows` (T, n) the same block of the experts, all of one type; without an origin, rows are task vectors
 already. All arithmetic is in float64, in tiles of TILE elements that stay in a core's first cache. Sums run over the
-experts in order; products are added lane by lane, so that no number depends on the processor's vectors.
+experts in order; products are added in a fixed number of lanes, so that no number depends on the processor's vectors.
 """
 
 import math
@@ -18,9 +18,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-TILE = 256
-"""Elements worked on at a time, and lanes of the sums of products; even, as random numbers come in pairs."""
-BLOCK = 256 * TILE
+TILE = 1024
+"""Elements worked on at a time; even, as random numbers come in pairs."""
+LANES = TILE // 4
+"""Sums of products that run side by side; a power of two."""
+BLOCK = 64 * TILE
 """Elements whose products are summed in float64 lanes; sums over blocks are exact."""
 COARSE_BITS, FINE_BITS = 16, 15
 """The upper and the lower bits of a magnitude's float32 pattern, 31 in all."""
@@ -208,7 +210,7 @@ def products(origin: Any, rows: Any, start: int, thinning: Any, sums: Any) -> No
     """
     count, size = rows.shape
     tau, numbers = np.empty((count, TILE)), np.empty(TILE // 2, np.uint64)
-    lanes = np.empty((count * (count + 1) // 2, TILE))
+    lanes = np.empty((count * (count + 1) // 2, LANES))
     for block in range(len(sums)):
         lanes[:] = 0.0
         for first in range(block * BLOCK, min((block + 1) * BLOCK, size), TILE):
@@ -217,14 +219,16 @@ def products(origin: Any, rows: Any, start: int, thinning: Any, sums: Any) -> No
             pair = 0
             for s in range(count):
                 for t in range(s, count):
-                    a, b, lane = tau[s], tau[t], lanes[pair]
-                    for i in range(TILE):
-                        lane[i] += a[i] * b[i]
+                    for i in range(LANES):
+                        j, k, m = i + LANES, i + 2 * LANES, i + 3 * LANES
+                        lanes[pair, i] += (tau[s, i] * tau[t, i] + tau[s, j] * tau[t, j]) + (
+                            tau[s, k] * tau[t, k] + tau[s, m] * tau[t, m]
+                        )
                     pair += 1
         pair = 0
         for s in range(count):
             for t in range(s, count):
-                lane, half = lanes[pair], TILE // 2
+                lane, half = lanes[pair], LANES // 2
                 while half:
                     for i in range(half):
                         lane[i] += lane[i + half]
@@ -270,20 +274,35 @@ def merged(origin: Any, rows: Any, start: int, thinning: Any, fusing: Any, round
     tau, numbers = np.empty((count, TILE)), np.empty(TILE // 2, np.uint64)
     result, elected, agreeing = np.empty(TILE), np.empty(TILE), np.empty(TILE)
     largest = np.int64(0)
+    plain = not (thinning.trims or thinning.draws or fusing.elects)
     for first in range(0, size, TILE):
         length = min(TILE, size - first)
-        _task_vectors(origin, rows, first, length, tau)
-        _thin(tau, start + first, thinning, numbers)
-        if fusing.elects:
-            _elect(tau, fusing, elected, agreeing, result)
+        if plain:
+            _plain_sum(origin, rows, first, length, fusing.weights, result)
         else:
-            _weighted_sum(tau, fusing.weights, result)
+            _task_vectors(origin, rows, first, length, tau)
+            _thin(tau, start + first, thinning, numbers)
+            if fusing.elects:
+                _elect(tau, fusing, elected, agreeing, result)
+            else:
+                _weighted_sum(tau, fusing.weights, result)
         if origin is not None:
             base = origin[first : first + length]
             for i in range(length):
                 result[i] += _wide(base[i])
         largest = max(largest, _write(result, length, rounding, out[first : first + length]))
     return _float64_of(largest)
+
+
+@compiled
+def _plain_sum(origin: Any, rows: Any, first: int, count: int, weights: Any, result: Any) -> None:
+    """As `_weighted_sum` of whole task vectors, which need not be written down for that."""
+    for t in range(len(rows)):
+        row, weight = rows[t, first : first + count], weights[t]
+        base = row if origin is None else origin[first : first + count]
+        for i in range(count):
+            delta = _wide(row[i]) if origin is None else _wide(row[i]) - _wide(base[i])
+            result[i] = delta * weight if t == 0 else result[i] + delta * weight
 
 
 @compiled

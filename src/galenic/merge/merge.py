@@ -21,6 +21,7 @@ from galenic.ranks import barrier, process_group, rank, ranks, zero_first
 from galenic.runtime import (
     Plan,
     UserError,
+    duration,
     folder_name,
     human,
     human_bytes,
@@ -37,13 +38,17 @@ if TYPE_CHECKING:
     from galenic.merge.io import OnDisk, TensorInfo, Weights
 
 
+DISK = 1e9
+"""Bytes a second of the disk that a plan's time is told for."""
+
+
 def plan(config: MergeConfig) -> Plan:
     """Tells from headers alone what a merge would read, write and need.
 
     Raises:
         UserError: a folder is missing or malformed, or the models do not fit together.
     """
-    from galenic.merge.engine import memory_for_blocks, output_tensors
+    from galenic.merge.engine import arithmetic_seconds, memory_for_blocks, output_tensors
     from galenic.merge.folder import missing_bytes
 
     with _open(config, download=False) as opened:
@@ -74,6 +79,8 @@ def plan(config: MergeConfig) -> Plan:
             + (f", but {human_bytes(missing)} of disk space are missing for it" if missing else ""),
             "memory for blocks": human_bytes(memory_for_blocks(config, output, len(experts)))
             + (", as the largest matrix needs" if config.spectral else ", whatever the model's size"),
+            "time": f"about {duration(arithmetic_seconds(config, output, len(experts), expert_passes))} of arithmetic"
+            f", or {duration((read + written) / DISK)} where a disk gives and takes {human_bytes(DISK)}/s",
         }
         facts |= {f"note {i}": text for i, text in enumerate(opened.notes, start=1)}
         facts |= {f"warning {i}": text for i, text in enumerate(opened.warnings, start=1)}

@@ -16,7 +16,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 2
-"""Blocks a thread may be ahead of the consumer: bounds the results that wait."""
+"""Groups of items a thread may be ahead of the consumer: bounds the results that wait."""
+GROUP = 8
+"""Items a thread takes at a time: every time it comes for more, threads wait for each other."""
 
 
 def in_order(
@@ -34,15 +36,33 @@ def in_order(
         whatever `function` raises, for the first item (in order) that fails; later items are dropped.
     """
     count = workers or torch.get_num_threads() + 2
+    size = max(1, min(GROUP, len(items) // (4 * count)))
+
+    def several(start: int) -> list[Result | BaseException]:
+        done: list[Result | BaseException] = []
+        for item in items[start : start + size]:
+            try:
+                done.append(function(item))
+            except Exception as error:
+                done.append(error)
+                break
+        return done
+
     with ThreadPoolExecutor(count, initializer=_begin) as pool:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[Future[list[Result | BaseException]]] = deque()
+        starts = iter(range(0, len(items), size))
         try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= AHEAD * count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            while True:
+                for start in starts:
+                    waiting.append(pool.submit(several, start))
+                    if len(waiting) == AHEAD * count:
+                        break
+                if not waiting:
+                    return
+                for result in waiting.popleft().result():
+                    if isinstance(result, BaseException):
+                        raise result
+                    yield result
         finally:
             for future in waiting:
                 future.cancel()
