@@ -34,7 +34,7 @@ from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficient
 from galenic.merge.statistics import Origin, gram_matrices, no_thinning, read_block, total
 from galenic.merge.thinning import Thresholds, find_thresholds, read_thinned, row_of, task_vectors, thinning
 from galenic.merge.vocabulary import is_vocabulary
-from galenic.merge.workers import in_order
+from galenic.merge.workers import WAITING, in_order
 from galenic.ranks import share
 from galenic.runtime import Bar, UserError, folder_name, progress
 
@@ -44,8 +44,8 @@ _workspace = Workspace()
 
 NANOSECOND = 1e-9
 """Seconds a thread takes for a weight of an expert in a pass, reading from memory included."""
-FLOPS = 5e9
-"""Operations a second of a thread in a singular value decomposition in float64."""
+FLOPS = 2e10
+"""Operations a second of a thread in a singular value decomposition in float64, on the careful side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +271,9 @@ def merge_blocks(
     ]
     if bar:
         bar.update(sum(block.stop - block.start for block in blocks[:first]))
-    for count, elements in enumerate(in_order(one, blocks[first:], workers), start=first + 1):
+    for count, elements in enumerate(
+        in_order(one, blocks[first:], workers or _threads(config)), start=first + 1
+    ):
         finished(count)
         if bar:
             bar.update(elements)
@@ -365,6 +367,11 @@ def _row(config: MergeConfig, name: str, info: TensorInfo) -> int:
     return row_of(config, info)
 
 
+def _threads(config: MergeConfig) -> int:
+    """Returns how many blocks are under way: matrices in their singular spaces wait for no disk and are large."""
+    return torch.get_num_threads() + (0 if config.spectral else WAITING)
+
+
 def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], experts: int) -> int:
     """Returns about how many bytes the blocks under way take, in all threads."""
     row = max((_row(config, name, info) for name, info in output.items()), default=1)
@@ -373,7 +380,7 @@ def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], exp
     # looked at as a whole.
     each = (4 + 8 * 4 * whole) * max(CHUNK, row)
     models = experts + 2 + 2 * experts * config.spectral
-    return each * models * (torch.get_num_threads() + 2)
+    return each * models * _threads(config)
 
 
 def arithmetic_seconds(
@@ -381,11 +388,10 @@ def arithmetic_seconds(
 ) -> float:
     """Returns about how long the arithmetic takes, by what benchmarks/merging_speed.py took on two cores of 2026."""
     flops = 0.0
-    if (
-        config.spectral
-    ):  # as many decompositions as experts, and some of their sums, by 20 m n min(m, n) operations
-        matrices = [info.shape for name, info in output.items() if _row(config, name, info) == info.numel > 1]
-        flops = sum(20.0 * (experts + 2) * math.prod(shape) * min(shape) for shape in matrices)
+    for name, info in output.items():
+        if len(info.shape) == 2 and 1 < _row(config, name, info) == info.numel:
+            # As many decompositions as experts, and about two of their sums, by 20 m n min(m, n) operations.
+            flops += 20.0 * (experts + 2) * info.numel * min(info.shape)
     weights = sum(info.numel for info in output.values())
     return (NANOSECOND * passes * experts * weights + flops / FLOPS) / torch.get_num_threads()
 

@@ -56,7 +56,7 @@ def plan(config: MergeConfig) -> Plan:
         output = output_tensors(config, base, opened.stored[0])
         statistics_passes = (
             1
-            + (config.thins in ("ties", "breadcrumbs", "sce"))
+            + 2 * (config.thins in ("ties", "breadcrumbs", "sce"))
             + (
                 config.parameters.norms == "after_trim"
                 or config.thins == "sce"

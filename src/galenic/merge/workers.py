@@ -17,6 +17,8 @@ Result = TypeVar("Result")
 
 AHEAD = 2
 """Groups of items a thread may be ahead of the consumer: bounds the results that wait."""
+WAITING = 2
+"""Threads beyond the cores: some always wait for a disk or for each other."""
 GROUP = 8
 """Items a thread takes at a time: every time it comes for more, threads wait for each other."""
 
@@ -29,13 +31,12 @@ def in_order(
     Args:
         function: computes one item; runs with one torch thread.
         items: what it is applied to.
-        workers: how many threads. Default: two more than torch would use, so `OMP_NUM_THREADS` rules: some always wait
-            for a disk or for each other.
+        workers: how many threads. Default: as many as torch would use, so `OMP_NUM_THREADS` rules, and `WAITING` more.
 
     Raises:
         whatever `function` raises, for the first item (in order) that fails; later items are dropped.
     """
-    count = workers or torch.get_num_threads() + 2
+    count = workers or torch.get_num_threads() + WAITING
     size = max(1, min(GROUP, len(items) // (4 * count)))
 
     def several(start: int) -> list[Result | BaseException]:
