@@ -65,6 +65,8 @@ def tiny(values, corpus, llama_folder):
     }
     # What is a token budget in one step is a folder in another.
     values |= {key: value for key, value in budgets.items() if isinstance(values.get(key), int)}
+    if "layers" in values:
+        values["layers"] = ["*.1.mlp.*"]  # the toy's last layer
     if "optim" in values:
         values["optim"]["lr"] = 3e-3
     return values
