@@ -66,7 +66,7 @@ def tiny(values, corpus, llama_folder):
     # What is a token budget in one step is a folder in another.
     values |= {key: value for key, value in budgets.items() if isinstance(values.get(key), int)}
     if "layers" in values:
-        values["layers"] = ["*.1.mlp.*"]  # the toy's last layer
+        values["layers"] = ["*.0.mlp.*", "*.1.mlp.*"]  # the last two of the toy
     if "optim" in values:
         values["optim"]["lr"] = 3e-3
     return values
