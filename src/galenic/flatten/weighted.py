@@ -22,6 +22,9 @@ from torch.func import functional_call, jvp
 from galenic.flatten.shifts import Shift, Spectrum, as_matrices, finished
 from galenic.runtime import UserError
 
+FLAT = 1e-13
+"""A direction less curved than this share of the steepest is flat, as far as float64 can tell."""
+
 
 def curvature_weighted(
     weight: Tensor,
@@ -52,12 +55,13 @@ def curvature_weighted(
     Source: minimiser of the objective of arXiv 2405.14111, `min tr(H) s.t. A V = Z`, derived with the average of
     H_i M_i in Kronecker form.
     """
-    wide, distance = as_matrices(weight, inputs, base)
+    wide, distance = as_matrices(weight, inputs, base)  # (K, d), or (1, K, d) of a layer's statistics
     null = null_space(inputs)
     metric = damped(metric, len(null), damping)
     half = metric @ null
     inner = null.T @ half
-    step = torch.cholesky_solve((distance @ half).T, torch.linalg.cholesky((inner + inner.T) / 2)).T @ null.T
+    root = torch.linalg.cholesky((inner + inner.T) / 2)
+    step = torch.cholesky_solve((distance @ half).mT, root).mT @ null.T
     return _moved(weight, wide - step, step, inputs, base, bias)
 
 
@@ -129,16 +133,20 @@ def least_trace(
         return torch.einsum("rnk,rnd->kd", curved, s) / s.shape[:2].numel()
 
     step = torch.zeros(len(start), null.shape[1], dtype=torch.float64, device=null.device)
-    residual = -gradient(start) @ null
+    slope = gradient(start)
+    residual = -slope @ null
     direction, energy = residual.clone(), float(residual.square().sum())
-    goal = tolerance**2 * energy
+    # Where nothing in the null space has curvature (features that never fire), what is left is rounding: stay.
+    goal = max(tolerance**2 * energy, FLAT**2 * float(slope.square().sum()))
+    steepest = 0.0
     for _ in range(iterations):
         if energy <= goal:
             break
         image = gradient(direction @ null.T) @ null
-        curvature = float((direction * image).sum())
-        if curvature <= 0:
-            break  # flat along this direction, up to rounding
+        curvature, length = float((direction * image).sum()), float(direction.square().sum())
+        steepest = max(steepest, curvature / length)
+        if curvature <= FLAT * steepest * length:
+            break  # what is left of the gradient is rounding: a step along it would be of any length
         step += (energy / curvature) * direction
         residual -= (energy / curvature) * image
         last, energy = energy, float(residual.square().sum())
@@ -205,7 +213,7 @@ def feature_curvature(
             total = product if total is None else total.add_(product)
     if total is None or not count:
         raise UserError("there are no batches: the features' curvature needs data")
-    return total / (count * probes)
+    return (total + total.T) / (2 * count * probes)
 
 
 def feature_tangents(
