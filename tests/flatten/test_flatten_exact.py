@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 from galenic.flatten import collect, minimum_norm, shift
-from galenic.flatten.shifts import shift_weight, spectrum
+from galenic.flatten.shifts import shift_weight
+from galenic.flatten.spectra import spectrum
 
 
 def mlp():

@@ -34,9 +34,9 @@ with process_group():
             continue
         for layer in statistics.owner:
             for group in range(len(statistics.sums[statistics.owner[layer]])):
-                found[f"{method}.{layer}.{group}"] = statistics.gram(layer, group).contiguous()
+                found[f"{method}.{layer}.{group}"] = statistics.gram(layer, group).clone()
             found[f"{method}.{layer}.rank"] = torch.tensor(statistics.spectrum(layer).rank)
-            found[f"{method}.{layer}.sums"] = statistics.sums[statistics.owner[layer]]
+            found[f"{method}.{layer}.sums"] = statistics.sums[statistics.owner[layer]].clone()
             found[f"{method}.{layer}.rows"] = torch.tensor(statistics.count(layer))
     save_file(found, f"{sys.argv[2]}/{rank()}.safetensors")
 """
@@ -76,9 +76,9 @@ def data():
 def launch(tmp_path, mode):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(program)]
-        + [os.path.dirname(__file__), str(tmp_path), mode],
+        [*launcher, str(program), os.path.dirname(__file__), str(tmp_path), mode],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -111,5 +111,5 @@ def test_three_processes_have_the_statistics_of_one(tmp_path, mode):
 def test_what_one_process_finds_wrong_all_refuse(tmp_path):
     done = launch(tmp_path, "nan")
     assert done.returncode == 0, done.stderr[-2000:]
-    refusals = [line for line in done.stdout.splitlines() if "inputs of layer 'taps' hold NaN" in line]
-    assert len(refusals) == 6
+    # Lines of processes may run into each other.
+    assert done.stdout.count("inputs of layer 'taps' hold NaN") == 6

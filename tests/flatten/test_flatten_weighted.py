@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 from galenic.flatten import collect, curvature_weighted, feature_curvature, least_trace, minimum_norm, shift
-from galenic.flatten.shifts import row_spectrum, spectrum
+from galenic.flatten.spectra import row_spectrum, spectrum
 from galenic.flatten.weighted import damped, feature_tangents, null_space
 from galenic.runtime import UserError
 

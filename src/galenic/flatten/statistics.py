@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from galenic.flatten.layers import Layer, geometry, input_rows, select_layers
-from galenic.flatten.shifts import Spectrum, centred_spectrum, row_spectrum, spectrum
+from galenic.flatten.spectra import Spectrum, centred_spectrum, row_spectrum, spectrum
 from galenic.ranks import gathered, process_group, ranks
 from galenic.runtime import UserError
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from galenic.flatten.shifts import Shift, Spectrum, as_matrices, finished
+from galenic.flatten.shifts import Shift, as_matrices, finished
+from galenic.flatten.spectra import Spectrum
 from galenic.runtime import UserError
 
 FLAT = 1e-13
