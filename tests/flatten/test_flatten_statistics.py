@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from galenic.flatten import collect, shift
+from galenic.flatten import choose_rows, collect, shift, stochastic
 from galenic.flatten.apply import output_changes, propose
 from galenic.flatten.statistics import select_layers
 from galenic.runtime import UserError
@@ -258,3 +258,98 @@ def test_anchored_shift_of_a_model_shortens_task_vectors():
             assert float((m.weight.detach() - weights[n]).norm()) < before[n]
     with pytest.raises(UserError, match="lacks layer"):
         propose(expert, collect(expert, batches()), 0.05, {})
+
+
+# ---------------------------------------------------------------------------- guards of a pass
+
+
+class Routed(nn.Module):
+    """Three experts, one of them idle; a token goes to the second if its first input is positive. Inputs by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 2) for _ in range(3)])
+
+    def forward(self, x):
+        chosen = (x[:, 0] > 0).long()
+        out = torch.zeros(len(x), 2, dtype=x.dtype)
+        for number in chosen.unique().tolist():
+            out[chosen == number] = self.experts[number](input=x[chosen == number])
+        return out
+
+
+def tokens():
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 0] = -1
+    x[7:, 0] = 1
+    return x
+
+
+@pytest.mark.parametrize("method", ["gram", "qr"])
+def test_experts_count_the_tokens_sent_to_them_and_rare_ones_are_left_out(method):
+    model, x = Routed().double(), tokens()
+    statistics = collect(model, [x, x], method=method, min_rows=7)
+    assert statistics.owner == {"experts.0": "experts.0"}
+    assert statistics.sparse == {"experts.1": 6, "experts.2": 0} and statistics.count("experts.0") == 14
+    torch.testing.assert_close(statistics.gram("experts.0"), 2 * x[:7].T @ x[:7])
+    assert list(propose(model, statistics)) == ["experts.0"]
+    with pytest.raises(UserError, match=r"'experts\.2' was never called"):
+        collect(model, [x])
+    with pytest.raises(UserError, match="no layer saw 99 rows; the most any saw is 7"):
+        collect(model, [x], min_rows=99)
+
+
+class StubbornDropout(nn.Dropout):
+    """Stays on, for Monte Carlo estimates."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+def test_a_module_that_stays_in_training_mode_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), StubbornDropout(), nn.Linear(4, 2)).double()
+    with pytest.raises(UserError, match="module '1' stays in training mode"):
+        collect(model, [tokens()])
+    assert model[0].training and not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_broken_inputs_are_named_by_qr_too(value):
+    x = tokens()
+    x[3, 2] = value
+    with pytest.raises(UserError, match="inputs of layer '0' hold NaN or infinity"):
+        collect(nn.Sequential(nn.Linear(4, 2)).double(), [x], method="qr")
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(UserError, match="'svd' is neither gram nor qr"):
+        collect(small(), batches(), method="svd")
+
+
+@pytest.mark.parametrize("method", ["gram", "qr"])
+def test_both_methods_give_the_same_shifts_whatever_the_batches(method):
+    model, data = small(), batches()
+    whole = propose(model, collect(model, [torch.cat(data)], method="gram"), 0.02)
+    split = propose(model, collect(model, data, method=method), 0.02)
+    for name in whole:
+        torch.testing.assert_close(split[name].weight, whole[name].weight, rtol=1e-8, atol=1e-8)
+
+
+def test_a_shift_of_a_few_samples_is_the_stochastic_one():
+    model = nn.Sequential(nn.Linear(9, 3, bias=False)).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 9, generator=generator, dtype=torch.float64)
+    chosen = x[choose_rows(40, 6, labels=torch.arange(40) % 3, generator=generator)]
+    expected = stochastic(model[0].weight, chosen)
+    done = shift(model, collect(model, [chosen], method="qr"), output_budget=0.0)
+    assert done["0"].rank == 6
+    torch.testing.assert_close(model[0].weight.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_default_of_shift_is_a_budget_unless_another_kind_is_asked_for():
+    model, data = small(), batches()
+    statistics = collect(model, data)
+    assert shift(small(), statistics)["lm_head"].output_change == pytest.approx(0.01)
+    done = shift(model, statistics, rank=2)
+    assert all(s.rank > 2 for s in done.values())
+    assert torch.linalg.matrix_rank(model.lm_head.weight.detach(), rtol=1e-9) == 2

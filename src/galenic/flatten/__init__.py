@@ -16,8 +16,9 @@ the mathematics says so: with more training tokens than input dimensions the exa
 inputs span everything), and the ridge shift, its truncated relative, trades a bounded change of outputs for norm. It
 is a denoiser; whether curvature falls is measured, not promised.
 
-In Python: `collect(model, loader, layers)`, `shift(model, statistics, ...)`, `minimum_norm(weight, gram)`,
-`hessian_trace(loss_fn, parameters, batches, ...)`.
+In Python: `collect(model, loader, layers)`, `plan_shifts(model, statistics, ...)` to see and `shift(model, statistics,
+...)` to do, for linear layers and convolutions; on tensors `minimum_norm(weight, gram)`, `ridge`, `truncated`,
+`stochastic`, `centre_gauge`, `curvature_weighted`; `hessian_trace(loss_fn, parameters, batches, ...)`.
 """
 
 import importlib
@@ -26,12 +27,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from galenic.flatten.apply import shift
     from galenic.flatten.curvature import hessian_trace
-    from galenic.flatten.shifts import minimum_norm
+    from galenic.flatten.plans import apply_plans, plan_shifts
+    from galenic.flatten.shifts import centre_gauge, choose_rows, minimum_norm, ridge, stochastic, truncated
     from galenic.flatten.statistics import collect
+    from galenic.flatten.weighted import curvature_weighted, feature_curvature, least_trace
 
-__all__ = ["collect", "hessian_trace", "minimum_norm", "shift"]
+__all__ = [
+    "apply_plans",
+    "centre_gauge",
+    "choose_rows",
+    "collect",
+    "curvature_weighted",
+    "feature_curvature",
+    "hessian_trace",
+    "least_trace",
+    "minimum_norm",
+    "plan_shifts",
+    "ridge",
+    "shift",
+    "stochastic",
+    "truncated",
+]
 
-_HOMES = {"collect": "statistics", "hessian_trace": "curvature", "minimum_norm": "shifts", "shift": "apply"}
+_HOMES = {
+    "collect": "statistics",
+    "hessian_trace": "curvature",
+    "shift": "apply",
+    **dict.fromkeys(["apply_plans", "plan_shifts"], "plans"),
+    **dict.fromkeys(
+        ["centre_gauge", "choose_rows", "minimum_norm", "ridge", "stochastic", "truncated"], "shifts"
+    ),
+    **dict.fromkeys(["curvature_weighted", "feature_curvature", "least_trace"], "weighted"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galenic.flatten.shifts import Shift, Spectrum, shift_weight, spectrum
+from galenic.flatten.layers import output_rows, outputs_with
+from galenic.flatten.shifts import Shift, shift_weight
 from galenic.flatten.statistics import Statistics, run_batch
+from galenic.flatten.weighted import curvature_weighted
 from galenic.runtime import UserError
 
 
@@ -16,57 +18,111 @@ def shift(
     model: nn.Module,
     statistics: Statistics,
     *,
-    output_budget: float = 0.01,
+    output_budget: float | None = None,
     base: Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    free_bias: bool = False,
+    metrics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Shift]:
     """Shifts every layer that statistics were collected for, in place, all at once.
 
     Exact shifts leave the inputs of later layers as they were, so one set of statistics serves all layers. Ridge
-    shifts move them a little: each budget holds for the layer's own, original inputs.
+    shifts and truncation move them a little: each budget holds for the layer's own, original inputs.
+
+    The stochastic shift of the paper is an exact one (`output_budget=0`) with statistics of a few samples, chosen by
+    `choose_rows` and collected with `method="qr"`.
 
     Args:
         model: the model the statistics came from.
         statistics: of `collect`.
-        output_budget: relative output change allowed per layer; 0 is the exact, output-preserving shift.
+        output_budget: relative output change allowed per layer; 0 is the exact, output-preserving shift. Default:
+            0.01, without a rank, an energy or metrics.
         base: layer name -> weight of a base model to stay close to, for an expert that will be merged: its task
             vectors get shorter, never longer.
+        rank: instead, truncation to so many directions.
+        energy: instead, truncation to a share of the outputs' squared norm.
+        free_bias: layers that have a bias let it take over what their weight does along the inputs' mean.
+        metrics: layer name -> (d, d) matrix of `feature_curvature`: these layers are shifted exactly to the smallest
+            curvature instead of the smallest norm.
 
     Returns:
         Layer name -> what was done, in the model's order.
 
     Raises:
-        UserError: the base lacks a layer, or shapes do not fit.
+        UserError: the base lacks a layer, shapes do not fit, or more than one kind of shift is asked for.
     """
-    shifts = propose(model, statistics, output_budget, base)
+    if output_budget is None:
+        output_budget = 0.01 if rank is None and energy is None and metrics is None else 0.0
+    shifts = propose(
+        model,
+        statistics,
+        output_budget,
+        base,
+        rank=rank,
+        energy=energy,
+        free_bias=free_bias,
+        metrics=metrics,
+    )
     for name, proposal in shifts.items():
-        weight_of(model, name).copy_(proposal.weight)
+        install(model, name, proposal)
     return shifts
 
 
+@torch.no_grad()
+def install(model: nn.Module, name: str, proposal: Shift) -> None:
+    """Copies a shifted weight (and bias) into a model."""
+    weight_of(model, name).copy_(proposal.weight)
+    if proposal.bias is not None:
+        model.get_parameter(f"{name}.bias").copy_(proposal.bias)
+
+
 def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Returns the weight (outputs, inputs) of a layer by its dotted name."""
+    """Returns the weight of a layer by its dotted name."""
     return model.get_parameter(f"{name}.weight")
 
 
 def propose(
-    model: nn.Module, statistics: Statistics, output_budget: float, base: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    statistics: Statistics,
+    output_budget: float = 0.0,
+    base: Mapping[str, Tensor] | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    free_bias: bool = False,
+    metrics: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Shift]:
     """Computes the shifts of all layers without touching the model; see `shift`."""
-    spectra: dict[str, Spectrum] = {}
+    if metrics and (output_budget or rank is not None or energy is not None):
+        raise UserError(
+            "metrics: curvature-weighted shifts are exact; leave output_budget, rank and energy out"
+        )
+    unknown = [name for name in metrics or {} if name not in statistics.owner]
+    if unknown:
+        raise UserError(f"metrics: there are no statistics of layer '{unknown[0]}'")
     proposals = {}
-    for name, _ in model.named_modules():
+    for name, module in model.named_modules():
         if name not in statistics.owner:
             continue
         if base is not None and name not in base:
             raise UserError(f"base: lacks layer '{name}'")
-        owner = statistics.owner[name]
-        if owner not in spectra:
-            spectra[owner] = spectrum(statistics.grams[owner])
+        bias = getattr(module, "bias", None) if free_bias else None
+        inputs = statistics.spectrum(name, centred=bias is not None)
+        anchor = base[name] if base is not None else None
+        if metrics and name in metrics:
+            proposals[name] = curvature_weighted(
+                weight_of(model, name), inputs, metrics[name], base=anchor, bias=bias
+            )
+            continue
         proposals[name] = shift_weight(
             weight_of(model, name),
-            spectra[owner],
+            inputs,
             output_budget=output_budget,
-            base=base[name] if base is not None else None,
+            rank=rank,
+            energy=energy,
+            base=anchor,
+            bias=bias,
         )
     return proposals
 
@@ -90,15 +146,20 @@ def output_changes(
     sums = {name: [0.0, 0.0] for name in shifts}
     modules = dict(model.named_modules())
     masks = Statistics()
-    differences = {name: s.weight.double() - weight_of(model, name).double() for name, s in shifts.items()}
+    weights = {name: s.weight.double() - weight_of(model, name).double() for name, s in shifts.items()}
+    biases = {
+        name: s.bias.double() - model.get_parameter(f"{name}.bias").double()
+        for name, s in shifts.items()
+        if s.bias is not None
+    }
 
     def watch(name: str, module: Any, inputs: Tensor, outputs: Tensor) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        produced = outputs.reshape(-1, outputs.shape[-1]) - (0 if module.bias is None else module.bias)
-        if masks.mask is not None and masks.mask.numel() == len(rows):
+        produced = output_rows(module, outputs.detach()) - (0 if module.bias is None else module.bias)
+        bias = biases[name].to(inputs.dtype) if name in biases else None
+        moved = outputs_with(module, inputs, weights[name].to(inputs.dtype), bias)
+        if masks.mask is not None and masks.mask.numel() == len(moved):
             keep = masks.mask.reshape(-1).bool()
-            rows, produced = rows[keep], produced[keep]
-        moved = rows @ differences[name].to(rows.dtype).T
+            moved, produced = moved[keep], produced[keep]
         sums[name][0] += float(moved.double().square().sum())
         sums[name][1] += float(produced.double().square().sum())
 

@@ -237,7 +237,7 @@ def _shift_on_probation(
                 {
                     "name": name,
                     "rank": proposal.rank,
-                    "dimension": proposal.weight.shape[1],
+                    "dimension": proposal.dimension,
                     "noop": proposal.noop,
                     "relative_output_change_predicted": proposal.output_change,
                     "relative_output_change_measured": measured[name],

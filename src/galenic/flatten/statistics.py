@@ -2,111 +2,305 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from galenic.runtime import UserError, nearest
+from galenic.flatten.layers import Layer, geometry, input_rows, select_layers
+from galenic.flatten.spectra import Spectrum, centred_spectrum, row_spectrum, spectrum
+from galenic.ranks import gathered, process_group, ranks
+from galenic.runtime import UserError
+
+Method = Literal["gram", "qr"]
 
 
 class Statistics:
-    """Gram matrices of the inputs of linear layers.
+    """What shifts need to know of layers' inputs: Gram matrices or triangular factors, sums and counts.
 
-    Layers fed by the very same tensor (a gate and an up projection) share one matrix: `owner` names whose.
+    Layers fed by the very same tensor (a gate and an up projection) share them: `owner` names whose. G is the number
+    of groups of a convolution, 1 for a linear layer.
+
+    * `gram` adds up x^T x. Cheap, and exact for singular values of the inputs above 1.5e-8 of the largest.
+    * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR): R^T R is the Gram
+      matrix, but singular values down to 1e-15 of the largest are told from zero. A column of ones goes before the
+      rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the factor of the centred rows.
 
     Attributes:
-        grams: owner -> (d, d) float64, the sum of x^T x over all rows x of its inputs.
-        rows: owner -> number of rows.
-        owner: layer -> the layer whose matrix is also its own.
+        grams: owner -> (G, d, d) float64, the sum of x^T x over all rows x of its inputs; empty with `qr`.
+        factors: owner -> (G, at most d + 1, d + 1) float64; empty with `gram`.
+        sums: owner -> (G, d) float64, the sum of all rows.
+        rows: owner -> number of rows (of each group).
+        owner: layer -> the layer whose statistics are also its own.
+        sparse: layer -> rows, for layers left out by `min_rows`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method = "gram") -> None:
+        if method not in ("gram", "qr"):
+            raise UserError(f"method: '{method}' is neither gram nor qr")
+        self.method = method
         self.grams: dict[str, Tensor] = {}
+        self.factors: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.rows: dict[str, int] = {}
         self.owner: dict[str, str] = {}
+        self.sparse: dict[str, int] = {}
         self.mask: Tensor | None = None
-        self._latest: tuple[Tensor, str] | None = None
+        self._latest: tuple[Tensor, tuple[object, ...], str] | None = None
+        self._spectra: dict[tuple[str, bool], Spectrum] = {}
 
-    def gram(self, layer: str) -> Tensor:
-        """Returns a layer's (d, d) Gram matrix in float64."""
-        return self.grams[self.owner[layer]]
+    def gram(self, layer: str, group: int = 0) -> Tensor:
+        """Returns the (d, d) Gram matrix of a layer's inputs (of one of its groups) in float64."""
+        owner = self.owner[layer]
+        if self.method == "gram":
+            return self.grams[owner][group]
+        factor = self.factors[owner][group, :, 1:]
+        return factor.T @ factor
 
-    def add(self, layer: str, inputs: Tensor) -> None:
-        """Adds one call's inputs (..., d); rows where `mask` is zero do not count.
+    def count(self, layer: str) -> int:
+        """Returns how many rows a layer has seen."""
+        return self.rows[self.owner[layer]]
+
+    def spectrum(self, layer: str, centred: bool = False) -> Spectrum:
+        """Returns the spectrum of a layer's inputs, all groups stacked; computed once for all that share it.
+
+        Args:
+            layer: its name.
+            centred: of the inputs less their mean, for a bias that may move.
+        """
+        key = (self.owner[layer], centred)
+        if key not in self._spectra:
+            owner, rows = key[0], self.rows[key[0]]
+            try:
+                if self.method == "qr":
+                    factor = self.factors[owner][:, 1 if centred else 0 :, 1:]
+                    mean = self.sums[owner] / rows if centred else None
+                    self._spectra[key] = row_spectrum(factor, mean=mean, rows=rows)
+                elif centred:
+                    self._spectra[key] = centred_spectrum(self.grams[owner], self.sums[owner], rows)
+                else:
+                    self._spectra[key] = spectrum(self.grams[owner])
+            except (RuntimeError, MemoryError) as error:  # UserError is neither
+                raise UserError(
+                    f"layer '{layer}': its {self.sums[owner].shape[-1]} inputs are too many to decompose here "
+                    f"({str(error).splitlines()[0]}); leave it out, or collect fewer rows than that with method: qr"
+                ) from None
+        return self._spectra[key]
+
+    def add(self, layer: str, inputs: Tensor, module: Layer) -> None:
+        """Adds one call's inputs; rows where `mask` is zero do not count.
 
         Raises:
-            UserError: the inputs hold NaN or infinity.
+            UserError: the inputs hold NaN or infinity, or layers share their inputs now and then.
         """
-        shared = self._latest[1] if self._latest and self._latest[0] is inputs else layer
+        latest, alike = self._latest, geometry(module)
+        shared = latest[2] if latest and latest[0] is inputs and latest[1] == alike else layer
         if self.owner.setdefault(layer, shared) != shared:
             raise UserError(
                 f"layer '{layer}' shares its input with '{self.owner[layer]}' in some calls only; name it alone"
             )
         if shared != layer:
             return
-        self._latest = (inputs, layer)
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        if self.mask is not None and self.mask.numel() == len(rows):
-            rows = rows[self.mask.reshape(-1).bool()]
-        rows = rows.double()
-        product = rows.T @ rows
-        if not torch.isfinite(product.diagonal()).all():
-            raise UserError(
-                f"the inputs of layer '{layer}' hold NaN or infinity; the model or its data is broken"
-            )
-        if layer in self.grams:
-            self.grams[layer] += product
-            self.rows[layer] += len(rows)
+        self._latest = (inputs, alike, layer)
+        self._spectra.clear()
+        for rows in input_rows(module, inputs, self.mask):
+            self._add_rows(layer, rows)
+
+    def _add_rows(self, owner: str, rows: Tensor) -> None:
+        """Adds (G, n, d) rows in float64."""
+        self._allocate(owner, rows.shape[0], rows.shape[2], rows.device)
+        self.sums[owner] += rows.sum(1)
+        self.rows[owner] += rows.shape[1]
+        if self.method == "gram":
+            self.grams[owner].baddbmm_(rows.mT, rows)
+            finite = torch.isfinite(self.grams[owner].diagonal(dim1=1, dim2=2)).all()
         else:
-            self.grams[layer], self.rows[layer] = product, len(rows)
+            finite = torch.isfinite(rows).all()
+        if not finite:
+            raise UserError(
+                f"the inputs of layer '{owner}' hold NaN or infinity; the model or its data is broken"
+            )
+        if self.method == "qr":
+            ones = rows.new_ones(*rows.shape[:2], 1)
+            self.factors[owner] = _triangular(self.factors[owner], torch.cat([ones, rows], 2))
+
+    def _allocate(self, owner: str, groups: int, width: int, device: torch.device) -> None:
+        """Makes zero statistics for a layer that has none."""
+        if owner in self.sums:
+            return
+        wide = {"dtype": torch.float64, "device": device}
+        self.sums[owner], self.rows[owner] = torch.zeros(groups, width, **wide), 0
+        if self.method == "gram":
+            self.grams[owner] = torch.zeros(groups, width, width, **wide)
+        else:
+            self.factors[owner] = torch.zeros(groups, 0, width + 1, **wide)
 
     def forget_call(self) -> None:
         """Ends a forward pass: tensors of the next one are others, even at the same address."""
         self._latest = None
 
+    def all_reduce(self) -> None:
+        """Makes the statistics of all processes the statistics of each, as if one had seen all their data.
+
+        Every process calls it once, after its own pass. Gram matrices, sums and counts are added; triangular factors
+        are stacked in the processes' order and reduced to one. A layer that some processes never saw (an expert) is
+        empty there. Needs a process group that takes tensors in main memory, as gloo does.
+
+        Raises:
+            UserError: a layer shares its input with different layers on different processes.
+        """
+        if ranks() == 1:
+            return
+        import torch.distributed as distributed
+
+        with process_group():
+            for owners in gathered(self.owner):
+                for layer, owner in owners.items():
+                    if self.owner.setdefault(layer, owner) != owner:
+                        raise UserError(
+                            f"layer '{layer}' shares its input on some processes only; name it alone"
+                        )
+            shapes = {owner: list(sums.shape) for owner, sums in self.sums.items()}
+            device = next(iter(self.sums.values())).device if self.sums else torch.device("cpu")
+            for part in gathered(shapes):
+                for owner, (count, width) in part.items():
+                    self._allocate(owner, count, width, device)
+            counts = gathered(self.rows)
+            for owner in sorted(self.sums):
+                self.rows[owner] = sum(part[owner] for part in counts)
+                _sum_over_ranks(self.sums[owner])
+                if self.method == "gram":
+                    _sum_over_ranks(self.grams[owner])
+                    continue
+                own = self.factors[owner].cpu()
+                width = own.shape[2]
+                full = torch.cat([own, own.new_zeros(len(own), width - own.shape[1], width)], 1).contiguous()
+                parts = [torch.empty_like(full) for _ in range(ranks())]
+                distributed.all_gather(parts, full)
+                self.factors[owner] = _triangular(parts[0], torch.cat(parts[1:], 1)).to(device)
+        self._spectra.clear()
+
+
+def _triangular(factor: Tensor, rows: Tensor) -> Tensor:
+    """Returns the triangular factor of a factor's rows and more rows: R^T R = factor^T factor + rows^T rows."""
+    return torch.linalg.qr(torch.cat([factor, rows], 1), mode="r").R
+
+
+def _sum_over_ranks(tensor: Tensor) -> None:
+    """Adds a tensor over all processes, in place."""
+    import torch.distributed as distributed
+
+    total = tensor.cpu()
+    distributed.all_reduce(total)
+    tensor.copy_(total)
+
 
 @torch.no_grad()
-def collect(model: nn.Module, loader: Iterable[Any], layers: Sequence[str] = ("*",)) -> Statistics:
-    """Collects the Gram matrices of the inputs of linear layers.
+def collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: Sequence[str] = ("*",),
+    *,
+    method: Method = "gram",
+    min_rows: int = 0,
+    across_ranks: bool = False,
+) -> Statistics:
+    """Collects statistics of the inputs of linear layers and convolutions.
 
     Args:
         model: put into eval mode for the pass, so that dropout is off; its mode is restored.
         loader: batches: a mapping (passed as keywords; a 2-D `attention_mask` leaves padding out), a tuple or list
             (its first item is the input) or a tensor.
         layers: names or patterns, see `select_layers`.
+        method: `gram`, or `qr` where the rank must be exact; see `Statistics`.
+        min_rows: layers that saw fewer rows (experts that few tokens were sent to) are left out, listed in `sparse`:
+            their inputs span little, and a shift would take away most of what other data needs. With 0, a layer that
+            was never called is an error.
+        across_ranks: every process has its own share of the data; all get the statistics of the whole.
 
     Returns:
         The statistics; a layer called several times per pass counts all its calls.
 
     Raises:
-        UserError: an unknown or unsuitable layer, an empty loader, a layer that was never called, NaN or infinity.
+        UserError: an unknown or unsuitable layer, an empty loader, a layer that was never called, NaN or infinity (on
+            any process), a module that stays in training mode.
     """
     names = select_layers(model, layers)
-    count = 0
-    with watching(model, names) as statistics:
-        for batch in loader:
-            run_batch(model, batch, statistics)
-            count += 1
+    count, failure, statistics = 0, "", Statistics(method)
+    try:
+        with watching(model, names, statistics):
+            for batch in loader:
+                run_batch(model, batch, statistics)
+                count += 1
+    except UserError as error:
+        if not across_ranks:
+            raise
+        failure = str(error)  # the others wait for this process: all fail together
+    if across_ranks:
+        with process_group():
+            told = gathered([count, failure])
+            failures = [words for _, words in told if words]
+            if failures:
+                raise UserError(failures[0])
+            count = sum(batches for batches, _ in told)
+            statistics.all_reduce()
     if not count:
         raise UserError("the loader is empty: there is nothing to collect statistics on")
-    check_called(statistics, names)
+    if min_rows:
+        leave_out(statistics, names, min_rows)
+    else:
+        check_called(statistics, names)
     return statistics
 
 
+def leave_out(statistics: Statistics, layers: Sequence[str], min_rows: int) -> None:
+    """Takes the layers that saw fewer rows out of the statistics; see `collect`.
+
+    Raises:
+        UserError: none is left.
+    """
+    for name in layers:
+        rows = statistics.count(name) if name in statistics.owner else 0
+        if rows < min_rows:
+            statistics.sparse[name] = rows
+    for name in statistics.sparse:
+        statistics.owner.pop(name, None)
+    if not statistics.owner:
+        most = max(statistics.sparse.values())
+        raise UserError(f"min_rows: no layer saw {min_rows} rows; the most any saw is {most}")
+
+
 @contextmanager
-def watching(model: nn.Module, layers: Sequence[str]) -> Iterator[Statistics]:
-    """Yields statistics that grow with every forward pass of the model (in eval mode) inside the block."""
-    statistics = Statistics()
+def watching(
+    model: nn.Module, layers: Sequence[str], statistics: Statistics | None = None
+) -> Iterator[Statistics]:
+    """Yields statistics that grow with every forward pass of the model (in eval mode) inside the block.
+
+    Raises:
+        UserError: a module stays in training mode (its dropout would blur the inputs).
+    """
+    statistics = Statistics() if statistics is None else statistics
     modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_pre_hook(lambda _, inputs, name=name: statistics.add(name, inputs[0]))
-        for name in layers
-    ]
+
+    def watch(module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], name: str) -> None:
+        statistics.add(name, inputs[0] if inputs else keywords["input"], module)
+
     training = {name for name, module in modules.items() if module.training}
+    handles = []
     model.eval()
     try:
+        awake = [name for name, module in modules.items() if module.training]
+        if awake:
+            raise UserError(
+                f"module '{awake[0]}' stays in training mode when told eval(): its outputs are not the model's"
+            )
+        for name in layers:
+            handles.append(
+                modules[name].register_forward_pre_hook(
+                    lambda module, inputs, keywords, name=name: watch(module, inputs, keywords, name),
+                    with_kwargs=True,
+                )
+            )
         yield statistics
     finally:
         for handle in handles:
@@ -141,52 +335,3 @@ def check_called(statistics: Statistics, layers: Sequence[str]) -> None:
     silent = [name for name in layers if name not in statistics.owner]
     if silent:
         raise UserError(f"layer '{silent[0]}' was never called by the model's forward pass; leave it out")
-
-
-# ---------------------------------------------------------------------------- which layers
-
-
-def select_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Returns the names of the linear layers that patterns name, in the model's order.
-
-    A pattern may hold `*` for any text; it takes the layers that can be shifted and passes over the others. A full
-    name insists.
-
-    Raises:
-        UserError: a pattern that matches nothing (nearest names given), or a full name of a layer that cannot be
-            shifted (why is said).
-    """
-    modules = {name: module for name, module in model.named_modules() if name}
-    reasons = {name: unsuitable(model, name, module) for name, module in modules.items()}
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if pattern in modules:
-            if reasons[pattern]:
-                raise UserError(f"layers: '{pattern}' cannot be shifted: {reasons[pattern]}")
-            chosen.add(pattern)
-            continue
-        matches = {name for name in modules if fnmatchcase(name, pattern) and not reasons[name]}
-        if not matches:
-            linear = [name for name in modules if not reasons[name]]
-            hint = nearest(pattern, linear) or f"; linear layers: {', '.join(linear[:4])} ..."
-            raise UserError(f"layers: '{pattern}' matches no linear layer of the model{hint}")
-        chosen |= matches
-    return [name for name in modules if name in chosen]
-
-
-def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str:
-    """Says why a module cannot be shifted, or returns an empty string."""
-    if isinstance(module, nn.Embedding):
-        return "an embedding's inputs are single tokens: tokens not in the data would become zero"
-    if "NormHead" in type(module).__name__:
-        return "a NormHead scales its rows to unit length; make it a plain head first (head: materialise)"
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return f"it is a {type(module).__name__}, not a linear layer"
-    if "weight" not in module._parameters:
-        return "its weight is parametrised"
-    if not module.weight.dtype.is_floating_point:
-        return f"its weight is quantised ({module.weight.dtype})"
-    for other, holder in model.named_modules():
-        if other != name and any(p is module.weight for p in holder._parameters.values()):
-            return f"its weight is tied to '{other}'"
-    return ""
