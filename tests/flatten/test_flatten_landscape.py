@@ -103,7 +103,7 @@ def test_weights_and_buffers_come_back_bit_for_bit_also_after_an_error(net, trai
 
     with pytest.raises(KeyboardInterrupt):
         loss_line(failing, model, batches, filter_normalised(model, source()), range(9))
-    assert same(bits(model), before) and math.copysign(1, model.conv.weight[0, 0, 0, 0]) == -1
+    assert same(bits(model), before) and math.copysign(1, model.conv.weight[0, 0, 0, 0].item()) == -1
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
@@ -114,7 +114,7 @@ def test_tied_weights_move_once():
     direction = filter_normalised(model, source())
     assert list(direction) == ["0.weight"]
     loss = loss_line(lambda _: (head.weight.sum(), 1), model, [None], direction, (0.0, 1.0))
-    expected = float(direction["0.weight"].sum())
+    expected = direction["0.weight"].sum().item()
     assert float(loss[1] - loss[0]) == pytest.approx(expected, rel=1e-5)
 
 

@@ -122,9 +122,9 @@ def test_loss_and_slope_are_cross_entropys():
     z, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loss = nn.functional.cross_entropy(scale * z, y)
     (slope,) = torch.autograd.grad(loss, scale)
-    assert loss_at_scale(batches, 1.3) == pytest.approx((float(loss), float(slope)), rel=1e-12)
+    assert loss_at_scale(batches, 1.3) == pytest.approx((loss.item(), slope.item()), rel=1e-12)
     y[:7] = -100
-    ignoring = float(nn.functional.cross_entropy(1.3 * z, y))
+    ignoring = nn.functional.cross_entropy(1.3 * z, y).item()
     assert loss_at_scale([(z, y)], 1.3)[0] == pytest.approx(ignoring, rel=1e-12)
 
 
