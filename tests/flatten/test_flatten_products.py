@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from curvature_problems import Problem, matrix_of
+from curvature_problems import Problem, matrix_of, source
 from torch import nn
 
 from galenic.flatten.products import gauss_newton, hessian, parameter_groups, scaled
+from galenic.flatten.traces import softmax_trace
 from galenic.runtime import UserError
 
 
@@ -173,3 +174,25 @@ def test_refusals():
         hessian(lambda _: (x.abs().pow(1.5).sum(), 1), [x], [None]).product(one)
     with pytest.raises(UserError, match="loss is inf"):
         gauss_newton(lambda _: x, lambda z, _: ((1 / z).sum(), 1), [x], [None]).product(one)
+
+
+def test_attention_without_a_second_derivative_is_refused_with_the_way_out():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+
+    def outputs(_):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    def loss(outputs, _):
+        return outputs.square().sum(), 1
+
+    ones = torch.ones(80, 1, dtype=torch.float64)
+    operators = hessian(lambda b: loss(outputs(b), b), [x], [0]), gauss_newton(outputs, loss, [x], [0])
+    for operator in operators:
+        with pytest.raises(UserError, match=r"attention.* has no second derivative.*eager"):
+            operator.product(ones)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert operator.product(ones).isfinite().all()
+    trace = softmax_trace(lambda _: outputs(0)[0, 0], [x], [0], probes=2, generator=source())
+    assert trace.mean > 0  # first derivatives are enough for this one

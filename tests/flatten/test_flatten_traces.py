@@ -5,7 +5,7 @@ from torch import nn
 
 from galenic.flatten.curvature import hessian_trace, student_quantile
 from galenic.flatten.products import Operator, gauss_newton, hessian, probe_matrix, probe_seeds
-from galenic.flatten.traces import hutchinson, hutchpp, last_layer_trace, xtrace
+from galenic.flatten.traces import hutchinson, hutchpp, last_layer_trace, softmax_trace, xtrace
 from galenic.runtime import UserError
 
 ESTIMATORS = [hutchinson, hutchpp, xtrace]
@@ -176,6 +176,74 @@ def test_the_large_eigenvalues_are_caught():
 def test_too_few_products_are_refused(estimator):
     with pytest.raises(UserError, match="products: 1 gives no standard error; at least"):
         estimator(operator_of(torch.eye(3)), products=1, generator=source())
+
+
+# ---------------------------------------------------------------------------- probes of its own for each batch
+
+
+def test_softmax_trace_lies_within_its_stated_error_and_is_unbiased():
+    cases = []
+    for net in range(20):
+        problem = Problem(net)
+        exact = float(problem.dense_gauss_newton().trace())
+        for seed in range(10):
+            found = softmax_trace(
+                problem.outputs_fn, problem.parameters, problem.batches, probes=16, generator=source(seed)
+            )
+            cases.append(
+                ((found.mean - exact) / found.standard_error, abs(found.mean - exact) <= found.margin)
+            )
+    deviations, inside = torch.tensor(cases).T
+    assert inside.mean() >= 0.93 and abs(deviations.mean()) < 3.5 / 200**0.5
+
+
+def test_softmax_trace_of_a_piecewise_linear_net_is_the_hessians_over_unequal_batches():
+    problem = Problem(0, nn.ReLU)
+    exact = float(problem.dense_hessian().trace())
+    for cut in ([17], [12, 5], [1] * 17):
+        batches = list(zip(problem.x.split(cut), problem.y.split(cut), strict=True))
+        found = softmax_trace(
+            problem.outputs_fn, problem.parameters, batches, probes=1000, generator=source(1)
+        )
+        assert abs(found.mean - exact) <= 3 * found.standard_error < 0.1 * exact
+
+
+def test_smaller_batches_give_smaller_errors():
+    problem = Problem(1, nn.ReLU)
+    batches = [list(zip(problem.x.split(n), problem.y.split(n), strict=True)) for n in (17, 1)]
+    errors = [
+        softmax_trace(
+            problem.outputs_fn, problem.parameters, data, probes=400, generator=source()
+        ).standard_error
+        for data in batches
+    ]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_fresh_probes_are_unbiased_and_average_out_over_batches():
+    """Eight copies of the data as batches: the squared error is an eighth."""
+    problem = Problem(2)
+    exact = float(problem.dense_hessian().trace())
+    data = [(problem.x, problem.y)] * 8
+    shared, fresh = (
+        hessian_trace(problem.loss_fn, problem.parameters, data, probes=200, generator=source(), fresh=fresh)
+        for fresh in (False, True)
+    )
+    assert abs(fresh.mean - exact) <= 3 * fresh.standard_error
+    assert 0.25 < fresh.standard_error / shared.standard_error < 0.47  # 0.354 expected
+
+
+def test_softmax_trace_refuses_what_it_cannot_measure():
+    problem = Problem(3)
+    arguments = problem.outputs_fn, problem.parameters
+    with pytest.raises(UserError, match="probes: 1 gives no standard error"):
+        softmax_trace(*arguments, problem.batches, probes=1, generator=source())
+    with pytest.raises(UserError, match="no batches"):
+        softmax_trace(*arguments, [], probes=2, generator=source())
+    with torch.no_grad():
+        problem.parameters[0][0, 0] = torch.nan
+    with pytest.raises(UserError, match="the logits hold NaN or infinity"):
+        softmax_trace(*arguments, problem.batches, probes=2, generator=source())
 
 
 # ---------------------------------------------------------------------------- the last layer

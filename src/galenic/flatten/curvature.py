@@ -72,6 +72,7 @@ def hessian_trace(
     *,
     probes: int,
     generator: torch.Generator,
+    fresh: bool = False,
     bar: Bar | None = None,
 ) -> TraceEstimate:
     """Estimates the trace of the Hessian of the mean loss over all tokens (or samples) of all batches.
@@ -79,7 +80,9 @@ def hessian_trace(
         tr H = E[v^T H v],    v with independent entries +1 and -1,    H = sum_b H_b / sum_b n_b
 
     where H_b is the Hessian of batch b's summed loss: batches of unequal size count by their size. Every probe sees
-    all batches. No vector is kept: memory does not grow with the number of probes.
+    all batches, or each batch has its own (`fresh`): as tr H is the mean of the tr H_b, that is unbiased too, and the
+    batches' errors average out where one probe would make the same on all. No vector is kept: memory does not grow
+    with the number of probes.
 
     Args:
         loss_fn: batch -> (summed loss, number of tokens); must allow a second derivative (attention: eager).
@@ -87,6 +90,9 @@ def hessian_trace(
         batches: the data, gone through once; one graph for first and second derivatives is alive at a time.
         probes: number of vectors v, at least 2.
         generator: source of the probes; the same state gives the same probes, so that two models can be compared.
+        fresh: draws new probes for every batch. With B batches of like Hessians the squared error is 1/B of that with
+            shared probes, at the same cost; with unlike ones nothing is lost on average. But the estimate then
+            depends on how the data are cut into batches.
         bar: advanced by one for each Hessian-vector product.
 
     Raises:
@@ -98,12 +104,13 @@ def hessian_trace(
         raise UserError(f"probes: {probes} gives no standard error; at least 2")
     tensors = distinct(parameters)
     size = sum(tensor.numel() for tensor in tensors)
-    seeds = probe_seeds(probes, generator)
+    shared = probe_seeds(probes, generator)
     forms = torch.zeros(probes, dtype=torch.float64)
     count = 0
     for batch in batches:
         tokens, multiply = linearise_loss(loss_fn, tensors, batch)
         count += tokens
+        seeds = probe_seeds(probes, generator) if fresh else shared
         for index, seed in enumerate(seeds):
             probe = shaped_like(tensors, signs(seed, size))
             products = multiply(probe)

@@ -181,9 +181,18 @@ def _products(
     if not curved:  # gradients that depend on nothing: a loss that is linear in every tensor
         return [torch.zeros_like(tensor) for tensor in tensors]
     outputs, directions = zip(*curved, strict=True)
-    return torch.autograd.grad(
-        outputs, tensors, directions, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    try:
+        return torch.autograd.grad(
+            outputs, tensors, directions, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    except RuntimeError as error:
+        if "derivative for" not in str(error):
+            raise
+        step = str(error).removeprefix("derivative for ").split()[0]
+        raise UserError(
+            f"{step} has no second derivative in PyTorch; for attention load the model with "
+            "attn_implementation='eager', or run inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        ) from error
 
 
 # ---------------------------------------------------------------------------- all batches
@@ -196,18 +205,19 @@ def _operator(
     epsilon = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
 
     def product(vectors: Tensor) -> Tensor:
-        total = torch.zeros(vectors.shape[1], size, dtype=torch.float64, device=device)
+        rows = vectors.T.contiguous()  # entries of a vector side by side
+        total = torch.zeros_like(rows, dtype=torch.float64)
         count = 0
         for batch in batches:
             number, multiply = linearise(batch)
             count += number
-            for row, vector in zip(total, vectors.T, strict=True):
+            for row, vector in zip(total, rows, strict=True):
                 row += flatten(multiply(shaped_like(tensors, vector)))
                 if bar:
                     bar.update()
             del multiply  # this batch's graph, before the next one grows
         check_data(count, total)
-        return (total / count).T
+        return total.div_(count).T
 
     return Operator(size=size, device=device, epsilon=epsilon, product=product)
 
@@ -274,4 +284,4 @@ def signs(seed: int, size: int) -> Tensor:
 
 def probe_matrix(seeds: Sequence[int], operator: Operator) -> Tensor:
     """Returns the probes of seeds as columns, (size, k) float64 on the operator's device."""
-    return torch.stack([signs(seed, operator.size) for seed in seeds], 1).to(operator.device, torch.float64)
+    return torch.stack([signs(seed, operator.size) for seed in seeds]).to(operator.device, torch.float64).T
