@@ -260,7 +260,9 @@ def check_finite(loss: Tensor) -> None:
 def check_data(count: int, products: Tensor) -> None:
     """Raises a UserError if there was no data, or if a product is NaN or infinite though the loss was not."""
     if not count:
-        raise UserError("there are no batches: a Hessian needs data")
+        raise UserError(
+            "there are no batches: a Hessian needs data, in a list, since it is gone through several times"
+        )
     if not torch.isfinite(products).all():
         raise UserError(
             "the loss is finite but its second derivative is not: a root or norm at zero, or numbers too large; "

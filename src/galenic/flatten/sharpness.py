@@ -26,6 +26,7 @@ from galenic.flatten.products import (
 from galenic.runtime import UserError
 
 LARGEST_SCALE = 1e9
+"""Logits are multiplied by less than this and more than its inverse."""
 
 
 def adaptive(operator: Operator, parameters: Iterable[Tensor]) -> Operator:
@@ -168,7 +169,7 @@ def matching_scale(
         middle = 2 * scale if high == math.inf else (low + high) / 2
         newton = scale - (value - loss) / slope if slope else middle
         following = newton if low < newton < min(high, 4 * scale) else middle
-        if following in (scale, low, high) or following > LARGEST_SCALE:
+        if following in (scale, low, high) or not 1 / LARGEST_SCALE < following < LARGEST_SCALE:
             break
         scale = following
         value, slope = loss_at_scale(batches, scale)
