@@ -1,7 +1,7 @@
 """Hessian trace by Hutchinson's estimator, with its standard error.
 
 Beside it: `products` (Hessian and Gauss-Newton products), `traces` (Hutch++, XTrace, the last layer's closed form),
-`spectra` (Lanczos eigenvalues, spectral density), `sharpness` (measures free of scale, comparison at equal loss) and
+`lanczos` (Lanczos eigenvalues, spectral density), `sharpness` (measures free of scale, comparison at equal loss) and
 `landscape` (the loss along filter-normalised directions).
 """
 

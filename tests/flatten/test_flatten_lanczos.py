@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.flatten.products import hessian, probe_matrix, probe_seeds
-from galenic.flatten.spectra import extreme_eigenvalues, lanczos, spectral_density
+from galenic.flatten.lanczos import extreme_eigenvalues, lanczos, spectral_density
 from galenic.runtime import UserError
 
 
