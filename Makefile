@@ -53,11 +53,14 @@ test-slow: env data
 	$(BIN)/python -m pytest -m slow
 
 # The libraries clash with each other and with ours, so each list gets an environment. `torch` is pinned in each list
-# that needs it: a range would admit CUDA builds of gigabytes.
+# that needs it: a range would admit CUDA builds of gigabytes. A list NAME.no-deps is installed after NAME.txt, without
+# what it asks for.
 peers: $(PEERS)
 .venvs/%/.installed: tests/parity/peers/%.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary -r $<
+	test ! -f $(<:.txt=.no-deps) || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--no-deps -r $(<:.txt=.no-deps)
 	@touch $@
 
 parity: env peers

@@ -1,4 +1,9 @@
-"""Hessian trace by Hutchinson's estimator, with its standard error."""
+"""Hessian trace by Hutchinson's estimator, with its standard error.
+
+Beside it: `products` (Hessian and Gauss-Newton products), `traces` (Hutch++, XTrace, the last layer's closed form),
+`lanczos` (Lanczos eigenvalues, spectral density), `sharpness` (measures free of scale, comparison at equal loss) and
+`landscape` (the loss along filter-normalised directions).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,15 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galenic.flatten.products import (
+    check_data,
+    distinct,
+    linearise_loss,
+    probe_seeds,
+    shaped_like,
+    signs,
+)
 from galenic.runtime import Bar, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceEstimate:
-    """An unbiased estimate of a Hessian's trace."""
+    """An unbiased estimate of a matrix's trace."""
 
     values: Tensor
-    """(probes,) float64: v^T H v of each probe. Estimates with equal seeds are paired."""
+    """(n,) float64: estimates whose mean is the estimate, v^T H v of each probe for Hutchinson's. Estimates with equal
+    seeds are paired."""
 
     @property
     def mean(self) -> float:
@@ -27,10 +41,28 @@ class TraceEstimate:
         """Standard deviation of the estimate over the choice of probes (not over data)."""
         return standard_error(self.values)
 
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95% interval: Student's quantile for this number of values times the error."""
+        return student_quantile(0.95, len(self.values) - 1) * self.standard_error
+
 
 def standard_error(values: Tensor) -> float:
     """Returns the standard error of the mean of (n,) values."""
     return float(values.std() / len(values) ** 0.5)
+
+
+def student_quantile(confidence: float, degrees: int) -> float:
+    """Returns t such that Student's distribution has the probability `confidence` between -t and t.
+
+    With t = sqrt(n) tan(a), the density by the angle a is proportional to cos(a)^(n - 1).
+    """
+    angles = torch.linspace(0, torch.pi / 2, 100_001, dtype=torch.float64)
+    share = torch.cumulative_trapezoid(angles.cos() ** (degrees - 1), angles)
+    wanted = confidence * share[-1]
+    index = int(torch.searchsorted(share, wanted))
+    part = (wanted - share[index - 1]) / (share[index] - share[index - 1])
+    return float(degrees**0.5 * (angles[index] + part * angles[1]).tan())
 
 
 def hessian_trace(
@@ -40,6 +72,7 @@ def hessian_trace(
     *,
     probes: int,
     generator: torch.Generator,
+    fresh: bool = False,
     bar: Bar | None = None,
 ) -> TraceEstimate:
     """Estimates the trace of the Hessian of the mean loss over all tokens (or samples) of all batches.
@@ -47,58 +80,45 @@ def hessian_trace(
         tr H = E[v^T H v],    v with independent entries +1 and -1,    H = sum_b H_b / sum_b n_b
 
     where H_b is the Hessian of batch b's summed loss: batches of unequal size count by their size. Every probe sees
-    all batches.
+    all batches, or each batch has its own (`fresh`): as tr H is the mean of the tr H_b, that is unbiased too, and the
+    batches' errors average out where one probe would make the same on all. No vector is kept: memory does not grow
+    with the number of probes.
 
     Args:
         loss_fn: batch -> (summed loss, number of tokens); must allow a second derivative (attention: eager).
-        parameters: what to differentiate by, all of one device.
+        parameters: what to differentiate by, all of one device; a tied one counts once.
         batches: the data, gone through once; one graph for first and second derivatives is alive at a time.
         probes: number of vectors v, at least 2.
         generator: source of the probes; the same state gives the same probes, so that two models can be compared.
+        fresh: draws new probes for every batch. With B batches of like Hessians the squared error is 1/B of that with
+            shared probes, at the same cost; with unlike ones nothing is lost on average. But the estimate then
+            depends on how the data are cut into batches.
         bar: advanced by one for each Hessian-vector product.
 
     Raises:
-        UserError: fewer than two probes, no batches, or a loss that is NaN or infinite.
+        UserError: fewer than two probes, no parameters or batches, a loss or a product that is NaN or infinite.
 
     Source: Hutchinson 1990; the loss-weighting of batches as in a single large batch.
     """
     if probes < 2:
         raise UserError(f"probes: {probes} gives no standard error; at least 2")
-    tensors = [p for p in parameters if p.requires_grad]
-    seeds = torch.randint(2**62, (probes,), generator=generator).tolist()
-    products = torch.zeros(probes, dtype=torch.float64)
+    tensors = distinct(parameters)
+    size = sum(tensor.numel() for tensor in tensors)
+    shared = probe_seeds(probes, generator)
+    forms = torch.zeros(probes, dtype=torch.float64)
     count = 0
     for batch in batches:
-        loss, tokens = loss_fn(batch)
-        if not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()}: its curvature cannot be estimated")
+        tokens, multiply = linearise_loss(loss_fn, tensors, batch)
         count += tokens
-        gradients = torch.autograd.grad(
-            loss, tensors, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        seeds = probe_seeds(probes, generator) if fresh else shared
         for index, seed in enumerate(seeds):
-            products[index] += _quadratic_form(gradients, tensors, seed)
+            probe = shaped_like(tensors, signs(seed, size))
+            products = multiply(probe)
+            forms[index] += float(
+                sum((v * h).sum(dtype=torch.float64) for v, h in zip(probe, products, strict=True))
+            )
             if bar:
                 bar.update()
-    if not count:
-        raise UserError("there are no batches: a Hessian needs data")
-    return TraceEstimate(values=products / count)
-
-
-def _quadratic_form(gradients: Sequence[Tensor], tensors: Sequence[Tensor], seed: int) -> float:
-    """Returns v^T H v for the probe that a seed stands for; the gradients' graph is kept."""
-    source = torch.Generator().manual_seed(seed)
-    sizes = [tensor.numel() for tensor in tensors]
-    signs = torch.randint(0, 2, (sum(sizes),), generator=source, dtype=torch.int8).mul_(2).sub_(1)
-    probe = [
-        part.view(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
-        for part, tensor in zip(signs.split(sizes), tensors, strict=True)
-    ]
-    curved = [(g, v) for g, v in zip(gradients, probe, strict=True) if g.requires_grad]
-    if not curved:
-        return 0.0  # a loss that is linear in every parameter
-    outputs, directions = zip(*curved, strict=True)
-    hvp = torch.autograd.grad(
-        outputs, tensors, directions, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return float(sum((v * h).sum(dtype=torch.float64) for v, h in zip(probe, hvp, strict=True)))
+        del multiply  # this batch's graph, before the next one grows
+    check_data(count, forms)
+    return TraceEstimate(values=forms / count)
