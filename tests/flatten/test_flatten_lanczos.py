@@ -4,8 +4,8 @@ from curvature_problems import Problem, operator_of, source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.flatten.products import hessian, probe_matrix, probe_seeds
 from galenic.flatten.lanczos import extreme_eigenvalues, lanczos, spectral_density
+from galenic.flatten.products import hessian, probe_matrix, probe_seeds
 from galenic.runtime import UserError
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from galenic.flatten.lanczos import extreme_eigenvalues
 from galenic.flatten.products import hessian
 from galenic.flatten.sharpness import adaptive, adaptive_sharpness, loss_at_scale, matching_scale, mean_loss
-from galenic.flatten.lanczos import extreme_eigenvalues
 from galenic.flatten.traces import hutchinson
 from galenic.runtime import UserError
 
