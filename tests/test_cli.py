@@ -92,3 +92,13 @@ def test_no_space_left_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "galenic: error: /disk/file: no space left on device; free some and run the same command to continue\n"
     )
+
+
+def test_a_missing_package_is_one_line_that_names_the_extra(tmp_path):
+    """As after `pip install galenic` alone: the report's library of charts is not there."""
+    (tmp_path / "r").mkdir()
+    words = ["report", "--out", str(tmp_path / "out"), "--recipe", str(tmp_path / "r")]
+    code = f"import sys\nsys.modules['matplotlib'] = None\nfrom galenic.cli import main\nsys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "pip install 'galenic[report]'" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -75,6 +75,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
 OTHER_WORDS = {"merge": "galenic.merge.recipe:from_mergekit"}
 """Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
 
+EXTRAS = {"daft": "starter", "pyarrow": "starter", "matplotlib": "report"}
+"""Module -> the extra that installs it, of those that a verb may find missing."""
+
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
        galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
        galenic chat MODEL_FOLDER
@@ -248,6 +251,11 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except OSError as error:
         message = _os_error(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        message = f"{package} is needed for this: pip install 'galenic[{EXTRAS[package]}]'"
     except Exception as error:
         if "No space left on device" not in str(error):
             raise

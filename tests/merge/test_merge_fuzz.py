@@ -66,14 +66,19 @@ def survives(family, tmp_path):
     return True
 
 
+def base_file(family, tmp_path):
+    """The base's file, which an earlier example has damaged, and the bytes it had at first."""
+    file, whole = family[0] / "model.safetensors", tmp_path / "whole"
+    if not whole.exists():
+        shutil.copy(file, whole)
+    return file, whole.read_bytes()
+
+
 @SETTINGS
 @given(st.data())
 def test_damaged_bytes_of_a_header(family, tmp_path, data):
-    file = family[0] / "model.safetensors"
-    whole = tmp_path / "whole"
-    if not whole.exists():
-        shutil.copy(file, whole)
-    raw = bytearray(whole.read_bytes())
+    file, raw = base_file(family, tmp_path)
+    raw = bytearray(raw)
     end = 8 + int.from_bytes(raw[:8], "little")
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, end - 1))] = data.draw(st.integers(0, 255))
@@ -84,11 +89,7 @@ def test_damaged_bytes_of_a_header(family, tmp_path, data):
 @SETTINGS
 @given(name=st.sampled_from(["lm_head.weight", "new", "__metadata__"]), value=JSON)
 def test_lying_headers(family, tmp_path, name, value):
-    file = family[0] / "model.safetensors"
-    whole = tmp_path / "whole"
-    if not whole.exists():
-        shutil.copy(file, whole)
-    raw = whole.read_bytes()
+    file, raw = base_file(family, tmp_path)
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:end])
     header[name] = value
@@ -102,11 +103,7 @@ def test_lying_headers(family, tmp_path, name, value):
 @given(st.data())
 def test_headers_whose_fields_are_exchanged(family, tmp_path, data):
     """Offsets, shapes and types that are each possible, at the wrong tensor."""
-    file = family[0] / "model.safetensors"
-    whole = tmp_path / "whole"
-    if not whole.exists():
-        shutil.copy(file, whole)
-    raw = whole.read_bytes()
+    file, raw = base_file(family, tmp_path)
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:end])
     names = sorted(header.keys() - {"__metadata__"})

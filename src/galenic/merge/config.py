@@ -381,6 +381,11 @@ class MergeConfig:
         return self.merge_method in ("tsv", "iso_c", "iso_cts")
 
     @property
+    def thins_together(self) -> bool:
+        """Whether thinning looks at several entries together: at those of a row, or of all experts."""
+        return self.thins in ("della", "sce")
+
+    @property
     def draws(self) -> bool:
         """Whether chance has a part, and so the seed."""
         return self.thins in ("dare", "della")

@@ -30,9 +30,18 @@ from galenic.merge.blocks import (
 from galenic.merge.cache import remembered
 from galenic.merge.config import COMMON_SHARE, MergeConfig
 from galenic.merge.io import TensorInfo, Weights, all_finite
+from galenic.merge.magnitudes import counts_memory
 from galenic.merge.metagpt import cosines, effective_models, metagpt_coefficients, norm_warnings
 from galenic.merge.statistics import Origin, gram_matrices, no_thinning, read_block, total
-from galenic.merge.thinning import Thresholds, find_thresholds, read_thinned, row_of, task_vectors, thinning
+from galenic.merge.thinning import (
+    DENSITIES,
+    Thresholds,
+    find_thresholds,
+    read_thinned,
+    row_of,
+    task_vectors,
+    thinning,
+)
 from galenic.merge.vocabulary import is_vocabulary
 from galenic.merge.workers import WAITING, in_order
 from galenic.ranks import share
@@ -251,8 +260,7 @@ def merge_blocks(
         if not dtype.is_floating_point:
             write(block.name, block.start, base.read(*block))
             return 0
-        whole = config.spectral or config.thins in ("della", "sce")
-        by_entry = not whole or is_running(block.name)
+        by_entry = not (config.spectral or config.thins_together) or is_running(block.name)
         merge = _merge_entries if by_entry else _merge_rows
         merged = merge(config, base, experts, statistics, block, dtype)
         if merged is None:
@@ -375,12 +383,15 @@ def _threads(config: MergeConfig) -> int:
 def memory_for_blocks(config: MergeConfig, output: Mapping[str, TensorInfo], experts: int) -> int:
     """Returns about how many bytes the blocks under way take, in all threads."""
     row = max((_row(config, name, info) for name, info in output.items()), default=1)
-    whole = config.spectral or config.thins in ("della", "sce")
+    whole = config.spectral or config.thins_together
     # Per model a block as stored (4 bytes, rarely 8); in float64, with room for what is computed, where rows are
     # looked at as a whole.
     each = (4 + 8 * 4 * whole) * max(CHUNK, row)
     models = experts + 2 + 2 * experts * config.spectral
-    return each * models * _threads(config)
+    # In TIES every thread counts magnitudes of all the usual densities, and there is a sum; others count two at most.
+    ranks = {"ties": len(DENSITIES) + 1, "breadcrumbs": 2, "sce": 1}.get(config.thins or "", 0)
+    counts = counts_memory(experts, ranks) * (_threads(config) + 1) if ranks else 0
+    return each * models * _threads(config) + counts
 
 
 def arithmetic_seconds(

@@ -114,6 +114,11 @@ def tensor_thresholds(
     return united(found)
 
 
+def counts_memory(rows: int, ranks: int) -> int:
+    """Returns how many bytes the counts of one thread take at most, for so many rows and ranks of each."""
+    return 8 * rows * ((1 << COARSE_BITS) + (ranks << FINE_BITS)) + (8 << FINE_BITS)
+
+
 def _largest(read: Read, ranks: Sequence[Sequence[int]], total: Total) -> list[list[tuple[float, int]]]:
     def coarse(block: Block, counts: Any) -> None:
         kernels.count_coarse(*read(block), counts)

@@ -107,9 +107,9 @@ def run(config: MergeConfig) -> None:
     from galenic.merge.writer import safetensors_writer
     from galenic.report.merge_page import write_merge_page
 
-    model = Path(config.out) / "model"
+    result = Path(config.out) / "model"
     with process_group(), ExitStack() as stack:
-        _check_replaced(model)
+        _check_replaced(result)
         with zero_first():  # what is downloaded or converted is so once
             opened = stack.enter_context(_open(config))
         base, experts = opened.base, opened.experts
@@ -136,7 +136,7 @@ def run(config: MergeConfig) -> None:
         statistics.summary["warnings"] += [*opened.warnings, *_same_weights(config.names(), opened, inputs)]
         if opened.notes:
             statistics.summary["vocabulary"] = opened.notes
-        with _shared_folder(model, _key(config, opened, stamps, statistics)) as folder:
+        with _shared_folder(result, _key(config, opened, stamps, statistics)) as folder:
             with ExitStack() as files:
                 with zero_first():
                     if rank() == 0:

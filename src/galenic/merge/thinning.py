@@ -135,7 +135,7 @@ def read_thinned(
     whole = no_thinning(len(experts))
 
     def read(block: Block) -> Vectors:
-        if config.thins in ("della", "sce"):
+        if config.thins_together:
             _, deltas = task_vectors(config, thresholds, base, experts, block)
             return None, torch.stack(deltas).numpy(), whole
         return *read_block(base, experts, block), thinning(config, thresholds, block.name)

@@ -2,7 +2,7 @@
 
 Shapes are known before the first block is computed, so the whole layout is too: blocks may arrive in any order, and
 memory stays bounded. Where the system allows it, whole pages go to the disk directly: what is written is not read again
-here, and waiting in the end for a page cache full of it took longer than the merge (benchmarks/merging_speed.py).
+here, and to wait in the end for a page cache full of it can take longer than the merge.
 """
 
 import errno
