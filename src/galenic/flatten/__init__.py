@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from galenic.flatten.apply import shift
     from galenic.flatten.curvature import hessian_trace
     from galenic.flatten.plans import apply_plans, plan_shifts
+    from galenic.flatten.selection import select_shift
     from galenic.flatten.shifts import centre_gauge, choose_rows, minimum_norm, ridge, stochastic, truncated
     from galenic.flatten.statistics import collect
     from galenic.flatten.weighted import curvature_weighted, feature_curvature, least_trace
@@ -44,6 +45,7 @@ __all__ = [
     "minimum_norm",
     "plan_shifts",
     "ridge",
+    "select_shift",
     "shift",
     "stochastic",
     "truncated",
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "collect": "statistics",
     "hessian_trace": "curvature",
+    "select_shift": "selection",
     "shift": "apply",
     **dict.fromkeys(["apply_plans", "plan_shifts"], "plans"),
     **dict.fromkeys(

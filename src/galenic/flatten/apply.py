@@ -1,7 +1,7 @@
 """Shifting the layers of a model, and measuring what a shift really did to a layer's outputs."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,29 @@ from galenic.flatten.weighted import curvature_weighted
 from galenic.runtime import UserError
 
 
+class Kind(TypedDict, total=False):
+    """Which shift to make, in words that `shift`, `propose`, `plan_shifts` and `select_shift` share."""
+
+    output_budget: float
+    """Relative output change allowed per layer; 0 is the exact, output-preserving shift."""
+    rank: int | None
+    """Instead, truncation to so many directions."""
+    energy: float | None
+    """Instead, truncation to a share of the outputs' squared norm."""
+    free_bias: bool
+    """Layers that have a bias let it take over what their weight does along the inputs' mean."""
+    base: Mapping[str, Tensor] | None
+    """Layer name -> weight of a base model to stay close to, for an expert that will be merged: its task vectors get
+    shorter, never longer."""
+    metrics: Mapping[str, Tensor] | None
+    """Layer name -> (d, d) matrix of `feature_curvature`: these layers are shifted exactly, to the smallest curvature
+    instead of the smallest norm."""
+    damping: float
+    """Of the metrics, see `curvature_weighted`."""
+
+
 @torch.no_grad()
-def shift(
-    model: nn.Module,
-    statistics: Statistics,
-    *,
-    output_budget: float | None = None,
-    base: Mapping[str, Tensor] | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    free_bias: bool = False,
-    metrics: Mapping[str, Tensor] | None = None,
-) -> dict[str, Shift]:
+def shift(model: nn.Module, statistics: Statistics, **kind: Unpack[Kind]) -> dict[str, Shift]:
     """Shifts every layer that statistics were collected for, in place, all at once.
 
     Exact shifts leave the inputs of later layers as they were, so one set of statistics serves all layers. Ridge
@@ -36,15 +47,7 @@ def shift(
     Args:
         model: the model the statistics came from.
         statistics: of `collect`.
-        output_budget: relative output change allowed per layer; 0 is the exact, output-preserving shift. Default:
-            0.01, without a rank, an energy or metrics.
-        base: layer name -> weight of a base model to stay close to, for an expert that will be merged: its task
-            vectors get shorter, never longer.
-        rank: instead, truncation to so many directions.
-        energy: instead, truncation to a share of the outputs' squared norm.
-        free_bias: layers that have a bias let it take over what their weight does along the inputs' mean.
-        metrics: layer name -> (d, d) matrix of `feature_curvature`: these layers are shifted exactly to the smallest
-            curvature instead of the smallest norm.
+        kind: see `Kind`. Nothing at all is ridge with an output budget of 0.01.
 
     Returns:
         Layer name -> what was done, in the model's order.
@@ -52,18 +55,9 @@ def shift(
     Raises:
         UserError: the base lacks a layer, shapes do not fit, or more than one kind of shift is asked for.
     """
-    if output_budget is None:
-        output_budget = 0.01 if rank is None and energy is None and metrics is None else 0.0
-    shifts = propose(
-        model,
-        statistics,
-        output_budget,
-        base,
-        rank=rank,
-        energy=energy,
-        free_bias=free_bias,
-        metrics=metrics,
-    )
+    if not any(kind.get(name) is not None for name in ("output_budget", "rank", "energy", "metrics")):
+        kind["output_budget"] = 0.01
+    shifts = propose(model, statistics, **kind)
     for name, proposal in shifts.items():
         install(model, name, proposal)
     return shifts
@@ -92,8 +86,9 @@ def propose(
     energy: float | None = None,
     free_bias: bool = False,
     metrics: Mapping[str, Tensor] | None = None,
+    damping: float = 0.1,
 ) -> dict[str, Shift]:
-    """Computes the shifts of all layers without touching the model; see `shift`."""
+    """Computes the shifts of all layers without touching the model; see `shift` and `Kind`."""
     if metrics and (output_budget or rank is not None or energy is not None):
         raise UserError(
             "metrics: curvature-weighted shifts are exact; leave output_budget, rank and energy out"
@@ -112,7 +107,7 @@ def propose(
         anchor = base[name] if base is not None else None
         if metrics and name in metrics:
             proposals[name] = curvature_weighted(
-                weight_of(model, name), inputs, metrics[name], base=anchor, bias=bias
+                weight_of(model, name), inputs, metrics[name], damping=damping, base=anchor, bias=bias
             )
             continue
         proposals[name] = shift_weight(

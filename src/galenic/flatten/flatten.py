@@ -109,7 +109,7 @@ def run(config: FlattenConfig) -> None:
     trace_before = _trace(model, trace_batches, config, "curvature before")
 
     # ------------------------------------------------------------------------ shift
-    shifts = propose(model, statistics, config.budget)
+    shifts = propose(model, statistics, output_budget=config.budget)
     measured = _measure(model, train, shifts)
     rows = _shift_on_probation(model, shifts, measured, first_rows(train, PROBATION_ROWS), config.loss_budget)
 

@@ -1,13 +1,13 @@
 """What shifts would do, layer by layer, before anything is changed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
-from galenic.flatten.apply import install, propose
+from galenic.flatten.apply import Kind, install, propose
 from galenic.flatten.layers import Layer, groups
 from galenic.flatten.shifts import Shift
 from galenic.flatten.statistics import Statistics
@@ -55,43 +55,25 @@ def plan_shifts(
     model: nn.Module,
     statistics: Statistics,
     *,
-    output_budget: float = 0.0,
-    base: Mapping[str, Tensor] | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    free_bias: bool = False,
-    metrics: Mapping[str, Tensor] | None = None,
     softmax_head: str | None = None,
+    **kind: Unpack[Kind],
 ) -> list[LayerPlan]:
     """Computes what `shift` of the same arguments would do to each layer; the model stays as it is.
 
     Args:
         model: the model the statistics came from.
         statistics: of `collect`.
-        output_budget: see `shift`, as the following ones.
-        base: see there.
-        rank: see there.
-        energy: see there.
-        free_bias: see there.
-        metrics: see there.
         softmax_head: the layer whose outputs are the logits of a cross-entropy that is averaged over all rows.
+        kind: see `Kind`; nothing at all is the exact shift.
     """
-    proposals = propose(
-        model,
-        statistics,
-        output_budget,
-        base,
-        rank=rank,
-        energy=energy,
-        free_bias=free_bias,
-        metrics=metrics,
-    )
-    exact = not output_budget and rank is None and energy is None
+    proposals = propose(model, statistics, **kind)
+    budget = kind.get("output_budget", 0.0)
+    exact = not budget and kind.get("rank") is None and kind.get("energy") is None
     plans = []
     for name, shift in proposals.items():
         module = model.get_submodule(name)
         assert isinstance(module, Layer)
-        action, reason = _verdict(shift, exact, output_budget)
+        action, reason = _verdict(shift, exact, budget)
         memory, seconds = cost(module)
         change = max(shift.output_change, shift.rounded_change)
         plans.append(
