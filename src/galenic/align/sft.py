@@ -46,8 +46,17 @@ def plan(config: SftConfig) -> Plan:
             "training": f"{steps} steps of {config.rows} x {config.context} tokens, learning rate "
             f"{config.optim.lr:g} to {config.final_lr:g} on a cosine",
             "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
+            **({"shifts": _times(config.shift.steps(steps))} if config.shift else {}),
         },
     )
+
+
+def _times(steps: range) -> str:
+    """Says when layers are shifted."""
+    when = (
+        f"after step {steps[0]} and each {steps.step} later" if len(steps) > 1 else f"after step {steps[0]}"
+    )
+    return f"{len(steps)}, {when}"
 
 
 Sample = tuple[np.ndarray, np.ndarray]
@@ -173,9 +182,12 @@ def run(config: SftConfig) -> None:
     if not steps:
         raise UserError(f"{config.conversations}: fewer than {config.rows} rows of {config.context} tokens")
 
-    def batch(step: int) -> dict[str, Any]:
+    def laid_rows(step: int) -> list[list[Sample]]:
         chosen = rows[step * config.rows : (step + 1) * config.rows]
-        return collate([[samples[i] for i in row] for row in chosen], config.context, PAD)
+        return [[samples[i] for i in row] for row in chosen]
+
+    def batch(step: int) -> dict[str, Any]:
+        return collate(laid_rows(step), config.context, PAD)
 
     heldout: list[Sample] = []
     if config.heldout:
@@ -193,6 +205,11 @@ def run(config: SftConfig) -> None:
     if config.lora:
         model = add_adapter(model, config.lora, config.seed)
     trainer = Trainer(model, config.optim, config.guard, out, config.checkpoint_seconds)
+    after = None
+    if config.shift:
+        from galenic.align.shifting import shifter
+
+        after = shifter(config.shift, trainer, config.shift.steps(steps), laid_rows)
     trainer.resume()
     if trainer.step == 0:
         score(0)
@@ -203,7 +220,7 @@ def run(config: SftConfig) -> None:
 
     with progress(steps * config.rows * config.context, out.name, "tokens") as bar:
         bar.update(trainer.step * config.rows * config.context)
-        trainer.train(batch, first=0, last=steps, lr=lr, bar=bar)
+        trainer.train(batch, first=0, last=steps, lr=lr, bar=bar, after=after)
     score(steps)
 
     # ---- result
@@ -223,6 +240,7 @@ def run(config: SftConfig) -> None:
         "conversations": Path(config.conversations).name,
         "steps": steps,
         **({"lora": asdict(config.lora)} if config.lora else {}),
+        **({"shift": asdict(config.shift)} if config.shift else {}),
         "base": read_json(made_of) if made_of.exists() else None,
     }
     write = save_adapter if config.lora else save_any

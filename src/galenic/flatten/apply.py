@@ -55,25 +55,48 @@ def shift(model: nn.Module, statistics: Statistics, **kind: Unpack[Kind]) -> dic
     Raises:
         UserError: the base lacks a layer, shapes do not fit, or more than one kind of shift is asked for.
     """
-    if not any(kind.get(name) is not None for name in ("output_budget", "rank", "energy", "metrics")):
-        kind["output_budget"] = 0.01
+    others = (kind.get(name) for name in ("rank", "energy", "metrics"))
+    kind["output_budget"] = default_budget(kind.get("output_budget"), *others)
     shifts = propose(model, statistics, **kind)
     for name, proposal in shifts.items():
         install(model, name, proposal)
     return shifts
 
 
+def default_budget(output_budget: float | None, *others: object) -> float:
+    """Returns the output budget in effect: 0.01 if none is given, nor any of the others that decide a shift."""
+    if output_budget is not None:
+        return output_budget
+    return 0.01 if all(other is None for other in others) else 0.0
+
+
 @torch.no_grad()
 def install(model: nn.Module, name: str, proposal: Shift) -> None:
     """Copies a shifted weight (and bias) into a model."""
-    weight_of(model, name).copy_(proposal.weight)
+    put(weight_of(model, name), proposal.weight)
     if proposal.bias is not None:
-        model.get_parameter(f"{name}.bias").copy_(proposal.bias)
+        put(model.get_parameter(f"{name}.bias"), proposal.bias)
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
     """Returns the weight of a layer by its dotted name."""
     return model.get_parameter(f"{name}.weight")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor as it is, or all of one that processes share (a DTensor, as `fully_shard` makes)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copies a whole value into a tensor, or this process's share into one that processes share."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        # All processes hold the value: without a source rank none is sent.
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
 
 
 def propose(
@@ -102,16 +125,17 @@ def propose(
             continue
         if base is not None and name not in base:
             raise UserError(f"base: lacks layer '{name}'")
-        bias = getattr(module, "bias", None) if free_bias else None
+        weight, bias = whole(weight_of(model, name)), getattr(module, "bias", None) if free_bias else None
+        bias = bias if bias is None else whole(bias)
         inputs = statistics.spectrum(name, centred=bias is not None)
         anchor = base[name] if base is not None else None
         if metrics and name in metrics:
             proposals[name] = curvature_weighted(
-                weight_of(model, name), inputs, metrics[name], damping=damping, base=anchor, bias=bias
+                weight, inputs, metrics[name], damping=damping, base=anchor, bias=bias
             )
             continue
         proposals[name] = shift_weight(
-            weight_of(model, name),
+            weight,
             inputs,
             output_budget=output_budget,
             rank=rank,

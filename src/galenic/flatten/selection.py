@@ -34,12 +34,11 @@ class Selection:
     """Mean error of the model as it was."""
     candidates: list[Candidate]
     chosen: int | None
-    """Index of the candidate the model was shifted by; None: it stays as it was."""
+    """Index of the best candidate; None: the model as it was is as good."""
     shifts: dict[str, Shift]
     """What the choice does to each layer; empty for none."""
 
 
-@torch.no_grad()
 def select_shift(
     model: nn.Module,
     statistics: Statistics,
@@ -49,15 +48,31 @@ def select_shift(
     caution: float = 1.0,
     bar: Bar | None = None,
 ) -> Selection:
-    """Shifts a model in the way that errs least on validation data, or not at all.
+    """Shifts a model in place in the way that errs least on validation data, or not at all; see `compare_shifts`."""
+    selection = compare_shifts(model, statistics, candidates, errors, caution=caution, bar=bar)
+    for name, proposal in selection.shifts.items():
+        install(model, name, proposal)
+    return selection
 
-    Every candidate is tried on the model. The best one is taken if its errors fall by more than `caution` standard
-    errors of the paired difference; the model stays as it was otherwise. Validation data should be of the training
-    data's kind but not part of it, and the final test must be of other data again: what is chosen looks better on the
-    data that chose it.
+
+@torch.no_grad()
+def compare_shifts(
+    model: nn.Module,
+    statistics: Statistics,
+    candidates: Sequence[Kind],
+    errors: Callable[[], Tensor],
+    *,
+    caution: float = 1.0,
+    bar: Bar | None = None,
+) -> Selection:
+    """Tries kinds of shifts and chooses the one that errs least on validation data, or none.
+
+    The best one is taken if its errors fall by more than `caution` standard errors of the paired difference; else the
+    model should stay as it is. Validation data should be of the training data's kind but not part of it, and the final
+    test must be of other data again: what is chosen looks better on the data that chose it.
 
     Args:
-        model: shifted in place.
+        model: as it was afterwards.
         statistics: of `collect`.
         candidates: kinds of shifts; `[{"rank": 10}, {"output_budget": 0.1}]`.
         errors: gives the validation errors of the model as it stands, (n,) for n samples in a fixed order: 0 or 1 for
@@ -81,11 +96,13 @@ def select_shift(
     tried, best, best_shifts = [], None, {}
     for index, kind in enumerate(candidates):
         shifts = propose(model, statistics, **kind)
-        for name, proposal in shifts.items():
-            install(model, name, proposal)
-        difference = errors().double().flatten() - before
-        for name, parameter in shifted.items():
-            parameter.copy_(kept[name])
+        try:
+            for name, proposal in shifts.items():
+                install(model, name, proposal)
+            difference = errors().double().flatten() - before
+        finally:
+            for name, parameter in shifted.items():
+                parameter.copy_(kept[name])
         candidate = Candidate(
             kind=kind,
             error=float((before + difference).mean()),
@@ -99,8 +116,6 @@ def select_shift(
             best, best_shifts = index, shifts
         if bar:
             bar.update()
-    for name, proposal in best_shifts.items():
-        install(model, name, proposal)
     return Selection(original=float(before.mean()), candidates=tried, chosen=best, shifts=best_shifts)
 
 

@@ -44,6 +44,8 @@ class Shift:
     norm_before: float
     """Frobenius norm of the weight; of its distance to the base when anchored."""
     norm_after: float
+    removed: Tensor | None = None
+    """(G, m), 1 - f: the share of each component that was taken away; None where a shift is no such map."""
 
 
 # ---------------------------------------------------------------------------- the shifts
@@ -222,14 +224,7 @@ def shift_weight(
     Raises:
         UserError: shapes that do not fit, or numbers out of range.
     """
-    if not 0 <= output_budget < 1:
-        raise UserError(f"an output budget lies in [0, 1); got {output_budget}")
-    if (output_budget > 0) + (rank is not None) + (energy is not None) > 1:
-        raise UserError("give one of output_budget, rank and energy: each decides the whole shift")
-    if rank is not None and rank < 1:
-        raise UserError(f"rank: {rank} keeps nothing; at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"energy: {energy} is not in (0, 1]")
+    check_amount(output_budget, rank, energy)
     wide, distance = as_matrices(weight, inputs, base)
     along = distance @ inputs.vectors  # (G, K / G, m): components along the eigenvectors
     power = along.square().sum(-2)
@@ -238,11 +233,70 @@ def shift_weight(
         removed = removed_share(inputs, power, output_budget**2 * outputs)
     else:
         removed = truncated_share(inputs, power, rank, energy)
+    taken = _taken(distance, along, inputs, removed)
+    change = float((inputs.values * removed.square() * power).sum())
+    return finished(weight, wide - taken, inputs, change=change, base=base, bias=bias, removed=removed)
+
+
+def shift_moments(
+    shift: Shift, inputs: Spectrum, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Takes an optimizer's first moments through the linear map that a shift is.
+
+        W' = W_0 + (W - W_0) F,  b' = b + (W - W') m   =>   M' = M F,  M_b' = M_b + (M - M') m,
+        F = I - Q diag(1 - f) Q^T
+
+    with W_0 = 0 unless anchored. A moment is a mean of past gradients, so a step along it would put back what the
+    shift took away; a step along M' gives what shifting after a step along M would have given.
+
+    Args:
+        shift: of `shift_weight`.
+        inputs: the spectrum it was made with.
+        weight: the moment of the weight, in its shape.
+        bias: the moment of the bias; it changes if the inputs are centred.
+
+    Returns:
+        Both in their dtypes, computed in float64 with one rounding.
+    """
+    if shift.removed is None:
+        raise UserError("a curvature-weighted shift is no map along its inputs: it cannot take moments along")
+    wide, _ = as_matrices(weight, inputs, None)
+    taken = _taken(wide, wide @ inputs.vectors, inputs, shift.removed)
+    if bias is not None and inputs.mean is not None:
+        lost = (taken @ inputs.mean.unsqueeze(-1)).reshape(-1)
+        bias = (bias.detach().double() + lost).to(bias.dtype)
+    return (wide - taken).reshape(weight.shape).to(weight.dtype), bias
+
+
+def _taken(distance: Tensor, along: Tensor, inputs: Spectrum, removed: Tensor) -> Tensor:
+    """Returns D (I - F), what a shift takes away of D.
+
+    Args:
+        distance: (G, K / G, d), D.
+        along: (G, K / G, m), its components along the eigenvectors, D Q.
+        inputs: spectrum of the inputs.
+        removed: (G, m), 1 - f.
+    """
     taken = (along * removed.unsqueeze(-2)) @ inputs.vectors.mT
     if inputs.vectors.shape[-1] < inputs.vectors.shape[-2]:  # directions that no input has are not listed
         taken = taken + (distance - along @ inputs.vectors.mT)
-    change = float((inputs.values * removed.square() * power).sum())
-    return finished(weight, wide - taken, inputs, change=change, base=base, bias=bias)
+    return taken
+
+
+def check_amount(output_budget: float, rank: int | None, energy: float | None) -> None:
+    """Refuses numbers out of range, and more than one of them.
+
+    Raises:
+        UserError: which, and what is allowed.
+    """
+    if not 0 <= output_budget < 1:
+        raise UserError(f"an output budget lies in [0, 1); got {output_budget}")
+    if (output_budget > 0) + (rank is not None) + (energy is not None) > 1:
+        raise UserError("give one of output_budget, rank and energy: each decides the whole shift")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank: {rank} keeps nothing; at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"energy: {energy} is not in (0, 1]")
 
 
 def as_matrices(weight: Tensor, inputs: Spectrum, base: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -270,6 +324,7 @@ def finished(
     change: float,
     base: Tensor | None = None,
     bias: Tensor | None = None,
+    removed: Tensor | None = None,
 ) -> Shift:
     """Rounds a shifted weight once and tells what it does.
 
@@ -280,6 +335,7 @@ def finished(
         change: predicted squared output change.
         base: what the original was to stay close to.
         bias: a bias that may move, with centred inputs.
+        removed: see `Shift`.
 
     Raises:
         UserError: centred inputs without a bias.
@@ -310,6 +366,7 @@ def finished(
         outputs=outputs**0.5,
         norm_before=length,
         norm_after=float((distance + step).norm()),
+        removed=removed,
     )
 
 

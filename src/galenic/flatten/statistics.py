@@ -33,6 +33,7 @@ class Statistics:
         rows: owner -> number of rows (of each group).
         owner: layer -> the layer whose statistics are also its own.
         sparse: layer -> rows, for layers left out by `min_rows`.
+        failure: what was wrong with inputs, where `watching` is patient.
     """
 
     def __init__(self, method: Method = "gram") -> None:
@@ -45,6 +46,7 @@ class Statistics:
         self.rows: dict[str, int] = {}
         self.owner: dict[str, str] = {}
         self.sparse: dict[str, int] = {}
+        self.failure = ""
         self.mask: Tensor | None = None
         self._latest: tuple[Tensor, tuple[object, ...], str] | None = None
         self._spectra: dict[tuple[str, bool], Spectrum] = {}
@@ -228,7 +230,7 @@ def collect(
     names = select_layers(model, layers)
     count, failure, statistics = 0, "", Statistics(method)
     try:
-        with watching(model, names, statistics):
+        with watching(model, names, statistics, patient=across_ranks):
             for batch in loader:
                 run_batch(model, batch, statistics)
                 count += 1
@@ -237,6 +239,7 @@ def collect(
             raise
         failure = str(error)  # the others wait for this process: all fail together
     if across_ranks:
+        failure = failure or statistics.failure
         with process_group():
             told = gathered([count, failure])
             failures = [words for _, words in told if words]
@@ -272,9 +275,16 @@ def leave_out(statistics: Statistics, layers: Sequence[str], min_rows: int) -> N
 
 @contextmanager
 def watching(
-    model: nn.Module, layers: Sequence[str], statistics: Statistics | None = None
+    model: nn.Module, layers: Sequence[str], statistics: Statistics | None = None, *, patient: bool = False
 ) -> Iterator[Statistics]:
     """Yields statistics that grow with every forward pass of the model (in eval mode) inside the block.
+
+    Args:
+        model: to be watched.
+        layers: full names.
+        statistics: that grow; new ones by default.
+        patient: what is wrong with inputs does not end the pass, which other processes may share, but is kept in
+            `failure`.
 
     Raises:
         UserError: a module stays in training mode (its dropout would blur the inputs).
@@ -283,7 +293,12 @@ def watching(
     modules = dict(model.named_modules())
 
     def watch(module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], name: str) -> None:
-        statistics.add(name, inputs[0] if inputs else keywords["input"], module)
+        try:
+            statistics.add(name, inputs[0] if inputs else keywords["input"], module)
+        except UserError as error:
+            if not patient:
+                raise
+            statistics.failure = statistics.failure or str(error)
 
     training = {name for name, module in modules.items() if module.training}
     handles = []

@@ -150,6 +150,7 @@ class Trainer:
         last: int,
         lr: Callable[[int], float],
         bar: Bar,
+        after: Callable[[int], None] | None = None,
         **extra: Any,
     ) -> None:
         """Takes the steps from where the run is up to `last`.
@@ -160,6 +161,8 @@ class Trainer:
             last: the run's step at which to stop.
             lr: step (counted from `first`) -> learning rate.
             bar: progress in tokens.
+            after: called with the run's step after each, before its checkpoint; what it changes must follow from
+                the step and what a checkpoint holds.
             extra: columns added to each metrics row.
         """
         self.model.train()
@@ -169,6 +172,8 @@ class Trainer:
             row = self.train_step(batch, lr(index), **extra)
             note = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {human(row['tokens_per_second'])} tok/s"
             bar.update(batch["input_ids"].numel(), note)
+            if after is not None:
+                after(self.step)
             if time.monotonic() - self.saved_at >= self.checkpoint_seconds and self.step < last:
                 self.save()
 
