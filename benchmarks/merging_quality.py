@@ -210,12 +210,12 @@ def compare(
 # ---------------------------------------------------------------------------- the starter model
 
 
-def starter(run: Path, folder: Path, seed: int, conversations: int) -> dict[str, Any]:
-    """Trains three experts from the starter's base with this seed's order of the data, and compares their merges."""
+def train_starter_experts(run: Path, folder: Path, seed: int) -> tuple[Path, dict[str, Path]]:
+    """Trains three experts from the starter's base with this seed's order of the data; returns the base and them."""
     base = run / "30-pretrain" / "phase-3-medical-advanced"
     experts = {}
     for task, tokens in TASKS.items():
-        out = folder / f"seed-{seed}" / task
+        out = folder / task
         experts[task] = out / "model"
         if experts[task].exists():
             continue
@@ -233,6 +233,12 @@ def starter(run: Path, folder: Path, seed: int, conversations: int) -> dict[str,
                 seed=seed,
             )
         )
+    return base, experts
+
+
+def starter(run: Path, folder: Path, seed: int, conversations: int) -> dict[str, Any]:
+    """Compares the merges of one seed's experts."""
+    base, experts = train_starter_experts(run, folder / f"seed-{seed}", seed)
     return compare(folder / f"seed-{seed}", base, experts, heldout_answers(run, base, conversations))
 
 

@@ -1,6 +1,7 @@
 """Fixtures shared by the rooms: a tiny tokenizer step and tiny conversations."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def tokenizer_step(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory):
-    """A JSON-lines file of 40 conversations."""
+    """A JSON-lines file of 40 conversations; `medical.heldout.jsonl` beside it holds the same."""
     path = tmp_path_factory.mktemp("sft") / "medical.train.jsonl"
     with open(path, "w") as file:
         for index in range(40):
@@ -56,6 +57,7 @@ def conversations(tmp_path_factory):
                 {"role": "assistant", "content": f"{WORDS[(index + 1) % len(WORDS)]}."},
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
+    shutil.copyfile(path, path.with_name("medical.heldout.jsonl"))
     return path
 
 

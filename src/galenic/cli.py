@@ -75,7 +75,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
 OTHER_WORDS = {"merge": "galenic.merge.recipe:from_mergekit"}
 """Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
 
-EXTRAS = {"daft": "starter", "pyarrow": "starter", "matplotlib": "report"}
+EXTRAS = {"daft": "starter", "pyarrow": "starter", "matplotlib": "report", "PIL": "images"}
 """Module -> the extra that installs it, of those that a verb may find missing."""
 
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
@@ -226,6 +226,8 @@ def _run(argv: list[str]) -> int:
     module = importlib.import_module(VERBS[verb][1])
     if plan_only:
         print_plan(f"galenic {verb}", module.plan(config))
+        if hasattr(module, "preview"):
+            print("\n".join(["", *module.preview(config)]))
     elif hasattr(config, "out"):
         from galenic import build
 

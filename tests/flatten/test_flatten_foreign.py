@@ -6,10 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from galenic.flatten import flatten
+from galenic.flatten import prepare
 from galenic.flatten.config import FlattenConfig
+from galenic.flatten.data import mean_loss, read_rows
 from galenic.flatten.flatten import plan, run
-from galenic.flatten.text import mean_loss, read_rows
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
 from galenic.pretrain.packing import IGNORE
@@ -22,7 +22,7 @@ def make_config(out, model, conversations, **changes):
         "out": str(out),
         "model": str(model),
         "conversations": [str(conversations)],
-        "heldout": [str(conversations)],
+        "heldout": [str(conversations.with_name("medical.heldout.jsonl"))],
         "train_tokens": 640,
         "heldout_tokens": 256,
         "row_length": 64,
@@ -107,6 +107,6 @@ def test_what_cannot_be_flattened_is_refused(
     ours = {"out": str(tmp_path), "model": str(llama_folder), "tokens": str(tokenizer_step)}
     with pytest.raises(UserError, match=r"has another tokenizer than .*; give conversations"):
         run(FlattenConfig(**ours))
-    monkeypatch.setattr(flatten, "keeps_apart", lambda model, sample: False)
+    monkeypatch.setattr(prepare, "keeps_apart", lambda model, sample: False)
     run(make_config(tmp_path, llama_folder, conversations, probes=0))
     assert read_json(tmp_path / "flatten.json")["rows"] < 10 * 64

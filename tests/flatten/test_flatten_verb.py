@@ -6,8 +6,8 @@ import torch
 
 from galenic.cli import parse_config
 from galenic.flatten.config import FlattenConfig
+from galenic.flatten.data import first_rows, mean_loss, read_rows
 from galenic.flatten.flatten import plan, run
-from galenic.flatten.text import first_rows, mean_loss, read_rows
 from galenic.model import load
 from galenic.runtime import UserError, read_json
 
@@ -226,4 +226,4 @@ def test_the_command_line_takes_sources_in_both_forms():
     assert parse_config("flatten", values | {"sources": ["a", "b"]})[0].sources == ["a", "b"]
     assert parse_config("flatten", values | {"sources": {"a": 0.5}})[0].sources == {"a": 0.5}
     with pytest.raises(UserError):
-        parse_config("flatten", values | {"mode": "stochastic"})
+        parse_config("flatten", values | {"mode": "sideways"})

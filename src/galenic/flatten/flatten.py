@@ -1,54 +1,46 @@
 """The verb: `galenic flatten --config flatten.yaml --out DIR`.
 
-One pass over training text collects statistics, one proves the predictions; then layers are shifted one after
-another, each on probation, and losses and curvature are measured again. A killed run starts over: it takes a minute.
+One pass over the training data collects statistics, one proves the predictions; then layers are shifted one after
+another, each on probation, and losses and curvature are measured again. A killed run starts over: it takes minutes.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+import yaml
+from torch import Tensor, nn
 
-from galenic.align.sft import keeps_apart
-from galenic.flatten.apply import output_changes, propose, weight_of
+from galenic.flatten import proof, words
+from galenic.flatten.apply import Kind, install, output_changes
 from galenic.flatten.config import FlattenConfig
-from galenic.flatten.curvature import TraceEstimate, hessian_trace, standard_error
-from galenic.flatten.shifts import Shift
-from galenic.flatten.statistics import Statistics, check_called, run_batch, select_layers, watching
-from galenic.flatten.text import (
-    Batch,
-    first_rows,
-    mean_loss,
-    per_token,
-    read_rows,
-    source_tokens,
-    summed_loss,
-)
-from galenic.model import BaichuanM1ForCausalLM, load_tokenizer
-from galenic.model.foreign import load_any, save_any
-from galenic.runtime import (
-    Plan,
-    UserError,
-    folder_name,
-    human,
-    progress,
-    read_json,
-    torch_setup,
-    write_json,
-)
+from galenic.flatten.curvature import standard_error
+from galenic.flatten.data import Batch, describe, first_rows
+from galenic.flatten.packed import source_tokens
+from galenic.flatten.plans import LayerPlan, plan_shifts, table
+from galenic.flatten.prepare import Job, prepare
+from galenic.flatten.selection import Selection, compare_shifts, settings
+from galenic.flatten.shifts import choose_rows
+from galenic.flatten.statistics import Statistics, check_called, leave_out, run_batch, watching
+from galenic.flatten.weighted import feature_curvature
+from galenic.model.foreign import folder_kind, save_any
+from galenic.runtime import Plan, UserError, folder_name, human, progress, read_json, write_json
 
-PROBATION_ROWS = 8
-"""Rows of training text on which every layer's own change of the loss is measured."""
+PROBATION_ROWS = {"class": 512}
+"""Samples of training data on which every layer's own change of the loss is measured; of text 8 rows."""
+METRIC_PROBES = 48
+"""Random directions that the metric of curvature-weighted shifts is estimated from."""
+SPECTRUM_POINTS = 64
+"""Eigenvalues of each layer's inputs that the report keeps."""
 
 
 def plan(config: FlattenConfig) -> Plan:
-    """Tells what flattening would read, write and need.
+    """Tells what flattening would read, write and need, from headers alone.
 
     Raises:
-        UserError: the model folder or the text is missing, or a source is unknown.
+        UserError: the model folder or the data is missing, or a source is unknown.
     """
     from galenic.merge.io import Checkpoint
 
@@ -56,282 +48,382 @@ def plan(config: FlattenConfig) -> Plan:
         parameters = sum(info.numel for info in weights.tensors.values())
         widths = [i.shape[1] for n, i in weights.tensors.items() if len(i.shape) == 2 and "embed" not in n]
         files = [str(file) for file in weights.files]
-    settings = read_json(Path(config.model) / "config.json")
-    train, heldout = config.train_tokens, config.heldout_tokens
-    for file in [*config.conversations, *config.heldout]:
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
+    model_settings = read_json(Path(config.model) / "config.json")
+    train = config.train_tokens
     if config.tokens:
         train = sum(source_tokens(config, "train", train).values())
-        heldout = sum(source_tokens(config, "heldout", heldout).values())
     facts = {
         "mode": config.mode + (f", outputs move by {config.budget:g} of their norm" if config.budget else ""),
         "parameters": human(parameters),
         "layers": ", ".join(config.layers),
-        "training text": f"{human(train)} tokens",
-        "held-out text": f"{human(heldout)} tokens",
+        "training data": describe(config, "train"),
+        "held-out data": describe(config, "heldout"),
         "memory": human(parameters * 4 * 4 + sum(width**2 * 8 for width in widths)) + "B besides activations",
     }
-    if settings.get("norm_head"):
+    if config.select:
+        facts["select"] = f"of {len(config.kinds())} candidates, on half of the held-out data"
+    if config.base:
+        folder_kind(config.base)  # refuses what is no model folder
+        facts["base"] = f"{folder_name(config.base)}: layers are shifted towards its weights"
+    if model_settings.get("norm_head"):
         facts["head"] = "NormHead: " + (
             "becomes a plain head" if config.head == "materialise" else "left alone"
         )
-    if train < max(widths):
-        facts["warning"] = "less training text than inputs of the widest layer: shifts may harm other text"
+    if "language model" in folder_kind(config.model) and train < max(widths, default=0):
+        facts["warning"] = "less training data than inputs of the widest layer: shifts may harm other data"
     return Plan(
-        reads=[
-            *files,
-            *([f"{config.tokens}/tokens/"] if config.tokens else config.conversations + config.heldout),
-        ],
-        writes=[f"{config.out}/model/", f"{config.out}/flatten.json"],
+        reads=[*files, *([f"{config.tokens}/tokens/"] if config.tokens else config.reads()[1:])],
+        writes=[f"{config.out}/{name}" for name in ("model/", "flatten-report.html", "flatten.json")],
         facts=facts,
     )
 
 
+def preview(config: FlattenConfig) -> list[str]:
+    """Computes what would happen to each layer, as a table: one pass over the training data, nothing is changed.
+
+    With `select`, of the first candidate.
+    """
+    job = prepare(config)
+    statistics, _ = _collect(job, config)
+    return table(_plans(job, _for_shifts(job, statistics, config), config, config.kinds()[0]))
+
+
 def run(config: FlattenConfig) -> None:
-    """Flattens: writes `model/`, then `flatten.json`.
+    """Flattens: writes `model/`, then `flatten-report.html`, then `flatten.json`.
 
     Raises:
         UserError: missing inputs, an unknown layer pattern, NaN or infinity in activations.
     """
-    torch_setup(config.seed)
-    model = load_any(config.model, attn_implementation="eager")  # the other kernels have no second derivative
-    notes = _prepare_head(model, config)
-    alone = _must_be_alone(model, config)
-    train = read_rows(config, "train", config.train_tokens, alone)
-    heldout = read_rows(config, "heldout", config.heldout_tokens, alone)
-    names = select_layers(model, config.layers)
+    from galenic.report.flatten_page import write_flatten_page
+
+    job = prepare(config)
 
     # ------------------------------------------------------------------------ measure, as it is
-    statistics, loss_train = _collect(model, train, names)
-    loss_heldout = mean_loss(model, heldout)
-    trace_batches = first_rows(train, config.trace_rows)
-    trace_before = _trace(model, trace_batches, config, "curvature before")
+    statistics, train = _collect(job, config)
+    heldout = proof.score(job.model, job.heldout)
+    rows = first_rows(job.train, config.trace_rows or (128 if job.task == "class" else 4))
+    before = proof.curvature(job.model, rows, config, "before")
 
-    # ------------------------------------------------------------------------ shift
-    shifts = propose(model, statistics, output_budget=config.budget)
-    measured = _measure(model, train, shifts)
-    rows = _shift_on_probation(model, shifts, measured, first_rows(train, PROBATION_ROWS), config.loss_budget)
+    # ------------------------------------------------------------------------ choose, and shift
+    statistics = _for_shifts(job, statistics, config)
+    kinds = [Kind(**kind, **_tensors(job, config)) for kind in config.kinds()]
+    selection = _select(job, statistics, kinds) if config.select else None
+    kind = (
+        kinds[0] if selection is None else kinds[selection.chosen] if selection.chosen is not None else None
+    )
+    plans = [] if kind is None else plan_shifts(job.model, statistics, softmax_head=job.head, **kind)
+    measured = _measure(job, plans)
+    layers = _shift_on_probation(job, plans, measured, statistics, config.loss_budget)
 
     # ------------------------------------------------------------------------ measure again
-    losses = {
-        "train": [loss_train, mean_loss(model, train)],
-        "heldout": [loss_heldout, mean_loss(model, heldout)],
-    }
-    trace_after = _trace(model, trace_batches, config, "curvature after")
-    result = {
+    after = proof.curvature(job.model, rows, config, "after")
+    result: dict[str, Any] = {
+        "model": folder_name(config.model),
+        "task": job.task,
         "mode": config.mode,
+        "settings": {} if kind is None else settings(kind),
+        "anchored_to": folder_name(config.base) if config.base else None,
         "output_budget": config.budget,
-        "rows": sum(batch.tokens for batch in train),
-        "layers": rows,
-        "loss": losses,
-        "trace": _trace_summary(trace_before, trace_after),
-        "notes": notes + _notes(config, rows, losses, trace_before, trace_after),
+        "rows": sum(batch.tokens for batch in job.train),
+        "layers": layers,
+        **_scores(job, train, heldout),
+        **_curvatures(job, rows, before, after, config),
+        "selection": _selection(selection),
     }
+    result["notes"] = job.notes + words.notes(config, result)
+    result["verdict"] = words.verdict(result)
     provenance = {
         "title": "Flattened model",
-        "description": "Linear layers shifted to smaller norm on training text (Optimum Shifting, arXiv 2405.14111).",
+        "description": "Layers shifted on training data (Optimum Shifting, arXiv 2405.14111).",
         "verb": "flatten",
-        "mode": config.mode,
-        "output_budget": config.budget,
-        "loss": losses,
-        "notes": result["notes"],
+        **{key: result[key] for key in ("mode", "settings", "loss", "notes")},
     }
-    save_any(
-        model,
-        Path(config.out) / "model",
-        base=config.model,
-        provenance=provenance,
-        parents=[folder_name(config.model)],
-    )
+    parents = [folder_name(path) for path in (config.model, config.base) if path]
+    save_any(job.model, Path(config.out) / "model", base=config.model, provenance=provenance, parents=parents)
+    write_flatten_page(Path(config.out) / "flatten-report.html", result, _recipe(config))
     write_json(Path(config.out) / "flatten.json", result)
 
 
-def _must_be_alone(model: nn.Module, config: FlattenConfig) -> bool:
-    """Whether a model of another architecture mixes packed samples, so that each needs a row of its own.
-
-    Raises:
-        UserError: the token shards are of another tokenizer than the model's.
-    """
-    if isinstance(model, BaichuanM1ForCausalLM):
-        return False
-    if (
-        config.tokens
-        and load_tokenizer(config.tokens).get_vocab() != load_tokenizer(config.model).get_vocab()
-    ):
-        raise UserError(
-            f"tokens: {config.tokens} has another tokenizer than {config.model}; give conversations instead"
-        )
-    ids = np.arange(4, 20)
-    mixes = not keeps_apart(model, (ids, ids))
-    if mixes and config.tokens:
-        raise UserError(f"{config.model}: mixes packed documents; give conversations instead of tokens")
-    return mixes
+# ---------------------------------------------------------------------------- steps
 
 
-def _prepare_head(model: nn.Module, config: FlattenConfig) -> list[str]:
-    """Turns a NormHead into a plain head of the same outputs if asked to; returns what to note."""
-    if not isinstance(model, BaichuanM1ForCausalLM) or not model.config.norm_head:
-        return []
-    if config.head == "skip":
-        return [
-            "The NormHead was left alone: its rows are scaled to unit length, so their norm means nothing."
-        ]
-    model.materialize_norm_head()
-    return [
-        "The NormHead was turned into a plain linear head of the same outputs first; the trace before and after is "
-        "that of the plain head's parameters."
-    ]
-
-
-def _collect(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> tuple[Statistics, float]:
-    """Collects Gram matrices and the loss in one pass."""
-    total, count = 0.0, 0
+def _collect(job: Job, config: FlattenConfig) -> tuple[Statistics, proof.Score]:
+    """Collects statistics of the layers' inputs, and loss and accuracy, in one pass."""
     with (
         torch.no_grad(),
-        watching(model, names) as statistics,
-        progress(len(batches), "layer inputs", "batches") as bar,
+        watching(job.model, job.names, Statistics(config.method)) as statistics,
+        progress(len(job.train), "layer inputs", "batches") as bar,
     ):
-        for batch in batches:
-            loss, tokens = summed_loss(run_batch(model, batch.inputs, statistics, batch.mask).logits, batch)
-            total, count = total + float(loss), count + tokens
+
+        def forward(batch: Batch) -> Tensor:
             bar.update()
-    check_called(statistics, names)
-    return statistics, per_token(total, count)
+            return run_batch(job.model, batch.inputs, statistics, batch.mask).logits
+
+        score = proof.score(job.model, job.train, forward)
+    if config.min_rows:
+        leave_out(statistics, job.names, config.min_rows)
+        sparse = statistics.sparse
+        if sparse:
+            job.notes.append(
+                f"{words.count(len(sparse), 'layer')} saw fewer than {config.min_rows} rows and stayed: "
+                + ", ".join(f"{name} ({rows})" for name, rows in sparse.items())
+                + "."
+            )
+    else:
+        check_called(statistics, job.names)
+    return statistics, score
 
 
-def _measure(model: nn.Module, batches: Sequence[Batch], shifts: dict[str, Shift]) -> dict[str, float]:
-    with progress(len(batches), "output changes", "batches") as bar:
+@torch.no_grad()
+def _for_shifts(job: Job, statistics: Statistics, config: FlattenConfig) -> Statistics:
+    """Returns the statistics that shifts are made of: those of a few samples in mode stochastic."""
+    if config.mode != "stochastic":
+        return statistics
+    total = sum(len(batch.labels) for batch in job.train)
+    labels = torch.cat([batch.labels for batch in job.train]) if job.task == "class" else None
+    chosen = choose_rows(
+        total,
+        min(config.samples or 100, total),
+        labels=labels,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    few, start = Statistics("qr"), 0
+    with watching(job.model, list(statistics.owner), few):
+        for batch in job.train:
+            size = len(batch.labels)
+            here = chosen[(chosen >= start) & (chosen < start + size)] - start
+            if len(here):
+                part = batch.take(here)
+                run_batch(job.model, part.inputs, few, part.mask)
+            start += size
+    return few
+
+
+def _tensors(job: Job, config: FlattenConfig) -> Kind:
+    """Returns the parts of a kind of shift that are tensors: the base's weights, the metric of the curvature."""
+    kind = Kind(base=job.base)
+    if config.mode == "curvature":
+        name = str(job.head)
+        head = job.model.get_submodule(name)
+        batches = first_rows(job.train, config.trace_rows or (512 if job.task == "class" else 8))
+        metric = feature_curvature(
+            _Features(job.model, head),
+            head,
+            [batch.inputs for batch in batches],
+            probes=METRIC_PROBES,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        kind["metrics"] = {name: metric}
+    return kind
+
+
+class _Features(nn.Module):
+    """A model as what it feeds to one of its layers."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.model, self._layer = model, [layer]  # in a list: its parameters are the model's
+
+    def forward(self, **inputs: Any) -> Tensor:
+        seen: list[Tensor] = []
+        handle = self._layer[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            self.model(**inputs)
+        finally:
+            handle.remove()
+        return seen[-1]
+
+
+def _plans(job: Job, statistics: Statistics, config: FlattenConfig, kind: dict[str, Any]) -> list[LayerPlan]:
+    return plan_shifts(job.model, statistics, softmax_head=job.head, **Kind(**kind, **_tensors(job, config)))
+
+
+def _select(job: Job, statistics: Statistics, kinds: Sequence[Kind]) -> Selection:
+    with progress(len(kinds), "validation", "candidates") as bar:
+        return compare_shifts(
+            job.model, statistics, kinds, lambda: proof.sample_errors(job.model, job.validation), bar=bar
+        )
+
+
+def _measure(job: Job, plans: Sequence[LayerPlan]) -> dict[str, float]:
+    """Measures how far outputs would really move, in one pass over the training data."""
+    if not plans:
+        return {}
+    with progress(len(job.train), "output changes", "batches") as bar:
 
         def watched() -> Any:
-            for batch in batches:
+            for batch in job.train:
                 yield batch.inputs, batch.mask
                 bar.update()
 
-        return output_changes(model, watched(), shifts)
+        return output_changes(job.model, watched(), {plan.name: plan.shift for plan in plans})
 
 
 @torch.no_grad()
 def _shift_on_probation(
-    model: nn.Module,
-    shifts: dict[str, Shift],
+    job: Job,
+    plans: Sequence[LayerPlan],
     measured: dict[str, float],
-    batches: list[Batch],
+    statistics: Statistics,
     budget: float,
 ) -> list[dict[str, Any]]:
     """Shifts layer after layer; one that moves the loss by more than the budget goes back. Returns the report rows."""
     rows = []
-    loss = mean_loss(model, batches)
-    with progress(len(shifts), "shifting", "layers") as bar:
-        for name, proposal in shifts.items():
-            weight = weight_of(model, name)
-            original = weight.clone()
-            weight.copy_(proposal.weight)
-            change = 0.0 if proposal.noop else mean_loss(model, batches) - loss
-            back = not abs(change) <= budget  # NaN goes back too
-            if back:
-                weight.copy_(original)
-            else:
-                loss += change
+    batches = first_rows(job.train, PROBATION_ROWS.get(job.task, 8))
+    loss = proof.score(job.model, batches).loss
+    with progress(len(plans), "shifting", "layers") as bar:
+        for plan in plans:
+            change, back = 0.0, False
+            if plan.action == "shift":
+                module = job.model.get_submodule(plan.name)
+                kept = {name: p.clone() for name, p in module.named_parameters()}
+                install(job.model, plan.name, plan.shift)
+                change = _loss(job, batches) - loss
+                back = not abs(change) <= budget  # NaN goes back too
+                if back:
+                    for name, parameter in module.named_parameters():
+                        parameter.copy_(kept[name])
+                else:
+                    loss += change
+            moved = plan.action == "shift" and not back
             rows.append(
                 {
-                    "name": name,
-                    "rank": proposal.rank,
-                    "dimension": proposal.dimension,
-                    "noop": proposal.noop,
-                    "relative_output_change_predicted": proposal.output_change,
-                    "relative_output_change_measured": measured[name],
-                    "norm_before": proposal.norm_before,
-                    "norm_after": proposal.norm_before if back else proposal.norm_after,
-                    "loss_change": change,
+                    "name": plan.name,
+                    "kind": plan.kind,
+                    "rows": plan.rows,
+                    "rank": plan.rank,
+                    "dimension": plan.dimension,
+                    "action": "rolled back" if back else plan.action,
+                    "reason": plan.reason,
+                    "noop": plan.action == "no-op",
+                    "relative_output_change_predicted": plan.output_change,
+                    "relative_output_change_measured": measured[plan.name],
+                    "loss_bound": plan.loss_bound,
+                    "norm_before": plan.norm_before,
+                    "norm_after": plan.norm_after if moved else plan.norm_before,
+                    "loss_change": words.finite(change),
                     "rolled_back": back,
+                    "spectrum": _spectrum(statistics, plan.name),
                 }
             )
             bar.update(note=f"loss {loss:.4f}")
     return rows
 
 
-# ---------------------------------------------------------------------------- curvature
+def _loss(job: Job, batches: Sequence[Batch]) -> float:
+    """Returns the loss, NaN where the model gives none."""
+    try:
+        return proof.score(job.model, batches).loss
+    except UserError:
+        return float("nan")
 
 
-def _trace(
-    model: nn.Module, batches: Sequence[Batch], config: FlattenConfig, label: str
-) -> TraceEstimate | None:
-    """Estimates the Hessian trace with probes that depend on the seed alone, so that two calls are paired."""
-    if not config.probes:
-        return None
-    with progress(config.probes * len(batches), label, "products") as bar:
-        return hessian_trace(
-            lambda batch: summed_loss(model(**batch.inputs).logits, batch),
-            model.parameters(),
-            batches,
-            probes=config.probes,
-            generator=torch.Generator().manual_seed(config.seed),
-            bar=bar,
-        )
+def _spectrum(statistics: Statistics, name: str) -> list[float]:
+    """Returns eigenvalues of a layer's inputs relative to the largest, descending, at even shares of their number."""
+    values = statistics.spectrum(name).values.flatten().sort(descending=True).values
+    largest = float(values[0]) if len(values) else 0.0
+    places = torch.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().long()
+    return [float(value) / largest if largest else 0.0 for value in values[places]]
 
 
-def _trace_summary(before: TraceEstimate | None, after: TraceEstimate | None) -> dict[str, Any] | None:
-    if before is None or after is None:
-        return None
+# ---------------------------------------------------------------------------- what is told
+
+
+def _scores(job: Job, train: proof.Score, heldout: proof.Score) -> dict[str, Any]:
+    """Returns losses and accuracies before and after."""
+    pairs = {"train": (train, proof.score(job.model, job.train))}
+    pairs["heldout"] = (heldout, proof.score(job.model, job.heldout))
+    known = train.accuracy is not None
     return {
-        "before": _estimate(before.values),
-        "after": _estimate(after.values),
-        # The same probes before and after: the difference is known better than either.
-        "difference": _estimate(after.values - before.values),
+        "loss": {split: [old.loss, new.loss] for split, (old, new) in pairs.items()},
+        "accuracy": {s: [old.accuracy, new.accuracy] for s, (old, new) in pairs.items()} if known else None,
     }
 
 
-def _estimate(values: torch.Tensor) -> dict[str, Any]:
+def _curvatures(
+    job: Job,
+    rows: Sequence[Batch],
+    before: proof.Curvature | None,
+    after: proof.Curvature | None,
+    config: FlattenConfig,
+) -> dict[str, Any]:
+    """Returns curvature before, after, and after at the loss before."""
+    told: dict[str, Any] = dict.fromkeys(("trace", "eigenvalue", "adaptive_sharpness", "landscape"))
+    if before is None or after is None:
+        return told
+    scale = proof.scale_to(job.model, rows, before.loss) if config.probes or config.eigenvalue_steps else None
+    if before.trace and after.trace:
+        matched = proof.trace(job.model, rows, config, "curvature at equal loss", scale) if scale else None
+        told["trace"] = {
+            "kind": "Hessian" if config.curvature == "hessian" else "Gauss-Newton",
+            "before": _estimate(before.trace.values),
+            "after": _estimate(after.trace.values),
+            # The same probes before and after: the difference is known better than either.
+            "difference": _estimate(after.trace.values - before.trace.values),
+            "matched": _estimate(matched.values) if matched else None,
+            "matched_difference": _estimate(matched.values - before.trace.values) if matched else None,
+            "scale": scale,
+        }
+    if before.eigenvalue is not None:
+        matched_value = (
+            proof.eigenvalue(job.model, rows, config, "eigenvalue at equal loss", scale) if scale else None
+        )
+        told["eigenvalue"] = {
+            "before": before.eigenvalue,
+            "after": after.eigenvalue,
+            "matched": matched_value,
+        }
+    told["adaptive_sharpness"] = {"rho": proof.RHO, "before": before.adaptive, "after": after.adaptive}
+    if before.line and after.line:
+        where = proof.places(config)
+        told["landscape"] = {
+            "places": where,
+            "line": {"before": _finite(before.line), "after": _finite(after.line)},
+            "plane": {
+                "places": where,
+                "before": [_finite(row) for row in before.plane],
+                "after": [_finite(row) for row in after.plane],
+            }
+            if before.plane and after.plane
+            else None,
+        }
+    return told
+
+
+def _estimate(values: Tensor) -> dict[str, Any]:
     return {"mean": float(values.mean()), "standard_error": standard_error(values), "probes": len(values)}
 
 
-# ---------------------------------------------------------------------------- honest words
+def _finite(values: Sequence[float]) -> list[float | None]:
+    return [words.finite(value) for value in values]
 
 
-def _notes(
-    config: FlattenConfig,
-    rows: list[dict[str, Any]],
-    losses: dict[str, list[float]],
-    before: TraceEstimate | None,
-    after: TraceEstimate | None,
-) -> list[str]:
-    """Says in sentences what the numbers show, whichever way they point."""
-    notes = []
-    noop = [row["name"] for row in rows if row["noop"]]
-    if noop:
-        why = (
-            "their inputs span every direction, so"
-            if config.mode == "exact"
-            else "the shift is below rounding:"
-        )
-        notes.append(f"{len(noop)} of {len(rows)} layers did not move: {why} there is nothing to take away.")
-    back = [row["name"] for row in rows if row["rolled_back"]]
-    if back:
-        notes.append(
-            f"{len(back)} layer{'s' if len(back) > 1 else ''} went back, "
-            f"having moved the loss by more than {config.loss_budget:g}: "
-            f"{', '.join(back)}."
-        )
-    for split, text in (("train", "training"), ("heldout", "held-out")):
-        old, new = losses[split]
-        notes.append(
-            f"Loss on {text} text went from {old:.4f} to {new:.4f} nats per token ({new - old:+.4f})."
-        )
-    squares = [sum(row[key] ** 2 for row in rows) for key in ("norm_before", "norm_after")]
-    share = 100 * (squares[1] / squares[0] - 1) if squares[0] else 0.0
-    notes.append(f"The squared norm of the shifted layers changed by {share:+.2f}%.")
-    if before is not None and after is not None:
-        change = after.values - before.values
-        mean, error = float(change.mean()), standard_error(change)
-        if abs(mean) <= 2 * error:
-            verdict = "did not change beyond its error"
-        else:
-            verdict = "fell" if mean < 0 else "rose"
-        notes.append(
-            f"The Hessian trace {verdict}: {before.mean:.4g} before, {after.mean:.4g} after, difference "
-            f"{mean:+.3g} with standard error {error:.2g} over {len(change)} paired probes on "
-            "the first rows of training text. "
-            "The losses differ too, and the trace moves with the loss."
-        )
-    return notes
+def _selection(selection: Selection | None) -> dict[str, Any] | None:
+    if selection is None:
+        return None
+    return {
+        "candidates": [
+            {
+                "settings": settings(candidate.kind),
+                "errors": words.finite(candidate.error),
+                "difference": words.finite(candidate.difference),
+                "standard_error": words.finite(candidate.standard_error),
+            }
+            for candidate in selection.candidates
+        ],
+        "chosen": selection.chosen,
+    }
+
+
+def _recipe(config: FlattenConfig) -> str:
+    """Writes the configuration back as YAML, without what is at its default and where folders lie."""
+    default = {name: field.default for name, field in FlattenConfig.__dataclass_fields__.items()}
+    values = {name: value for name, value in asdict(config).items() if value != default[name] and value != []}
+    values.pop("out")
+    for name in ("model", "base", "tokens"):
+        if values.get(name):
+            values[name] = folder_name(values[name])
+    for name, value in values.items():
+        if isinstance(value, list) and name not in ("layers", "sources", "candidates"):
+            values[name] = ["/".join(Path(path).parts[-2:]) for path in value]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

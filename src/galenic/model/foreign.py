@@ -1,20 +1,42 @@
-"""Models of other architectures: any causal language model that transformers knows, loaded and saved as ours are.
+"""Models of other architectures: any that transformers knows of a few kinds, loaded and saved as ours are.
 
-`load_any` opens a folder of either kind, `save_any` writes one. Code that lies in a folder is never run.
+`load_any` opens a folder of ours or another's, `save_any` writes one. Code that lies in a folder is never run.
 """
 
 import json
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from galenic.model.folder import _quiet, _refuse_other_tokenizer, load, save
 from galenic.model.modeling_baichuan_m1 import BaichuanM1ForCausalLM
 from galenic.runtime import UserError, atomic_path, read_json, write_json
+
+Kind = Literal["causal language model", "masked language model", "text classifier", "image classifier"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HEADS: dict[str, tuple[Kind, Any]] = {
+    "ForCausalLM": ("causal language model", AutoModelForCausalLM),
+    "LMHeadModel": ("causal language model", AutoModelForCausalLM),
+    "ForMaskedLM": ("masked language model", AutoModelForMaskedLM),
+    "ForSequenceClassification": ("text classifier", AutoModelForSequenceClassification),
+    "ForImageClassification": ("image classifier", AutoModelForImageClassification),
+}
+"""What an architecture's name holds -> the kind of the model and the class that opens it."""
 
 COMPANIONS = (
     "tokenizer*",
@@ -22,6 +44,9 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
     "*.jinja",
     "generation_config.json",
     "LICEN*",
@@ -30,8 +55,64 @@ COMPANIONS = (
 """Files of a base that its fine-tuned children keep."""
 
 
+def kind_of(architecture: str) -> Kind | None:
+    """Returns the kind of model an architecture (the name of its class) is; None for one without a head known here."""
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # some have names of their own
+        return "causal language model"
+    return next((kind for head, (kind, _) in HEADS.items() if head in architecture), None)
+
+
+def folder_kind(folder: str | Path, kinds: Sequence[Kind] = KINDS) -> Kind:
+    """Returns the kind of model that a folder's config.json describes.
+
+    Args:
+        folder: of a model.
+        kinds: the kinds that are allowed.
+
+    Raises:
+        UserError: no config, or it names no architecture, or one that is not allowed.
+    """
+    file = Path(folder) / "config.json"
+    settings = read_json(file)
+    settings = settings if isinstance(settings, dict) else {}
+    model_type = settings.get("model_type")
+    if model_type == "baichuan_m1":
+        return "causal language model"
+    if settings.get("auto_map") and model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder}: cannot be loaded: it needs code that lies in the folder (auto_map), which is never run; models "
+            "that transformers knows need none"
+        )
+    heads = ", ".join(f"...{head}" for head, (kind, _) in HEADS.items() if kind in kinds)
+    names = settings.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise UserError(f"{file}: architectures is not a list of names")
+    if names == [""]:
+        only_causal = model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if only_causal and (
+            model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING
+        ):
+            return "causal language model"
+        raise UserError(
+            f"{file}: no 'architectures' in it, so the head is not known; add the class, one of {heads}"
+        )
+    kind = kind_of(names[0])
+    if kind is None:
+        raise UserError(
+            f"{file}: {names[0]} has no head whose loss is known here; save the model with one: {heads}"
+        )
+    if kind not in kinds:
+        raise UserError(
+            f"{file}: {names[0]} is of kind {kind}; here only {', '.join(kinds)} will do ({heads})"
+        )
+    return kind
+
+
 def load_any(
-    folder: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    kinds: Sequence[Kind] = ("causal language model",),
 ) -> Any:
     """Loads a model folder of our architecture or of any that transformers knows, offline.
 
@@ -39,13 +120,14 @@ def load_any(
         folder: holds config.json and safetensors weights.
         dtype: what the weights are converted to.
         attn_implementation: "sdpa", or "eager" where derivatives of higher order are needed.
+        kinds: the kinds of models that are allowed.
 
     Returns:
         The model on the CPU, in eval mode.
 
     Raises:
-        UserError: the folder, its config or a tensor is missing or damaged, transformers does not know the
-            architecture, or the weights are quantised.
+        UserError: the folder, its config or a tensor is missing or damaged, the model is of another kind, transformers
+            does not know the architecture, or the weights are quantised.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf":
@@ -53,14 +135,16 @@ def load_any(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder}: is a LoRA adapter; merge it into its base first")
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    kind = settings.get("model_type") if isinstance(settings, dict) else None
-    if kind is None or kind == "baichuan_m1":
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_type is None or model_type == "baichuan_m1":
         return load(folder, dtype, attn_implementation)
     if settings.get("quantization_config"):
         raise UserError(f"{folder / 'config.json'}: the weights are quantised; dequantise them first")
+    kind = folder_kind(folder, kinds)
+    opener = next(opener for own, opener in HEADS.values() if own == kind)
     try:
         with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = opener.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -73,8 +157,12 @@ def load_any(
         raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, found.get(key) or ())):
-            words = key.replace("_keys", "")
-            raise UserError(f"{folder}: {len(names)} {words} tensors in the weights, such as {names[0]}")
+            words = f"{len(names)} {key.replace('_keys', '')} tensors in the weights, such as {names[0]}"
+            if key == "unexpected_keys" and kind == "masked language model":
+                # An encoder is often kept with the heads of all its pre-training tasks.
+                print(f"  {folder}: {words}: not part of a {type(model).__name__}, left out", file=sys.stderr)
+                continue
+            raise UserError(f"{folder}: {words}")
     if hasattr(model.config, "vocab_size"):
         _refuse_other_tokenizer(folder, model.config)
     return model.eval()
