@@ -14,6 +14,7 @@ from galenic.report import report
 from galenic.report.charts import smooth, thin
 from galenic.report.config import ReportConfig
 from galenic.report.inputs import read_run
+from galenic.report.page import HERE
 from galenic.report.sections import spell
 from galenic.report.weights import verdict
 from galenic.runtime import UserError
@@ -307,6 +308,25 @@ def test_verdict_claims_no_more_than_the_errors_allow():
     assert "curvature unmeasured" in verdict({"trace": None, "loss": {"heldout": [3.0, 3.0]}})
 
 
+def test_a_flattening_that_tells_more_is_shown_with_it(undrawn, built, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    config, file = fake_run.build(copy), copy / "60-flatten/flatten.json"
+    data = json.loads(file.read_text())
+    data |= {"task": "class", "mode": "curvature", "verdict": "It is what it is."}
+    data["trace"] |= {
+        "kind": "Gauss-Newton",
+        "matched": {"mean": 1402.5, "standard_error": 20.25, "probes": 32},
+    }
+    data["layers"][0]["action"] = "over budget"
+    file.write_text(json.dumps(data))
+    text = Page(report.render(config, read_run(config))).text
+    assert "It is what it is." in text and "Hessian trace" not in text
+    assert "the curvature of earlier layers is estimated to be least" in text and "200,000 samples" in text
+    assert re.search(r"Gauss-Newton trace\s*1523.4\s*1377.8\s*1402.5", text)
+    assert "over budget" in text and "Loss in nats per sample" in text
+
+
 def test_smooth_is_the_centred_mean_and_thin_keeps_the_ends():
     values = [1.0, 4.0, 2.0, 8.0, 5.0]
     assert smooth(values, 1) == pytest.approx([1.0, 7 / 3, 14 / 3, 5.0, 5.0])
@@ -333,4 +353,4 @@ def test_config_and_guide_import_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
-    assert Path(report.HERE / "style.css").is_file()
+    assert Path(HERE / "style.css").is_file()

@@ -1,7 +1,7 @@
 import re
-from html.parser import HTMLParser
 
 import pytest
+from balanced import Balanced
 
 from galenic.report.merge_page import write_merge_page
 
@@ -37,23 +37,6 @@ def page(tmp_path):
         return file.read_text()
 
     return write
-
-
-class Balanced(HTMLParser):
-    """Fails where tags do not close in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.tags = [], set()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag not in ("meta", "path", "rect", "use", "line", "polyline", "stop", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in ("path", "rect", "use", "line", "polyline", "stop"):
-            assert self.open.pop() == tag
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])

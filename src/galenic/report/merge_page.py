@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from galenic import __version__
-from galenic.runtime import atomic_path, human_bytes
+from galenic.runtime import human_bytes
 
 from . import svg
+from .page import render, write
 
-HERE = Path(__file__).parent
 SHORT = 14
 """Characters of a name that fit beside a chart."""
 
@@ -46,14 +44,10 @@ def write_merge_page(
         for name, label in zip(names, labels, strict=True)
     ]
     layers, outside = _layers(summary["units"])
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["size"] = human_bytes
-    page = environment.from_string((HERE / "merge.html").read_text(encoding="utf-8")).render(
+    page = render(
+        "merge.html",
+        {"size": human_bytes},
         title=f"Merge of {len(names)} experts" if len(names) > 4 else f"Merge of {', '.join(names)}",
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        version=__version__,
         tiles=_tiles(summary),
         sentences=_sentences(summary),
         warnings=summary["warnings"],
@@ -70,8 +64,7 @@ def write_merge_page(
         recipe=recipe,
         inputs=inputs,
     )
-    with atomic_path(file) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write(file, page)
 
 
 def _tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -3,17 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from galenic.runtime import Plan, UserError, human
 
-from galenic import __version__
-from galenic.runtime import Plan, UserError, atomic_path, human
-
-from . import learning, scores, sections, summary, weights
+from . import learning, page, scores, sections, summary, weights
 from .config import ReportConfig
 from .inputs import Run, read_run
-
-HERE = Path(__file__).parent
 
 
 def plan(config: ReportConfig) -> Plan:
@@ -37,9 +31,7 @@ def run(config: ReportConfig) -> None:
     Raises:
         UserError: a step folder holds something else than its step writes.
     """
-    page = render(config, read_run(config))
-    with atomic_path(Path(config.out) / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    page.write(Path(config.out) / "report.html", render(config, read_run(config)))
 
 
 def render(config: ReportConfig, run: Run) -> str:
@@ -48,27 +40,14 @@ def render(config: ReportConfig, run: Run) -> str:
     Raises:
         UserError: see `run`.
     """
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
+    filters = {
         "human": human,
         "spell": sections.spell,
         "size": _size,
         "percent": _percent,
         "fixed": _fixed,
     }
-    template = environment.from_string((HERE / "template.html").read_text(encoding="utf-8"))
-    return template.render(
-        title=config.title,
-        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
-        version=__version__,
-        **_content(run),
-    )
+    return page.render("template.html", filters, title=config.title, **_content(run))
 
 
 def _size(value: float) -> str:

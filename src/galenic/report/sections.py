@@ -125,7 +125,7 @@ def pipeline(run: Run, content: dict[str, Any]) -> list[dict[str, Any]]:
         else [],
         "Experts": list(run.experts),
         "Merges": list(run.merges),
-        "Flattening": [f"{len(flat['layers'])} layers", f"{human(flat['rows'])} tokens of data"]
+        "Flattening": [f"{len(flat['layers'])} layers", f"{human(flat['rows'])} {flat['unit']}s of data"]
         if flat
         else [],
         "Evaluation": [f"{len(scored['models'])} models", f"{scored['questions']:,} questions"]

@@ -30,7 +30,13 @@ def tiles(run: Run, content: Content) -> list[tuple[str, str, str]]:
             )
     if (flat := content["flattening"]) and flat["trace"]:
         before, after = flat["trace"]["before"]["mean"], flat["trace"]["after"]["mean"]
-        found.append(("Hessian trace", f"{after:.4g}", f"before flattening {before:.4g}"))
+        found.append(
+            (
+                f"{flat['trace'].get('kind', 'Hessian')} trace",
+                f"{after:.4g}",
+                f"before flattening {before:.4g}",
+            )
+        )
     if times := content["timings"]:
         found.append(
             ("time", times["rounded"], f"{times['finished']} of {len(times['rows'])} steps finished")

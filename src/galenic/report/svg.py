@@ -1,15 +1,16 @@
-"""The two drawings of the page beside every merged model, made without a library.
+"""Drawings of the pages beside merged and flattened models, made without a library.
 
 To load one takes longer than all the rest of a page. As in `charts`, colours are the page's CSS variables and nothing
 is told by colour alone; numbers in, SVG out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, LETTER = 500, 7
+WIDTH, LETTER = 440, 7
 """Of a drawing, and about that of a letter, in its own units."""
 SERIES = ("first", "second", "third", "fourth", "fifth", "sixth")
 """Names of colours."""
@@ -33,17 +34,17 @@ def heat(label: str, names: Sequence[str], matrix: Sequence[Sequence[float]]) ->
     parts = []
     for row, (name, values) in enumerate(zip(names, matrix, strict=True)):
         middle = (row + 0.5) * height
-        parts.append(_text(left - 8, middle, name, "end"))
+        parts.append(text(left - 8, middle, name, "end"))
         for column, value in enumerate(values):
             shade = "merge" if value >= 0 else "bad"
             parts.append(
                 f'<rect x="{left + column * width:.1f}" y="{row * height}" width="{width:.1f}" height="{height}" '
                 f'fill="var(--{shade})" fill-opacity="{0.6 * min(1.0, abs(value)):.3f}"/>'
             )
-            parts.append(_text(left + (column + 0.5) * width, middle, f"{value:.3f}"))
+            parts.append(text(left + (column + 0.5) * width, middle, f"{value:.3f}"))
     bottom = len(names) * height + 14
-    parts += [_text(left + (i + 0.5) * width, bottom, name) for i, name in enumerate(names)]
-    return _drawing(label, bottom + 12, parts)
+    parts += [text(left + (i + 0.5) * width, bottom, name) for i, name in enumerate(names)]
+    return drawing(label, bottom + 12, parts)
 
 
 def profile(label: str, series: Sequence[tuple[str, Sequence[float]]], x_title: str) -> Markup:
@@ -55,41 +56,109 @@ def profile(label: str, series: Sequence[tuple[str, Sequence[float]]], x_title: 
         x_title: what the units are.
     """
     count = len(series[0][1])
-    ticks = nice_ticks(
-        min(0.0, *(min(values) for _, values in series)), max(max(values) for _, values in series)
-    )
-    left = 14 + LETTER * max(len(f"{tick:g}") for tick in ticks)
-    top, bottom, right = 10.0, 210.0, WIDTH - 10.0
-    low, high = ticks[0], ticks[-1]
-
-    def place(i: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * i / (count - 1), bottom - (bottom - top) * (value - low) / (high - low)
-
-    parts = [
-        f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="var(--line)"/>',
-        _text((left + right) / 2, bottom + 34, x_title),
-    ]
-    for tick in ticks:
-        _, y = place(0, tick)
-        parts.append(f'<path d="M{left - 4},{y:.1f}h4" stroke="var(--line)"/>')
-        parts.append(_text(left - 7, y, f"{tick:g}", "end"))
-    for i in range(0, count, math.ceil(count / 9)):
-        parts.append(_text(place(i, low)[0], bottom + 14, str(i)))
+    lowest = min(0.0, *(min(values) for _, values in series))
+    x = Axis(x_title, 0, count - 1, range(0, count, math.ceil(count / 9)))
+    y = linear("", lowest, max(max(values) for _, values in series))
+    parts, place = frame(x, y)
     for k, (_, values) in enumerate(series):
         points = [place(i, value) for i, value in enumerate(values)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" {_stroke(k)}/>')
+        parts.append(polyline(points, stroke(k)))
         if count <= FEW:
-            parts += [_mark(k, x, y) for x, y in points]
-    y = bottom + 56
-    if len(series) > 1:
-        wide = 44 + LETTER * max(len(name) for name, _ in series)
-        columns = max(1, min(len(series), int(right - left) // wide))
-        for k, (name, _) in enumerate(series):
-            x, y = left + wide * (k % columns), bottom + 56 + 18 * (k // columns)
-            parts.append(f'<path d="M{x:.1f},{y:.1f}h26" {_stroke(k)}/>')
-            parts += [_mark(k, x + 13, y), _text(x + 33, y, name, "start")]
-    return _drawing(label, y + (12 if len(series) > 1 else -10), parts)
+            parts += [mark(k, *point) for point in points]
+    if len(series) == 1:
+        return drawing(label, BOTTOM + 46, parts)
+    more, height = legend([(stroke(k), mark(k, 0, 0), name) for k, (name, _) in enumerate(series)])
+    return drawing(label, height, parts + more)
+
+
+# ---------------------------------------------------------------------------- axes
+
+TOP, BOTTOM = 10.0, 210.0
+"""Of the field between the axes; it begins lower where the upright axis has a title."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from `low` to `high`, even or logarithmic."""
+
+    title: str
+    low: float
+    high: float
+    ticks: Sequence[float]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value stands: 0 at the low end, 1 at the high one; beyond them at the nearer one."""
+        low, high, value = self.low, self.high, min(max(value, self.low), self.high)
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        return (value - low) / (high - low)
+
+    def name(self, tick: float) -> str:
+        """A tick's label: powers of ten on a logarithmic scale."""
+        if self.log and tick != 1:
+            return "10" + str(round(math.log10(tick))).translate(_RAISED)
+        return f"{tick:g}".replace("-", "\u2212")
+
+
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+
+
+def linear(title: str, low: float, high: float) -> Axis:
+    """Returns an even scale that encloses the range."""
+    ticks = nice_ticks(low, high)
+    return Axis(title, ticks[0], ticks[-1], ticks)
+
+
+def logarithmic(title: str, low: float, high: float) -> Axis:
+    """Returns a logarithmic scale from one power of ten to another that encloses the range."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    last = max(last, first + 1)
+    step = math.ceil((last - first) / 6)
+    return Axis(title, 10.0**first, 10.0**last, [10.0**i for i in range(last, first - 1, -step)], log=True)
+
+
+def frame(
+    x: Axis, y: Axis, bottom: float = BOTTOM
+) -> tuple[list[str], Callable[[float, float], tuple[float, float]]]:
+    """Draws two axes; returns the parts and the function that places (x, y) between them."""
+    left = 14.0 + LETTER * max(len(y.name(tick)) for tick in y.ticks)
+    top, right = TOP + 20 * bool(y.title), WIDTH - 14.0
+
+    def place(across: float, up: float) -> tuple[float, float]:
+        return left + (right - left) * x.share(across), bottom - (bottom - top) * y.share(up)
+
+    parts = [f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="var(--line)"/>']
+    if x.title:
+        parts.append(text((left + right) / 2, bottom + 34, x.title))
+    if y.title:
+        parts.append(text(2, 6, y.title, "start"))
+    for tick in y.ticks:
+        _, height = place(x.low, tick)
+        parts.append(f'<path d="M{left - 4},{height:.1f}h4" stroke="var(--line)"/>')
+        parts.append(text(left - 7, height, y.name(tick), "end"))
+    for tick in x.ticks:
+        parts.append(text(place(tick, y.low)[0], bottom + 14, x.name(tick)))
+    return parts, place
+
+
+def legend(entries: Sequence[tuple[str, str, str]], y: float = BOTTOM + 56) -> tuple[list[str], float]:
+    """Draws (stroke, mark about the origin, name) in columns below a drawing; returns its parts and where it ends.
+
+    Either of stroke and mark may be empty.
+    """
+    left = 10.0
+    wide = 44 + LETTER * max(len(name) for *_, name in entries)
+    columns = max(1, min(len(entries), (WIDTH - 24) // wide))
+    parts = []
+    for k, (line, sign, name) in enumerate(entries):
+        x, y_k = left + wide * (k % columns), y + 18 * (k // columns)
+        if line:
+            parts.append(f'<path d="M{x:.1f},{y_k:.1f}h26" fill="none" {line}/>')
+        if sign:
+            parts.append(f'<g transform="translate({x + 13:.1f},{y_k:.1f})">{sign}</g>')
+        parts.append(text(x + 33, y_k, name, "start"))
+    return parts, y + 18 * ((len(entries) - 1) // columns) + 12
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -106,24 +175,42 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
-def _stroke(k: int) -> str:
+# ---------------------------------------------------------------------------- strokes, marks, words
+
+
+def stroke(k: int, colour: str = "", width: float = 1.5) -> str:
+    """Returns the attributes of series k's lines, in its own colour if none is named."""
     dash = DASHES[k % len(DASHES)]
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'stroke="var(--{SERIES[k % len(SERIES)]})" stroke-width="1.5"{dashed}'
+    return f'stroke="var(--{colour or SERIES[k % len(SERIES)]})" stroke-width="{width:g}"{dashed}'
 
 
-def _mark(k: int, x: float, y: float) -> str:
-    colour, mark = SERIES[k % len(SERIES)], MARKS[k % len(MARKS)]
-    return f'<path d="{mark}" transform="translate({x:.1f},{y:.1f})" fill="var(--{colour})"/>'
+def polyline(points: Sequence[tuple[float, float]], attributes: str) -> str:
+    """Returns a line through points."""
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{line}" fill="none" {attributes}/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+def mark(k: int, x: float, y: float, colour: str = "", size: float = 1.0, title: str = "") -> str:
+    """Returns series k's mark at a point, in its own colour if none is named; `title` shows under the pointer."""
+    scale = f" scale({size:g})" if size != 1 else ""
+    head = (
+        f'<path d="{MARKS[k % len(MARKS)]}" transform="translate({x:.1f},{y:.1f}){scale}" '
+        f'fill="var(--{colour or SERIES[k % len(SERIES)]})"'
+    )
+    return f"{head}><title>{escape(title)}</title></path>" if title else f"{head}/>"
+
+
+def text(x: float, y: float, words: str, anchor: str = "middle", turn: float = 0.0) -> str:
+    """Returns words at a point, turned by so many degrees."""
+    turned = f' transform="rotate({turn:g} {x:.1f} {y:.1f})"' if turn else ""
     return (
-        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}" font-size="12" fill="var(--ink)">'
-        f"{escape(text)}</text>"
+        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}" font-size="12" fill="var(--ink)"{turned}>'
+        f"{escape(words)}</text>"
     )
 
 
-def _drawing(label: str, height: float, parts: Sequence[str]) -> Markup:
+def drawing(label: str, height: float, parts: Sequence[str]) -> Markup:
+    """Returns the whole drawing; `label` says what it shows, for those who cannot see it."""
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
     return Markup("\n".join([head, *parts, "</svg>"]))
