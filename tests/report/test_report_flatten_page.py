@@ -50,7 +50,6 @@ def summary_of(blocks=2, **changes):
         "settings": {"output_budget": 0.01, "rank": None},
         "anchored_to": None,
         "rows": 32768,
-        "seconds": 63.2,
         "layers": [*layers, layer("lm_head", "over budget", loss_bound=0.0456)],
         "loss": {"train": [2.3101, 2.3114], "heldout": [2.4512, 2.4498]},
         "accuracy": {"train": [0.99, 0.921], "heldout": [0.761, 0.7875]},
@@ -121,7 +120,7 @@ def test_the_page_is_whole_and_shows_the_numbers_it_was_given(page):
     for said in (
         "The shift lowered the trace at equal loss.",
         "Mode ridge: each layer's weight became the smallest one that moves its outputs",
-        "32,768 tokens of training data in 63.2 s",
+        "32,768 tokens of training data.",
         "loss, training data 2.3101 2.3114 +0.0013",
         "loss, held-out data 2.4512 2.4498 \u22120.0014",
         "accuracy, held-out data 76.10% 78.75% +2.65 points",

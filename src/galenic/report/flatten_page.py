@@ -45,6 +45,7 @@ def write_flatten_page(file: Path, summary: Summary, recipe: str) -> None:
         curvature=_curvature(summary),
         landscape=_landscape(summary),
         selection=_selection(summary["selection"]),
+        error="validation error, share" if summary["task"] == "class" else "validation loss, nats per token",
         settings={key: value for key, value in summary["settings"].items() if value is not None},
         notes=summary["notes"],
         recipe=recipe,
@@ -93,12 +94,8 @@ def _what(summary: Summary) -> str:
     )
     return (
         f"Mode {summary['mode']}: {MODES[summary['mode']]}.{anchor} "
-        f"Measured on {summary['rows']:,} {_unit(summary)}s of training data in {_time(summary['seconds'])}."
+        f"Measured on {summary['rows']:,} {_unit(summary)}s of training data."
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
