@@ -136,9 +136,7 @@ class TrainingShift:
         if isinstance(batches, Tensor | Mapping):
             raise UserError("batches: give a list of batches, of one if need be: [batch]")
         base_optimizer = getattr(optimizer, "base_optimizer", optimizer)  # SAM keeps its own state elsewhere
-        select_layers(
-            self.model, self.layers
-        )  # what could be shifted once may be tied or parametrised by now
+        select_layers(self.model, self.layers)  # refuses what became tied or parametrised since
         sharded = self._sharded()
         moments = self._moments(base_optimizer)
         with process_group():
