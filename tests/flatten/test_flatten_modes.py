@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from galenic.cli import main
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.data import Batch
 from galenic.flatten.flatten import preview, run
@@ -200,6 +201,33 @@ def test_the_preview_tells_of_every_layer_and_changes_nothing(inputs, tmp_path):
     assert lines[0].split()[:2] == ["layer", "rank"] and len(lines) == 12
     assert all("no-op: its inputs span all" in line for line in lines[1:])
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_command_line_prints_plan_and_table(inputs, tmp_path, capsys):
+    words = [
+        "--model",
+        str(inputs / "model"),
+        "--tokens",
+        str(inputs / "tokenizer"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    words += [
+        "--train_tokens",
+        "640",
+        "--heldout_tokens",
+        "128",
+        "--row_length",
+        "64",
+        "--layers",
+        "[lm_head]",
+    ]
+    assert main(["flatten", *words, "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "galenic flatten" and any(line.split()[:1] == ["memory"] for line in lines)
+    table = lines[lines.index("") + 1 :]
+    assert table[0].split()[:2] == ["layer", "rank"] and table[1].split()[:2] == ["lm_head", "16/16"]
+    assert len(table) == 2 and not (tmp_path / "o").exists()
 
 
 # ---------------------------------------------------------------------------- refusals
