@@ -238,11 +238,13 @@ def shift_weight(
         removed = removed_share(inputs, power, output_budget**2 * outputs)
     else:
         removed = truncated_share(inputs, power, rank, energy)
-    taken = (along * removed.unsqueeze(-2)) @ inputs.vectors.mT
-    if inputs.vectors.shape[-1] < inputs.vectors.shape[-2]:  # directions that no input has are not listed
-        taken = taken + (distance - along @ inputs.vectors.mT)
     change = float((inputs.values * removed.square() * power).sum())
-    return finished(weight, wide - taken, inputs, change=change, base=base, bias=bias)
+    if inputs.vectors.shape[-1] < inputs.vectors.shape[-2]:  # directions that no input has are not listed
+        shifted = wide - distance + along.mul_((1 - removed).unsqueeze(-2)) @ inputs.vectors.mT
+    else:
+        shifted = wide - along.mul_(removed.unsqueeze(-2)) @ inputs.vectors.mT
+    del wide, distance, along  # a wide layer's are large
+    return finished(weight, shifted, inputs, change=change, base=base, bias=bias)
 
 
 def as_matrices(weight: Tensor, inputs: Spectrum, base: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -288,7 +290,7 @@ def finished(
     rounded = shifted.reshape(weight.shape).to(weight.dtype)
     noop = torch.equal(rounded, weight.detach())
     step = rounded.double().reshape(wide.shape) - wide
-    rounding = float((inputs.values * (step @ inputs.vectors).square().sum(-2)).sum())
+    rounding = float((inputs.values * (step @ inputs.vectors).square_().sum(-2)).sum())
     new_bias = None
     if inputs.mean is not None:
         if bias is None:
@@ -315,7 +317,7 @@ def finished(
 
 def _squared_outputs(wide: Tensor, inputs: Spectrum) -> float:
     """Returns ||A W^T||_F^2, the mean's part included where the inputs are centred."""
-    outputs = float((inputs.values * (wide @ inputs.vectors).square().sum(-2)).sum())
+    outputs = float((inputs.values * (wide @ inputs.vectors).square_().sum(-2)).sum())
     if inputs.mean is not None:
         outputs += inputs.rows * float((wide @ inputs.mean.unsqueeze(-1)).square().sum())
     return outputs
