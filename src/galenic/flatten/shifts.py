@@ -233,7 +233,7 @@ def shift_weight(
     wide, distance = as_matrices(weight, inputs, base)
     along = distance @ inputs.vectors  # (G, K / G, m): components along the eigenvectors
     power = along.square().sum(-2)
-    outputs = _squared_outputs(wide, inputs)
+    outputs = squared_outputs(wide, inputs, power if base is None else None)
     if rank is None and energy is None:
         removed = removed_share(inputs, power, output_budget**2 * outputs)
     else:
@@ -244,7 +244,7 @@ def shift_weight(
     else:
         shifted = wide - along.mul_(removed.unsqueeze(-2)) @ inputs.vectors.mT
     del wide, distance, along  # a wide layer's are large
-    return finished(weight, shifted, inputs, change=change, base=base, bias=bias)
+    return finished(weight, shifted, inputs, change=change, outputs=outputs, base=base, bias=bias)
 
 
 def as_matrices(weight: Tensor, inputs: Spectrum, base: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -270,6 +270,7 @@ def finished(
     inputs: Spectrum,
     *,
     change: float,
+    outputs: float,
     base: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Shift:
@@ -280,6 +281,7 @@ def finished(
         shifted: the new one in float64, in matrices.
         inputs: spectrum of the inputs.
         change: predicted squared output change.
+        outputs: ||A W^T||_F^2 of the original.
         base: what the original was to stay close to.
         bias: a bias that may move, with centred inputs.
 
@@ -298,7 +300,6 @@ def finished(
         lost = (step @ inputs.mean.unsqueeze(-1)).reshape(-1)
         new_bias = (bias.detach().double() - lost).to(bias.dtype)
         rounding += inputs.rows * float((new_bias.double() - bias.detach().double() + lost).square().sum())
-    outputs = _squared_outputs(wide, inputs)
     length = float(distance.norm())
     return Shift(
         weight=weight.detach().clone() if noop else rounded,
@@ -315,9 +316,16 @@ def finished(
     )
 
 
-def _squared_outputs(wide: Tensor, inputs: Spectrum) -> float:
-    """Returns ||A W^T||_F^2, the mean's part included where the inputs are centred."""
-    outputs = float((inputs.values * (wide @ inputs.vectors).square_().sum(-2)).sum())
+def squared_outputs(wide: Tensor, inputs: Spectrum, power: Tensor | None = None) -> float:
+    """Returns ||A W^T||_F^2, the mean's part included where the inputs are centred.
+
+    Args:
+        wide: (G, K / G, d) or (K, d), the weight.
+        inputs: spectrum of the inputs.
+        power: (G, m) squared norms of the weight's components along the eigenvectors, where they are known.
+    """
+    power = (wide @ inputs.vectors).square_().sum(-2) if power is None else power
+    outputs = float((inputs.values * power).sum())
     if inputs.mean is not None:
         outputs += inputs.rows * float((wide @ inputs.mean.unsqueeze(-1)).square().sum())
     return outputs

@@ -29,9 +29,10 @@ class Statistics:
 
     * `gram` adds up x^T x in float64, whatever the inputs' type: exact for singular values of the inputs above 1.5e-8
       of the largest. (Products in float32 would take half the time and resolve no less than some 1e-3 of it.)
-    * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR): R^T R is the Gram
-      matrix, but singular values down to 1e-15 of the largest are told from zero. A column of ones goes before the
-      rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the factor of the centred rows.
+    * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR; as long as they are
+      few, the rows themselves): R^T R is the Gram matrix, but singular values down to 1e-15 of the largest are told
+      from zero. A column of ones goes before the rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the
+      factor of the centred rows.
 
     With `every` above 1, one row (token, window) of every so many is taken, at random within each run of so many:
     these are the statistics of a sample. Its size is what counts: with n rows of d inputs, what a shift is predicted
@@ -89,7 +90,8 @@ class Statistics:
             owner, rows = key[0], self.rows[key[0]]
             try:
                 if self.method == "qr":
-                    factor = self.factors[owner][:, 1 if centred else 0 :, 1:]
+                    factor = self.factors[owner]
+                    factor = (_triangular(factor)[:, 1:] if centred else factor)[:, :, 1:]
                     mean = self.sums[owner] / rows if centred else None
                     self._spectra[key] = row_spectrum(factor, mean=mean, rows=rows)
                 elif centred:
@@ -150,7 +152,8 @@ class Statistics:
             )
         if self.method == "qr":
             ones = rows.new_ones(*rows.shape[:2], 1)
-            self.factors[owner] = _triangular(self.factors[owner], torch.cat([ones, rows], 2))
+            stack = torch.cat([self.factors[owner], torch.cat([ones, rows], 2)], 1)
+            self.factors[owner] = _triangular(stack) if stack.shape[1] > stack.shape[2] else stack
 
     def _allocate(self, owner: str, groups: int, width: int, device: torch.device) -> None:
         """Makes zero statistics for a layer that has none."""
@@ -205,7 +208,7 @@ class Statistics:
                 full = torch.cat([own, own.new_zeros(len(own), width - own.shape[1], width)], 1).contiguous()
                 parts = [torch.empty_like(full) for _ in range(ranks())]
                 distributed.all_gather(parts, full)
-                self.factors[owner] = _triangular(parts[0], torch.cat(parts[1:], 1)).to(device)
+                self.factors[owner] = _triangular(torch.cat(parts, 1)).to(device)
         self._spectra.clear()
 
 
@@ -226,9 +229,9 @@ def _symmetric(grams: Tensor) -> Tensor:
     return grams
 
 
-def _triangular(factor: Tensor, rows: Tensor) -> Tensor:
-    """Returns the triangular factor of a factor's rows and more rows: R^T R = factor^T factor + rows^T rows."""
-    return torch.linalg.qr(torch.cat([factor, rows], 1), mode="r").R
+def _triangular(rows: Tensor) -> Tensor:
+    """Returns the triangular factor R of rows: R^T R = rows^T rows."""
+    return torch.linalg.qr(rows, mode="r").R
 
 
 def _sum_over_ranks(tensor: Tensor) -> None:
