@@ -258,3 +258,34 @@ def test_a_large_mean_does_not_pass_for_a_direction():
     model = nn.Sequential(nn.Linear(6, 2)).double()
     for method in ("gram", "qr"):
         assert collect(model, a.split(8), method=method).spectrum("0", centred=True).rank == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranks_of_inputs_in_float32_are_exact_too(dtype):
+    """Small whole numbers: their products are exact in either type, and there is more than one stripe of the matrix."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        torch.randint(-4, 5, shape, generator=generator).to(dtype) for shape in ((500, 131), (131, 300))
+    ]
+    a = factors[0] @ factors[1]
+    model = nn.Sequential(nn.Linear(300, 2, bias=False, dtype=dtype))
+    statistics = collect(model, a.split(90))
+    assert torch.equal(statistics.gram("0"), a.double().T @ a.double())
+    assert statistics.spectrum("0").rank == torch.linalg.matrix_rank(a.double()) == 131
+
+
+@pytest.mark.parametrize(("method", "least", "most"), [("gram", 21, 24), ("qr", 32, 32)])
+def test_directions_of_float32_inputs_are_told_from_rounding_as_far_as_documented(method, least, most):
+    """Rows 2^-k times rows of a Hadamard matrix: singular values fall by halves, and nothing is rounded but sums."""
+    signs = torch.ones(1, 1)
+    for _ in range(8):
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    scales = 2.0 ** -torch.arange(32)
+    rows = (scales[:, None] * signs[5:37])[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    model = nn.Sequential(nn.Linear(256, 2, bias=False))
+    inputs = collect(model, rows.split(10), method=method).spectrum("0")
+    # The documented floor, 1.5e-8 sqrt(256) of the largest, lies between 2^-22 and 2^-21.
+    assert least <= inputs.rank <= most
+    kept = inputs.vectors[0][:, inputs.spanned[0]]
+    for row in signs[5 : 5 + least].double() / 16:
+        assert float((row - kept @ (kept.T @ row)).norm()) < 0.02

@@ -114,6 +114,66 @@ def test_blocks_do_not_matter(monkeypatch):
             assert small.count(name) == statistics.count(name)
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 2, 3, stride=2, dilation=2, groups=2), nn.Conv1d(3, 2, 5), nn.Linear(7, 2)]
+)
+def test_blocks_are_small_even_of_a_single_large_image(layer, monkeypatch):
+    x = {nn.Conv2d: inputs_of(2, 4, 23, 17), nn.Conv1d: inputs_of(2, 3, 40), nn.Linear: inputs_of(300, 7)}[
+        type(layer)
+    ]
+    (whole,) = input_rows(layer.double(), x)
+    monkeypatch.setattr("galenic.flatten.layers.CHUNK", 300)
+    blocks = list(input_rows(layer, x))
+    assert len(blocks) > 3 and max(block.numel() for block in blocks) <= 300
+    assert torch.equal(torch.cat(blocks, 1), whole)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 2), (30, 6)),
+        (nn.Conv1d(4, 2, 3, padding=1, groups=2), (3, 4, 12)),
+        (nn.Conv2d(4, 2, (3, 2), stride=2, dilation=(1, 2), padding=1, groups=2), (3, 4, 9, 9)),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_chosen_rows_are_those_of_all_that_count(layer, shape, masked, monkeypatch):
+    monkeypatch.setattr("galenic.flatten.layers.CHUNK", 100)
+    layer, x = layer.double(), inputs_of(*shape)
+    whole = torch.cat(list(input_rows(layer, x)), 1)
+    keep = torch.arange(whole.shape[1]) % 3 > 0 if masked else torch.ones(whole.shape[1], dtype=torch.bool)
+    index = torch.tensor([0, 7, 8, 15])
+    blocks = list(input_rows(layer, x, keep if masked else None, chosen=lambda count: index[index < count]))
+    assert torch.equal(torch.cat(blocks, 1), whole[:, keep][:, index])
+
+
+@pytest.mark.parametrize("method", ["gram", "qr"])
+def test_one_row_of_every_run_is_taken_and_none_twice(method):
+    model = nn.Sequential(nn.Linear(40, 2, bias=False)).double()
+    rows = torch.eye(40, dtype=torch.float64)
+    statistics = collect(model, [rows[:20], rows[20:]], method=method, every=5)
+    taken = statistics.gram("0").diagonal().round()
+    assert statistics.count("0") == 8 and taken.unflatten(0, (8, 5)).sum(1).eq(1).all()
+    assert len(taken.nonzero().flatten().remainder(5).unique()) > 1, "the same place of every run"
+    again = collect(model, [rows[:20], rows[20:]], method=method, every=5)
+    assert torch.equal(again.gram("0"), statistics.gram("0"))
+    single = collect(model, [rows[:3]], method=method, every=100)
+    assert single.count("0") == 1 and float(single.gram("0").trace()) == pytest.approx(1)
+    with pytest.raises(UserError, match="every: 0; 1 takes every row"):
+        collect(model, [rows], every=0)
+
+
+def test_a_sample_predicts_what_a_shift_does_to_all_rows():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 6, 3))
+    x = torch.randn(64, 3, 16, 16)
+    sampled = collect(model, list(x.split(16)), ["2"], every=8)
+    assert sampled.count("2") == 64 * 144 // 8
+    proposal = propose(model, sampled, 0.05)
+    moved = output_changes(model, [(x, None)], proposal)["2"]
+    assert moved == pytest.approx(0.05, rel=(72 / sampled.count("2")) ** 0.5)
+
+
 def test_convolutions_share_an_input_only_if_their_windows_are_alike():
     class Branches(nn.Module):
         def __init__(self):

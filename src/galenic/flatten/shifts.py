@@ -228,14 +228,17 @@ def shift_weight(
     wide, distance = as_matrices(weight, inputs, base)
     along = distance @ inputs.vectors  # (G, K / G, m): components along the eigenvectors
     power = along.square().sum(-2)
-    outputs = _squared_outputs(wide, inputs)
+    outputs = squared_outputs(wide, inputs, power if base is None else None)
     if rank is None and energy is None:
         removed = removed_share(inputs, power, output_budget**2 * outputs)
     else:
         removed = truncated_share(inputs, power, rank, energy)
-    taken = _taken(distance, along, inputs, removed)
     change = float((inputs.values * removed.square() * power).sum())
-    return finished(weight, wide - taken, inputs, change=change, base=base, bias=bias, removed=removed)
+    shifted = wide - _taken(distance, along, inputs, removed)
+    del wide, distance, along  # a wide layer's are large
+    return finished(
+        weight, shifted, inputs, change=change, outputs=outputs, base=base, bias=bias, removed=removed
+    )
 
 
 def shift_moments(
@@ -273,14 +276,13 @@ def _taken(distance: Tensor, along: Tensor, inputs: Spectrum, removed: Tensor) -
 
     Args:
         distance: (G, K / G, d), D.
-        along: (G, K / G, m), its components along the eigenvectors, D Q.
+        along: (G, K / G, m), its components along the eigenvectors, D Q; overwritten.
         inputs: spectrum of the inputs.
         removed: (G, m), 1 - f.
     """
-    taken = (along * removed.unsqueeze(-2)) @ inputs.vectors.mT
     if inputs.vectors.shape[-1] < inputs.vectors.shape[-2]:  # directions that no input has are not listed
-        taken = taken + (distance - along @ inputs.vectors.mT)
-    return taken
+        return distance - along.mul_((1 - removed).unsqueeze(-2)) @ inputs.vectors.mT
+    return along.mul_(removed.unsqueeze(-2)) @ inputs.vectors.mT
 
 
 def check_amount(output_budget: float, rank: int | None, energy: float | None) -> None:
@@ -322,6 +324,7 @@ def finished(
     inputs: Spectrum,
     *,
     change: float,
+    outputs: float,
     base: Tensor | None = None,
     bias: Tensor | None = None,
     removed: Tensor | None = None,
@@ -333,6 +336,7 @@ def finished(
         shifted: the new one in float64, in matrices.
         inputs: spectrum of the inputs.
         change: predicted squared output change.
+        outputs: ||A W^T||_F^2 of the original.
         base: what the original was to stay close to.
         bias: a bias that may move, with centred inputs.
         removed: see `Shift`.
@@ -344,7 +348,7 @@ def finished(
     rounded = shifted.reshape(weight.shape).to(weight.dtype)
     noop = torch.equal(rounded, weight.detach())
     step = rounded.double().reshape(wide.shape) - wide
-    rounding = float((inputs.values * (step @ inputs.vectors).square().sum(-2)).sum())
+    rounding = float((inputs.values * (step @ inputs.vectors).square_().sum(-2)).sum())
     new_bias = None
     if inputs.mean is not None:
         if bias is None:
@@ -352,7 +356,6 @@ def finished(
         lost = (step @ inputs.mean.unsqueeze(-1)).reshape(-1)
         new_bias = (bias.detach().double() - lost).to(bias.dtype)
         rounding += inputs.rows * float((new_bias.double() - bias.detach().double() + lost).square().sum())
-    outputs = _squared_outputs(wide, inputs)
     length = float(distance.norm())
     return Shift(
         weight=weight.detach().clone() if noop else rounded,
@@ -370,9 +373,16 @@ def finished(
     )
 
 
-def _squared_outputs(wide: Tensor, inputs: Spectrum) -> float:
-    """Returns ||A W^T||_F^2, the mean's part included where the inputs are centred."""
-    outputs = float((inputs.values * (wide @ inputs.vectors).square().sum(-2)).sum())
+def squared_outputs(wide: Tensor, inputs: Spectrum, power: Tensor | None = None) -> float:
+    """Returns ||A W^T||_F^2, the mean's part included where the inputs are centred.
+
+    Args:
+        wide: (G, K / G, d) or (K, d), the weight.
+        inputs: spectrum of the inputs.
+        power: (G, m) squared norms of the weight's components along the eigenvectors, where they are known.
+    """
+    power = (wide @ inputs.vectors).square_().sum(-2) if power is None else power
+    outputs = float((inputs.values * power).sum())
     if inputs.mean is not None:
         outputs += inputs.rows * float((wide @ inputs.mean.unsqueeze(-1)).square().sum())
     return outputs

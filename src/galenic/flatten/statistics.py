@@ -14,6 +14,12 @@ from galenic.runtime import UserError
 
 Method = Literal["gram", "qr"]
 
+STRIPE = 128
+"""Rows of a Gram matrix that are summed by one product, up to the diagonal: wide enough for the product's speed."""
+
+QR_BLOCKS = 8
+"""How much larger blocks of rows are for `qr`: each costs a decomposition of the factor so far too."""
+
 
 class Statistics:
     """What shifts need to know of layers' inputs: Gram matrices or triangular factors, sums and counts.
@@ -21,25 +27,35 @@ class Statistics:
     Layers fed by the very same tensor (a gate and an up projection) share them: `owner` names whose. G is the number
     of groups of a convolution, 1 for a linear layer.
 
-    * `gram` adds up x^T x. Cheap, and exact for singular values of the inputs above 1.5e-8 of the largest.
-    * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR): R^T R is the Gram
-      matrix, but singular values down to 1e-15 of the largest are told from zero. A column of ones goes before the
-      rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the factor of the centred rows.
+    * `gram` adds up x^T x in float64, whatever the inputs' type: exact for singular values of the inputs above 1.5e-8
+      of the largest. (Products in float32 would take half the time and resolve no less than some 1e-3 of it.)
+    * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR; as long as they are
+      few, the rows themselves): R^T R is the Gram matrix, but singular values down to 1e-15 of the largest are told
+      from zero. A column of ones goes before the rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the
+      factor of the centred rows.
+
+    With `every` above 1, one row (token, window) of every so many is taken, at random within each run of so many:
+    these are the statistics of a sample. Its size is what counts: with n rows of d inputs, what a shift is predicted
+    to do to all rows is off by a share of about sqrt(d / n); with n < d it is the stochastic shift, which keeps the
+    outputs of the rows taken only.
 
     Attributes:
-        grams: owner -> (G, d, d) float64, the sum of x^T x over all rows x of its inputs; empty with `qr`.
+        grams: owner -> (G, d, d) float64, the sum of x^T x over all rows x of its inputs; empty with `qr`. Read them by
+            `gram`: what lies above the diagonal is filled in there.
         factors: owner -> (G, at most d + 1, d + 1) float64; empty with `gram`.
         sums: owner -> (G, d) float64, the sum of all rows.
-        rows: owner -> number of rows (of each group).
+        rows: owner -> number of rows (of each group) taken.
         owner: layer -> the layer whose statistics are also its own.
         sparse: layer -> rows, for layers left out by `min_rows`.
         failure: what was wrong with inputs, where `watching` is patient.
     """
 
-    def __init__(self, method: Method = "gram") -> None:
+    def __init__(self, method: Method = "gram", every: int = 1) -> None:
         if method not in ("gram", "qr"):
             raise UserError(f"method: '{method}' is neither gram nor qr")
-        self.method = method
+        if every < 1:
+            raise UserError(f"every: {every}; 1 takes every row, 4 one row of every four")
+        self.method, self.every = method, every
         self.grams: dict[str, Tensor] = {}
         self.factors: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
@@ -50,12 +66,13 @@ class Statistics:
         self.mask: Tensor | None = None
         self._latest: tuple[Tensor, tuple[object, ...], str] | None = None
         self._spectra: dict[tuple[str, bool], Spectrum] = {}
+        self._source = torch.Generator().manual_seed(0)
 
     def gram(self, layer: str, group: int = 0) -> Tensor:
         """Returns the (d, d) Gram matrix of a layer's inputs (of one of its groups) in float64."""
         owner = self.owner[layer]
         if self.method == "gram":
-            return self.grams[owner][group]
+            return _symmetric(self.grams[owner])[group]
         factor = self.factors[owner][group, :, 1:]
         return factor.T @ factor
 
@@ -75,13 +92,16 @@ class Statistics:
             owner, rows = key[0], self.rows[key[0]]
             try:
                 if self.method == "qr":
-                    factor = self.factors[owner][:, 1 if centred else 0 :, 1:]
+                    factor = self.factors[owner]
+                    factor = (_triangular(factor)[:, 1:] if centred else factor)[:, :, 1:]
                     mean = self.sums[owner] / rows if centred else None
                     self._spectra[key] = row_spectrum(factor, mean=mean, rows=rows)
                 elif centred:
-                    self._spectra[key] = centred_spectrum(self.grams[owner], self.sums[owner], rows)
+                    self._spectra[key] = centred_spectrum(
+                        _symmetric(self.grams[owner]), self.sums[owner], rows
+                    )
                 else:
-                    self._spectra[key] = spectrum(self.grams[owner])
+                    self._spectra[key] = spectrum(_symmetric(self.grams[owner]))
             except (RuntimeError, MemoryError) as error:  # UserError is neither
                 raise UserError(
                     f"layer '{layer}': its {self.sums[owner].shape[-1]} inputs are too many to decompose here "
@@ -105,8 +125,18 @@ class Statistics:
             return
         self._latest = (inputs, alike, layer)
         self._spectra.clear()
-        for rows in input_rows(module, inputs, self.mask):
+        chosen = self._chosen if self.every > 1 else None
+        larger = QR_BLOCKS if self.method == "qr" else 1
+        for rows in input_rows(module, inputs, self.mask, chosen=chosen, larger=larger):
             self._add_rows(layer, rows)
+
+    def _chosen(self, count: int) -> Tensor:
+        """Draws one of every run of `every` rows, of a last, shorter run now and then; one of any call at least."""
+        starts = torch.arange(0, count, self.every)
+        index = starts + torch.randint(self.every, starts.shape, generator=self._source)
+        if self.every > count > 0:
+            return index % count
+        return index[index < count]
 
     def _add_rows(self, owner: str, rows: Tensor) -> None:
         """Adds (G, n, d) rows in float64."""
@@ -114,7 +144,7 @@ class Statistics:
         self.sums[owner] += rows.sum(1)
         self.rows[owner] += rows.shape[1]
         if self.method == "gram":
-            self.grams[owner].baddbmm_(rows.mT, rows)
+            _add_products(self.grams[owner], rows)
             finite = torch.isfinite(self.grams[owner].diagonal(dim1=1, dim2=2)).all()
         else:
             finite = torch.isfinite(rows).all()
@@ -124,7 +154,8 @@ class Statistics:
             )
         if self.method == "qr":
             ones = rows.new_ones(*rows.shape[:2], 1)
-            self.factors[owner] = _triangular(self.factors[owner], torch.cat([ones, rows], 2))
+            stack = torch.cat([self.factors[owner], torch.cat([ones, rows], 2)], 1)
+            self.factors[owner] = _triangular(stack) if stack.shape[1] > stack.shape[2] else stack
 
     def _allocate(self, owner: str, groups: int, width: int, device: torch.device) -> None:
         """Makes zero statistics for a layer that has none."""
@@ -179,13 +210,30 @@ class Statistics:
                 full = torch.cat([own, own.new_zeros(len(own), width - own.shape[1], width)], 1).contiguous()
                 parts = [torch.empty_like(full) for _ in range(ranks())]
                 distributed.all_gather(parts, full)
-                self.factors[owner] = _triangular(parts[0], torch.cat(parts[1:], 1)).to(device)
+                self.factors[owner] = _triangular(torch.cat(parts, 1)).to(device)
         self._spectra.clear()
 
 
-def _triangular(factor: Tensor, rows: Tensor) -> Tensor:
-    """Returns the triangular factor of a factor's rows and more rows: R^T R = factor^T factor + rows^T rows."""
-    return torch.linalg.qr(torch.cat([factor, rows], 1), mode="r").R
+def _add_products(grams: Tensor, rows: Tensor) -> None:
+    """Adds x^T x of (G, n, d) rows to (G, d, d) matrices: to the diagonal and below, half of the work."""
+    for gram, block in zip(grams, rows, strict=True):
+        for top in range(0, len(gram), STRIPE):
+            end = min(top + STRIPE, len(gram))
+            gram[top:end, :end].addmm_(block[:, top:end].mT, block[:, :end])
+
+
+def _symmetric(grams: Tensor) -> Tensor:
+    """Copies what lies below the diagonal above it, in place."""
+    width = grams.shape[-1]
+    for top in range(0, width, STRIPE):
+        end = min(top + STRIPE, width)
+        grams[:, :top, top:end] = grams[:, top:end, :top].mT
+    return grams
+
+
+def _triangular(rows: Tensor) -> Tensor:
+    """Returns the triangular factor R of rows: R^T R = rows^T rows."""
+    return torch.linalg.qr(rows, mode="r").R
 
 
 def _sum_over_ranks(tensor: Tensor) -> None:
@@ -204,6 +252,7 @@ def collect(
     layers: Sequence[str] = ("*",),
     *,
     method: Method = "gram",
+    every: int = 1,
     min_rows: int = 0,
     across_ranks: bool = False,
 ) -> Statistics:
@@ -215,6 +264,9 @@ def collect(
             (its first item is the input) or a tensor.
         layers: names or patterns, see `select_layers`.
         method: `gram`, or `qr` where the rank must be exact; see `Statistics`.
+        every: takes one row (token, window) of every so many, at random, where all rows would take long: products of
+            d inputs cost about 1.2 d / K times a layer's own with K outputs, so of a convolution often ten times the
+            forward pass. See `Statistics` for what is lost.
         min_rows: layers that saw fewer rows (experts that few tokens were sent to) are left out, listed in `sparse`:
             their inputs span little, and a shift would take away most of what other data needs. With 0, a layer that
             was never called is an error.
@@ -228,7 +280,7 @@ def collect(
             any process), a module that stays in training mode.
     """
     names = select_layers(model, layers)
-    count, failure, statistics = 0, "", Statistics(method)
+    count, failure, statistics = 0, "", Statistics(method, every)
     try:
         with watching(model, names, statistics, patient=across_ranks):
             for batch in loader:

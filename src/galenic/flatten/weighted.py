@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from galenic.flatten.shifts import Shift, as_matrices, finished
+from galenic.flatten.shifts import Shift, as_matrices, finished, squared_outputs
 from galenic.flatten.spectra import Spectrum
 from galenic.runtime import UserError
 
@@ -160,7 +160,8 @@ def _moved(
     weight: Tensor, shifted: Tensor, step: Tensor, inputs: Spectrum, base: Tensor | None, bias: Tensor | None
 ) -> Shift:
     change = float((inputs.values * (step @ inputs.vectors).square().sum(-2)).sum())
-    return finished(weight, shifted, inputs, change=change, base=base, bias=bias)
+    outputs = squared_outputs(as_matrices(weight, inputs, base)[0], inputs)
+    return finished(weight, shifted, inputs, change=change, outputs=outputs, base=base, bias=bias)
 
 
 # ---------------------------------------------------------------------------- what the body's curvature is
