@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -353,3 +355,29 @@ def test_the_default_of_shift_is_a_budget_unless_another_kind_is_asked_for():
     done = shift(model, statistics, rank=2)
     assert all(s.rank > 2 for s in done.values())
     assert torch.linalg.matrix_rank(model.lm_head.weight.detach(), rtol=1e-9) == 2
+
+
+def test_a_layer_too_wide_for_memory_is_named_with_the_way_out():
+    """A real limit on memory, in a process of its own: the Gram matrix would take 3.2 GB, a few rows take little."""
+    script = """
+import resource, torch
+from torch import nn
+from galenic.flatten import collect, shift
+
+model = nn.Sequential(nn.Linear(20_000, 2))
+data = torch.randn(8, 20_000)
+collect(model, [data], method="qr")  # whatever torch loads on first use is loaded now
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, used + 10**9))
+try:
+    collect(model, [data])
+except ValueError as error:
+    print(error)
+print(shift(model, collect(model, [data], method="qr"), output_budget=0.0)["0"].rank)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    told, rank = done.stdout.splitlines()
+    assert told.startswith(
+        "layer '0': no memory for the matrix of its 20000 inputs (3.2GB); leave it out, or use"
+    )
+    assert rank == "8"

@@ -85,7 +85,8 @@ def preview(config: FlattenConfig) -> list[str]:
     """
     job = prepare(config)
     statistics, _ = _collect(job, config)
-    return table(_plans(job, _for_shifts(job, statistics, config), config, config.kinds()[0]))
+    kind = Kind(**config.kinds()[0], **_tensors(job, config))
+    return table(plan_shifts(job.model, statistics, softmax_head=job.head, **kind))
 
 
 def run(config: FlattenConfig) -> None:
@@ -105,8 +106,8 @@ def run(config: FlattenConfig) -> None:
     before = proof.curvature(job.model, rows, config, "before")
 
     # ------------------------------------------------------------------------ choose, and shift
-    statistics = _for_shifts(job, statistics, config)
-    kinds = [Kind(**kind, **_tensors(job, config)) for kind in config.kinds()]
+    tensors = _tensors(job, config)
+    kinds = [Kind(**kind, **tensors) for kind in config.kinds()]
     selection = _select(job, statistics, kinds) if config.select else None
     kind = (
         kinds[0] if selection is None else kinds[selection.chosen] if selection.chosen is not None else None
@@ -148,55 +149,58 @@ def run(config: FlattenConfig) -> None:
 
 
 def _collect(job: Job, config: FlattenConfig) -> tuple[Statistics, proof.Score]:
-    """Collects statistics of the layers' inputs, and loss and accuracy, in one pass."""
-    with (
-        torch.no_grad(),
-        watching(job.model, job.names, Statistics(config.method)) as statistics,
-        progress(len(job.train), "layer inputs", "batches") as bar,
-    ):
+    """Collects statistics of the layers' inputs, and loss and accuracy of the training data.
 
-        def forward(batch: Batch) -> Tensor:
-            bar.update()
-            return run_batch(job.model, batch.inputs, statistics, batch.mask).logits
-
-        score = proof.score(job.model, job.train, forward)
-    if config.min_rows:
-        leave_out(statistics, job.names, config.min_rows)
-        sparse = statistics.sparse
-        if sparse:
-            job.notes.append(
-                f"{words.count(len(sparse), 'layer')} saw fewer than {config.min_rows} rows and stayed: "
-                + ", ".join(f"{name} ({rows})" for name, rows in sparse.items())
-                + "."
-            )
+    In one pass; in mode stochastic the statistics are of a few samples, and no large matrix is made of them.
+    """
+    if config.mode == "stochastic":
+        statistics = _collect_samples(job, config)
+        score = proof.score(job.model, job.train)
     else:
+        with (
+            torch.no_grad(),
+            watching(job.model, job.names, Statistics(config.method)) as statistics,
+            progress(len(job.train), "layer inputs", "batches") as bar,
+        ):
+
+            def forward(batch: Batch) -> Tensor:
+                bar.update()
+                return run_batch(job.model, batch.inputs, statistics, batch.mask).logits
+
+            score = proof.score(job.model, job.train, forward)
+    if not config.min_rows:
         check_called(statistics, job.names)
+        return statistics, score
+    leave_out(statistics, job.names, config.min_rows)
+    if sparse := statistics.sparse:
+        job.notes.append(
+            f"{words.count(len(sparse), 'layer')} saw fewer than {config.min_rows} rows and stayed: "
+            + ", ".join(f"{name} ({rows})" for name, rows in sparse.items())
+            + "."
+        )
     return statistics, score
 
 
 @torch.no_grad()
-def _for_shifts(job: Job, statistics: Statistics, config: FlattenConfig) -> Statistics:
-    """Returns the statistics that shifts are made of: those of a few samples in mode stochastic."""
-    if config.mode != "stochastic":
-        return statistics
+def _collect_samples(job: Job, config: FlattenConfig) -> Statistics:
+    """Collects statistics of a few samples, of every class equally many, or of a few rows of text."""
     total = sum(len(batch.labels) for batch in job.train)
-    labels = torch.cat([batch.labels for batch in job.train]) if job.task == "class" else None
     chosen = choose_rows(
         total,
         min(config.samples or 100, total),
-        labels=labels,
+        labels=torch.cat([batch.labels for batch in job.train]) if job.task == "class" else None,
         generator=torch.Generator().manual_seed(config.seed),
     )
-    few, start = Statistics("qr"), 0
-    with watching(job.model, list(statistics.owner), few):
+    start = 0
+    with watching(job.model, job.names, Statistics("qr")) as statistics:
         for batch in job.train:
-            size = len(batch.labels)
-            here = chosen[(chosen >= start) & (chosen < start + size)] - start
+            end = start + len(batch.labels)
+            here = chosen[(chosen >= start) & (chosen < end)] - start
             if len(here):
                 part = batch.take(here)
-                run_batch(job.model, part.inputs, few, part.mask)
-            start += size
-    return few
+                run_batch(job.model, part.inputs, statistics, part.mask)
+            start = end
+    return statistics
 
 
 def _tensors(job: Job, config: FlattenConfig) -> Kind:
@@ -232,10 +236,6 @@ class _Features(nn.Module):
         finally:
             handle.remove()
         return seen[-1]
-
-
-def _plans(job: Job, statistics: Statistics, config: FlattenConfig, kind: dict[str, Any]) -> list[LayerPlan]:
-    return plan_shifts(job.model, statistics, softmax_head=job.head, **Kind(**kind, **_tensors(job, config)))
 
 
 def _select(job: Job, statistics: Statistics, kinds: Sequence[Kind]) -> Selection:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from galenic.flatten.layers import Layer, geometry, input_rows, select_layers
 from galenic.flatten.spectra import Spectrum, centred_spectrum, row_spectrum, spectrum
 from galenic.ranks import gathered, process_group, ranks
-from galenic.runtime import UserError
+from galenic.runtime import UserError, human_bytes
 
 Method = Literal["gram", "qr"]
 
@@ -105,7 +105,8 @@ class Statistics:
             except (RuntimeError, MemoryError) as error:  # UserError is neither
                 raise UserError(
                     f"layer '{layer}': its {self.sums[owner].shape[-1]} inputs are too many to decompose here "
-                    f"({str(error).splitlines()[0]}); leave it out, or collect fewer rows than that with method: qr"
+                    f"({str(error).splitlines()[0]}); leave it out, or use mode: stochastic with few samples "
+                    "(in Python: method='qr' and fewer rows than inputs)"
                 ) from None
         return self._spectra[key]
 
@@ -158,14 +159,25 @@ class Statistics:
             self.factors[owner] = _triangular(stack) if stack.shape[1] > stack.shape[2] else stack
 
     def _allocate(self, owner: str, groups: int, width: int, device: torch.device) -> None:
-        """Makes zero statistics for a layer that has none."""
+        """Makes zero statistics for a layer that has none.
+
+        Raises:
+            UserError: there is no memory for them.
+        """
         if owner in self.sums:
             return
         wide = {"dtype": torch.float64, "device": device}
-        self.sums[owner], self.rows[owner] = torch.zeros(groups, width, **wide), 0
         if self.method == "gram":
-            self.grams[owner] = torch.zeros(groups, width, width, **wide)
-        else:
+            try:
+                self.grams[owner] = torch.zeros(groups, width, width, **wide)
+            except (RuntimeError, MemoryError):  # torch has no class of its own for main memory
+                raise UserError(
+                    f"layer '{owner}': no memory for the matrix of its {width} inputs "
+                    f"({human_bytes(8 * groups * width**2)}); leave it out, or use mode: stochastic with few samples, "
+                    "which keeps their rows alone (in Python: method='qr' and fewer rows than inputs)"
+                ) from None
+        self.sums[owner], self.rows[owner] = torch.zeros(groups, width, **wide), 0
+        if self.method == "qr":
             self.factors[owner] = torch.zeros(groups, 0, width + 1, **wide)
 
     def forget_call(self) -> None:
