@@ -123,10 +123,10 @@ def test_a_budget_that_rounding_alone_breaks_cannot_be_met_and_is_not_tried():
 
 
 def test_cost_grows_with_the_cube_of_the_width():
-    small, large = cost(nn.Linear(1024, 8)), cost(nn.Linear(4096, 8))
+    small, large = cost(nn.Linear(1024, 8).weight), cost(nn.Linear(4096, 8).weight)
     assert large[1] == pytest.approx(64 * small[1]) and 10 < large[1] < 15
     assert 16 * 0.99 < large[0] / small[0] < 16
-    grouped, plain = cost(nn.Conv2d(64, 8, 3, groups=4)), cost(nn.Conv2d(64, 8, 3))
+    grouped, plain = cost(nn.Conv2d(64, 8, 3, groups=4).weight, 4), cost(nn.Conv2d(64, 8, 3).weight)
     assert grouped[1] == pytest.approx(plain[1] / 16)
 
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from galenic.align.config import ShiftConfig
 from galenic.corpus.chat_format import PAD
-from galenic.flatten.apply import weight_of
-from galenic.flatten.layers import select_layers
+from galenic.flatten.layers import select_layers, weight_of
 from galenic.flatten.training import TrainingShift
 from galenic.pretrain.loop import Trainer
 from galenic.pretrain.packing import collate

@@ -6,7 +6,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from galenic.flatten.layers import output_rows, outputs_with
+from galenic.flatten.layers import output_rows, outputs_with, weight_of
 from galenic.flatten.shifts import Shift, shift_weight
 from galenic.flatten.statistics import Statistics, run_batch
 from galenic.flatten.weighted import curvature_weighted
@@ -76,11 +76,6 @@ def install(model: nn.Module, name: str, proposal: Shift) -> None:
     put(weight_of(model, name), proposal.weight)
     if proposal.bias is not None:
         put(model.get_parameter(f"{name}.bias"), proposal.bias)
-
-
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Returns the weight of a layer by its dotted name."""
-    return model.get_parameter(f"{name}.weight")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ CHUNK = 2**21
 """Numbers in a block of rows: 16 MB in float64, whatever the size of a batch. Little more than a processor's cache."""
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+"""And what transformers calls Conv1D, in GPT-2 and its like: a linear layer that stores its weight as (d, K)."""
 
 # ---------------------------------------------------------------------------- which layers
 
@@ -60,17 +61,17 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str:
         return f"a {type(module).__name__}'s windows are not gathered here; Conv1d and Conv2d are"
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     own = [kind for kind in kinds if isinstance(module, kind) and type(module).forward is kind.forward]
-    if not own:
+    if not own and not is_transposed(module):
         return f"it is a {type(module).__name__}, not a linear layer or convolution"
-    if "weight" not in module._parameters:
+    weight = module._parameters.get("weight")
+    if weight is None:
         return "its weight is parametrised"
-    assert isinstance(module, Layer)
-    if not module.weight.dtype.is_floating_point:
-        return f"its weight is quantised ({module.weight.dtype})"
-    if not isinstance(module, nn.Linear) and 1 < module.groups == module.in_channels:
+    if not weight.dtype.is_floating_point:
+        return f"its weight is quantised ({weight.dtype})"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups == module.in_channels:
         return "a depthwise convolution's few inputs per channel are always spanned: there is nothing to move"
     for other, holder in model.named_modules():
-        if other != name and any(p is module.weight for p in holder._parameters.values()):
+        if other != name and any(p is weight for p in holder._parameters.values()):
             return f"its weight is tied to '{other}'"
     return ""
 
@@ -78,14 +79,25 @@ def unsuitable(model: nn.Module, name: str, module: nn.Module) -> str:
 # ---------------------------------------------------------------------------- a layer as a matrix
 
 
-def groups(module: Layer) -> int:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D; told by name, for importing transformers takes seconds."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """Returns the weight of a layer by its dotted name, (K, d) or a convolution's: itself, or a view of it."""
+    weight = model.get_parameter(f"{name}.weight")
+    return weight.T if is_transposed(model.get_submodule(name)) else weight
+
+
+def groups(module: nn.Module) -> int:
     """Returns how many matrices a layer holds."""
-    return 1 if isinstance(module, nn.Linear) else module.groups
+    return module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
 
 
 def geometry(module: Layer) -> tuple[object, ...]:
     """Returns what decides the rows a layer makes of its inputs: layers alike in it may share them."""
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return ()
     return (
         module.kernel_size,
@@ -118,7 +130,7 @@ def input_rows(
         (G, n, d) float64, with the values of a window in the order of the weight's.
     """
     inputs, chunk = inputs.detach(), larger * CHUNK
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         rows = inputs.reshape(-1, inputs.shape[-1])
         picked = _picked(len(rows), mask, chosen)
         rows = rows if picked is None else rows[picked.to(rows.device)]
@@ -197,7 +209,7 @@ def padded(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
 
 def outputs_with(module: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns what a layer would give with another weight and bias, as rows (N, K); no hooks run."""
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return output_rows(module, F.linear(inputs, weight, bias))
     convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
     images = padded(module, inputs)
@@ -208,6 +220,6 @@ def outputs_with(module: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | N
 
 def output_rows(module: Layer, outputs: Tensor) -> Tensor:
     """Returns a layer's outputs as rows (N, K), one for each row of its inputs."""
-    if not isinstance(module, nn.Linear):
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
         outputs = outputs.movedim(-len(module.kernel_size) - 1, -1)
     return outputs.reshape(-1, outputs.shape[-1])

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from galenic.flatten.apply import Kind, install, propose
-from galenic.flatten.layers import Layer, groups
+from galenic.flatten.layers import groups, weight_of
 from galenic.flatten.shifts import Shift
 from galenic.flatten.statistics import Statistics
 from galenic.runtime import human_bytes
@@ -72,9 +72,8 @@ def plan_shifts(
     plans = []
     for name, shift in proposals.items():
         module = model.get_submodule(name)
-        assert isinstance(module, Layer)
         action, reason = _verdict(shift, exact, budget)
-        memory, seconds = cost(module)
+        memory, seconds = cost(weight_of(model, name), groups(module))
         change = max(shift.output_change, shift.rounded_change)
         plans.append(
             LayerPlan(
@@ -120,14 +119,18 @@ def loss_bound(change: float, rows: int) -> float:
     return math.sqrt(2) * change / math.sqrt(rows) if rows else 0.0
 
 
-def cost(module: Layer) -> tuple[int, float]:
+def cost(weight: Tensor, count: int = 1) -> tuple[int, float]:
     """Estimates bytes and seconds that a layer's shift takes, from its shape alone.
 
     Gram matrix, eigenvectors and the solver's two work arrays of d^2 numbers for each group, and three copies of the
     weight, in float64; a decomposition takes time of order d^3.
+
+    Args:
+        weight: the layer's.
+        count: its groups.
     """
-    count, width = groups(module), module.weight[0].numel()
-    return 8 * (4 * count * width**2 + 3 * module.weight.numel()), SECONDS_PER_CUBE * count * width**3
+    width = weight[0].numel()
+    return 8 * (4 * count * width**2 + 3 * weight.numel()), SECONDS_PER_CUBE * count * width**3
 
 
 def _verdict(

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from galenic.align.sft import keeps_apart
-from galenic.flatten.apply import weight_of
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.data import Batch, read_batches
-from galenic.flatten.layers import unsuitable
+from galenic.flatten.layers import unsuitable, weight_of
 from galenic.flatten.shifts import centre_gauge
 from galenic.flatten.statistics import select_layers
 from galenic.model import BaichuanM1ForCausalLM, load_tokenizer

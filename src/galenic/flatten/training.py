@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galenic.flatten.apply import default_budget, install, propose, put, weight_of, whole
-from galenic.flatten.layers import select_layers
+from galenic.flatten.apply import default_budget, install, propose, put, whole
+from galenic.flatten.layers import is_transposed, select_layers, weight_of
 from galenic.flatten.shifts import Shift, check_amount, shift_moments
 from galenic.flatten.statistics import Method, Statistics, collect
 from galenic.ranks import gathered, process_group, ranks
@@ -208,7 +208,7 @@ class TrainingShift:
         if optimizer is None:
             return {}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        weights = {name: weight_of(self.model, name) for name in self.layers}
+        weights = {name: self.model.get_parameter(f"{name}.weight") for name in self.layers}
         if not any(id(weight) in held for weight in weights.values()):
             raise UserError(
                 "optimizer: it has none of the shifted layers' weights; give the one of this model"
@@ -226,7 +226,12 @@ class TrainingShift:
                         f"optimizer: how a shift maps its state '{key}' of layer '{name}' is not known; "
                         f"known are {', '.join(FIRST_MOMENTS)}"
                     )
-            moments[name] = [(state[k], of_bias.get(k)) for k in FIRST_MOMENTS if state.get(k) is not None]
+            turned = is_transposed(self.model.get_submodule(name))
+            moments[name] = [
+                (state[k].T if turned else state[k], of_bias.get(k))
+                for k in FIRST_MOMENTS
+                if state.get(k) is not None
+            ]
         return moments
 
 
