@@ -156,7 +156,7 @@ def _verdict(
 
 def table(plans: Sequence[LayerPlan]) -> list[str]:
     """Returns plans as lines of text, one for each layer under a line of headings."""
-    headings = ("layer", "rank", "outputs move", "loss moves", "norm", "memory", "what")
+    headings = ("layer", "rank", "outputs move", "loss moves", "norm", "memory", "seconds", "what")
     rows = [headings]
     for plan in plans:
         rows.append(
@@ -167,6 +167,7 @@ def table(plans: Sequence[LayerPlan]) -> list[str]:
                 "" if plan.loss_bound is None else f"<= {plan.loss_bound:.2e}",
                 f"{plan.norm_before:.4g} -> {plan.norm_after:.4g}",
                 human_bytes(plan.memory),
+                f"{plan.seconds:.1g}",
                 plan.action + (f": {plan.reason}" if plan.reason else ""),
             )
         )
