@@ -198,7 +198,11 @@ def softmax_trace(
             weighted = roots * drawn.to(roots)
             pulled = weighted - shares * weighted.sum(-1, keepdim=True)
             parts = gradients_of(logits, tensors, pulled, retain_graph=True)
-            squares[index] += float(sum(part.square().sum(dtype=torch.float64) for part in parts))
+            # In the type itself, but for half ones: its cascaded sum is good to rounding, and reading is what costs.
+            squares[index] += sum(
+                float(part.square().sum(dtype=torch.promote_types(part.dtype, torch.float32)))
+                for part in parts
+            )
             if bar:
                 bar.update()
         del logits  # this batch's graph, before the next one grows
