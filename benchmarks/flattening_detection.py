@@ -65,13 +65,16 @@ SHIFTS: dict[str, Kind] = {
     "truncation 0.999": {"energy": 0.999},
     "truncation 0.99": {"energy": 0.99},
     "ridge 0.01": {"output_budget": 0.01},
+    "ridge 0.02": {"output_budget": 0.02},
     "ridge 0.05": {"output_budget": 0.05},
     "ridge 0.1": {"output_budget": 0.1},
     "ridge 0.2": {"output_budget": 0.2},
 }
 FEW = (4, 8)
 """Scenes of the stochastic shift. With 64 windows each, they are about as many windows as a window has values."""
+KINDS = ["exact", *(f"stochastic {few}" for few in FEW), *SHIFTS, "chosen"]
 TRACED, PROBES = 64, 4
+"""Training scenes that the Hessian trace is taken on, and random vectors."""
 
 
 # ---------------------------------------------------------------------------- scores
@@ -149,8 +152,8 @@ def compare(folder: Path, seed: int, variant: str, judge: Judge, started: str) -
     place, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     results: dict[str, Any] = read_json(place) if place.exists() else {"conditions": started, "models": {}}
     models = results["models"]
-    kinds = ["exact", *(f"stochastic {few}" for few in FEW), *SHIFTS, "chosen"]
-    if not [1 for part in PLACES for kind in kinds if f"{part}: {kind}" not in models]:
+    todo = [(part, kind) for part in PLACES for kind in KINDS if f"{part}: {kind}" not in models]
+    if not todo:
         return
     scenes, validation = prepared(seed, variant)
     if not weights.exists():
@@ -170,10 +173,8 @@ def compare(folder: Path, seed: int, variant: str, judge: Judge, started: str) -
 
     if "original" not in models:
         models["original"] = score()
-    for part, kind in tqdm([(part, kind) for part in PLACES for kind in kinds], desc=name, leave=False):
+    for part, kind in tqdm(todo, desc=name, leave=False):
         key = f"{part}: {kind}"
-        if key in models:
-            continue
         model.load_state_dict(original)
         inputs = restricted(model, few.get(kind, full), part)
         if kind == "chosen":
@@ -218,7 +219,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         f"| shifted | mAP | difference | mAP50 | difference | {' | '.join(RATIOS)} |",
         "|---|" + "--:|" * 8,
     ]
-    for name in runs[0]:
+    for name in ["original", *(f"{part}: {kind}" for part in PLACES for kind in KINDS)]:
         pairs = [(run[name], run["original"]) for run in runs]
         cells = []
         for score in ("mAP", "mAP50"):
