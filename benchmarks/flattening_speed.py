@@ -106,9 +106,9 @@ def cases() -> list[Case]:
     tokens = torch.randint(0, 1024, (256, 65))
     classes = torch.randint(0, 10, (4096,))
     return [
-        Case("MLP", relu_network(784, 512, 512, 10), torch.randn(4096, 784), classes, "4", (4, 16)),
-        Case("convolutional", convolutional(), torch.randn(512, 1, 28, 28), classes[:512], "10", (4, 16)),
-        Case("transformer", Transformer(), tokens[:, :-1], tokens[:, 1:], "head", (4, 16)),
+        Case("MLP", relu_network(784, 512, 512, 10), torch.randn(4096, 784), classes, "4", (4, 32)),
+        Case("convolutional", convolutional(), torch.randn(512, 1, 28, 28), classes[:512], "10", (4, 32)),
+        Case("transformer", Transformer(), tokens[:, :-1], tokens[:, 1:], "head", (4, 32)),
     ]
 
 
