@@ -106,9 +106,9 @@ def cases() -> list[Case]:
     tokens = torch.randint(0, 1024, (256, 65))
     classes = torch.randint(0, 10, (4096,))
     return [
-        Case("MLP", relu_network(784, 512, 512, 10), torch.randn(4096, 784), classes, "4", (4, 16)),
-        Case("convolutional", convolutional(), torch.randn(512, 1, 28, 28), classes[:512], "10", (4, 16)),
-        Case("transformer", Transformer(), tokens[:, :-1], tokens[:, 1:], "head", (4, 16)),
+        Case("MLP", relu_network(784, 512, 512, 10), torch.randn(4096, 784), classes, "4", (4, 32)),
+        Case("convolutional", convolutional(), torch.randn(512, 1, 28, 28), classes[:512], "10", (4, 32)),
+        Case("transformer", Transformer(), tokens[:, :-1], tokens[:, 1:], "head", (4, 32)),
     ]
 
 
@@ -228,7 +228,7 @@ PROBLEMS = [
         (20, 32, 32, 5),
         512,
         60,
-        40,
+        60,
         {"Gauss-Newton": "galenic XTrace", "Hessian": "galenic hessian_trace"},
     ),
     Problem(
@@ -236,7 +236,7 @@ PROBLEMS = [
         (784, 128, 128, 10),
         512,
         15,
-        12,
+        30,
         {"Gauss-Newton": "galenic softmax_trace", "Hessian": "galenic hessian_trace"},
     ),
 ]
@@ -308,7 +308,13 @@ def ours(model: nn.Module, x: Tensor, y: Tensor) -> dict[tuple[str, str], Callab
             lambda batch: model(batch[0]), parameters, by_32, probes=4, generator=source
         ),
         ("Hessian", "galenic hessian_trace"): lambda source: hessian_trace(
-            summed(model), parameters, by_128, probes=4, generator=source, fresh=True
+            summed(model),
+            parameters,
+            by_128,
+            probes=4,
+            generator=source,
+            fresh=True,
+            blocks=len(parameters) // 2,
         ),
     }
     for matrix, operator in matrices.items():

@@ -1,10 +1,13 @@
+import itertools
 import math
 
 import pytest
 import torch
+from curvature_problems import Problem, source
 from torch import nn
 
 from galenic.flatten import hessian_trace
+from galenic.flatten.products import probe_seeds, signs
 from galenic.runtime import UserError
 
 
@@ -79,10 +82,42 @@ def test_unused_and_linear_parameters_have_no_curvature():
     assert found.values.tolist() == [6, 6]
 
 
+@pytest.mark.parametrize(
+    ("blocks", "edges"), [(2, [0, 36, 57]), (4, [0, 30, 36, 54, 57]), (9, [0, 30, 36, 54, 57])]
+)
+def test_blocks_leave_out_what_lies_beside_the_diagonal_blocks(blocks, edges):
+    """The same probes as without blocks, the dense matrix with zeros outside the blocks."""
+    case = Problem(0)
+    dense, kept = case.dense_hessian(), torch.zeros(57, 57, dtype=torch.float64)
+    for begin, end in itertools.pairwise(edges):
+        kept[begin:end, begin:end] = dense[begin:end, begin:end]
+    found = hessian_trace(
+        case.loss_fn, case.parameters, case.batches, probes=6, generator=source(3), blocks=blocks
+    )
+    probes = torch.stack([signs(seed, 57) for seed in probe_seeds(6, source(3))]).double()
+    torch.testing.assert_close(found.values, ((probes @ kept) * probes).sum(1), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(found.values, ((probes @ dense) * probes).sum(1))
+
+
+def test_blocks_of_layers_err_less_and_agree_with_the_trace():
+    case = Problem(1, hidden=20)
+    exact = float(case.dense_hessian().trace())
+    whole, layers = (
+        hessian_trace(
+            case.loss_fn, case.parameters, case.batches, probes=200, generator=source(), fresh=True, blocks=n
+        )
+        for n in (1, 2)
+    )
+    assert layers.standard_error < 0.8 * whole.standard_error
+    assert abs(layers.mean - exact) <= 3 * layers.standard_error
+
+
 def test_refusals():
     x = torch.ones(3, requires_grad=True)
     with pytest.raises(UserError, match="probes: 1"):
         estimate(lambda _: (x.sum(), 1), [x], [None], probes=1)
+    with pytest.raises(UserError, match="blocks: 0"):
+        hessian_trace(lambda _: (x.sum(), 1), [x], [None], probes=2, generator=source(), blocks=0)
     with pytest.raises(UserError, match="no batches"):
         estimate(lambda _: (x.sum(), 1), [x], [])
     with pytest.raises(UserError, match="the loss is nan"):

@@ -8,6 +8,7 @@ exactly that of one large batch: batches of unequal size count by their size. On
 and sums over batches are float64.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -155,13 +156,22 @@ def parameter_groups(model: nn.Module, patterns: Iterable[str]) -> dict[str, lis
 
 
 def linearise_loss(
-    loss_fn: Callable[[Any], tuple[Tensor, int]], tensors: Sequence[Tensor], batch: Any
+    loss_fn: Callable[[Any], tuple[Tensor, int]], tensors: Sequence[Tensor], batch: Any, blocks: int = 1
 ) -> Linearised:
-    """Returns a batch's count and its Hessian's product; the graph lives as long as the latter."""
+    """Returns a batch's count and its Hessian's product; the graph lives as long as the latter.
+
+    With more blocks than one, the product is with the Hessian's diagonal blocks, of so many runs of tensors.
+    """
     loss, count = loss_fn(batch)
     check_finite(loss)
     gradients = gradients_of(loss, tensors, create_graph=True)
-    return count, lambda vector: _products(gradients, tensors, vector)
+    edges = [len(tensors) * index // blocks for index in range(blocks + 1)]
+    runs = [slice(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
+
+    def multiply(vector: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [part for run in runs for part in _products(gradients[run], tensors[run], vector[run])]
+
+    return count, multiply
 
 
 def gradients_of(

@@ -41,7 +41,7 @@ class Statistics:
 
     Attributes:
         grams: owner -> (G, d, d) float64, the sum of x^T x over all rows x of its inputs; empty with `qr`. Read them by
-            `gram`: what lies above the diagonal is filled in there.
+            `gram`: rows that wait are added and what lies above the diagonal is filled in there.
         factors: owner -> (G, at most d + 1, d + 1) float64; empty with `gram`.
         sums: owner -> (G, d) float64, the sum of all rows.
         rows: owner -> number of rows (of each group) taken.
@@ -66,13 +66,14 @@ class Statistics:
         self.mask: Tensor | None = None
         self._latest: tuple[Tensor, tuple[object, ...], str] | None = None
         self._spectra: dict[tuple[str, bool], Spectrum] = {}
+        self._waiting: dict[str, list[Tensor]] = {}  # fewer than d / 2 rows of each
         self._source = torch.Generator().manual_seed(0)
 
     def gram(self, layer: str, group: int = 0) -> Tensor:
         """Returns the (d, d) Gram matrix of a layer's inputs (of one of its groups) in float64."""
         owner = self.owner[layer]
         if self.method == "gram":
-            return _symmetric(self.grams[owner])[group]
+            return _symmetric(self._settle(owner))[group]
         factor = self.factors[owner][group, :, 1:]
         return factor.T @ factor
 
@@ -98,10 +99,10 @@ class Statistics:
                     self._spectra[key] = row_spectrum(factor, mean=mean, rows=rows)
                 elif centred:
                     self._spectra[key] = centred_spectrum(
-                        _symmetric(self.grams[owner]), self.sums[owner], rows
+                        _symmetric(self._settle(owner)), self.sums[owner], rows
                     )
                 else:
-                    self._spectra[key] = spectrum(_symmetric(self.grams[owner]))
+                    self._spectra[key] = spectrum(_symmetric(self._settle(owner)))
             except (RuntimeError, MemoryError) as error:  # UserError is neither
                 raise UserError(
                     f"layer '{layer}': its {self.sums[owner].shape[-1]} inputs are too many to decompose here "
@@ -141,22 +142,31 @@ class Statistics:
 
     def _add_rows(self, owner: str, rows: Tensor) -> None:
         """Adds (G, n, d) rows in float64."""
-        self._allocate(owner, rows.shape[0], rows.shape[2], rows.device)
+        groups, count, width = rows.shape
+        self._allocate(owner, groups, width, rows.device)
         self.sums[owner] += rows.sum(1)
-        self.rows[owner] += rows.shape[1]
-        if self.method == "gram":
-            _add_products(self.grams[owner], rows)
-            finite = torch.isfinite(self.grams[owner].diagonal(dim1=1, dim2=2)).all()
-        else:
-            finite = torch.isfinite(rows).all()
-        if not finite:
+        self.rows[owner] += count
+        if not torch.isfinite(self.sums[owner]).all():
             raise UserError(
                 f"the inputs of layer '{owner}' hold NaN or infinity; the model or its data is broken"
             )
         if self.method == "qr":
-            ones = rows.new_ones(*rows.shape[:2], 1)
-            stack = torch.cat([self.factors[owner], torch.cat([ones, rows], 2)], 1)
+            stack = torch.cat([self.factors[owner], torch.cat([rows.new_ones(groups, count, 1), rows], 2)], 1)
             self.factors[owner] = _triangular(stack) if stack.shape[1] > stack.shape[2] else stack
+        elif count >= width // 2:
+            _add_products(self.grams[owner], rows)
+        else:  # for a few rows, reading and writing the matrix takes longer than their products
+            waiting = self._waiting.setdefault(owner, [])
+            waiting.append(rows.clone())  # the model may go on to change its inputs in place
+            if sum(block.shape[1] for block in waiting) >= width // 2:
+                self._settle(owner)
+
+    def _settle(self, owner: str) -> Tensor:
+        """Adds the products of rows that waited; returns the Gram matrices, up to date."""
+        waiting = self._waiting.pop(owner, None)
+        if waiting:
+            _add_products(self.grams[owner], torch.cat(waiting, 1))
+        return self.grams[owner]
 
     def _allocate(self, owner: str, groups: int, width: int, device: torch.device) -> None:
         """Makes zero statistics for a layer that has none.
@@ -215,7 +225,7 @@ class Statistics:
                 self.rows[owner] = sum(part[owner] for part in counts)
                 _sum_over_ranks(self.sums[owner])
                 if self.method == "gram":
-                    _sum_over_ranks(self.grams[owner])
+                    _sum_over_ranks(self._settle(owner))
                     continue
                 own = self.factors[owner].cpu()
                 width = own.shape[2]
