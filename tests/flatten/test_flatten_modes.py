@@ -174,7 +174,12 @@ def test_curvature_is_told_before_after_and_at_equal_loss(flatten):
     for name in ("before", "after", "difference", "matched", "matched_difference"):
         assert trace[name]["probes"] == 4
     assert trace["matched"]["mean"] != trace["after"]["mean"]
-    assert set(told["eigenvalue"]) == {"before", "after", "matched"}
+    assert trace["scaled"] in ("before", "after")
+    moved = trace["after"]["mean"] - trace["matched"]["mean"]
+    if trace["scaled"] == "after":
+        moved = trace["matched"]["mean"] - trace["before"]["mean"]
+    assert trace["matched_difference"]["mean"] == pytest.approx(moved)
+    assert set(told["eigenvalue"]) == {"before", "after", "matched", "matched_difference"}
     assert told["adaptive_sharpness"]["before"] != told["adaptive_sharpness"]["after"]
     line = told["landscape"]["line"]
     assert told["landscape"]["places"] == [-1, -0.5, 0, 0.5, 1]
@@ -183,6 +188,26 @@ def test_curvature_is_told_before_after_and_at_equal_loss(flatten):
     assert plane["after"][2][2] == pytest.approx(line["after"][2])  # the model itself is in the middle
     assert len(set(line["before"])) == 5
     assert told["verdict"].endswith(".") and "trace at equal loss" in told["verdict"]
+
+
+def test_the_comparison_at_equal_loss_scales_the_original_if_its_loss_is_the_smaller(
+    inputs, flatten, original, monkeypatch
+):
+    """And the shifted weights are the ones that are saved."""
+    from galenic.flatten import proof
+
+    seen = []
+
+    def remember(model, rows, loss):
+        seen.append((loss, {n: p.detach().clone() for n, p in model.named_parameters()}))
+        return 0.5
+
+    monkeypatch.setattr(proof, "scale_to", remember)
+    told, model = flatten(mode="truncate", rank=1, probes=2, trace_rows=1)
+    assert told["trace"]["scaled"] == "before"
+    ((_, parameters),) = seen
+    assert all(torch.equal(p, parameters[n]) for n, p in original.named_parameters())
+    assert not torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
 def test_spectra_and_bounds_are_told(flatten):

@@ -316,6 +316,7 @@ def test_a_flattening_that_tells_more_is_shown_with_it(undrawn, built, tmp_path)
     data |= {"task": "class", "mode": "curvature", "verdict": "It is what it is."}
     data["trace"] |= {
         "kind": "Gauss-Newton",
+        "scaled": "after",
         "matched": {"mean": 1402.5, "standard_error": 20.25, "probes": 32},
     }
     data["layers"][0]["action"] = "over budget"

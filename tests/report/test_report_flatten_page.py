@@ -60,9 +60,10 @@ def summary_of(blocks=2, **changes):
             "difference": estimate(-86.6, 12.1),
             "matched": estimate(1330.4, 19.7),
             "matched_difference": estimate(-47.4, 12.4),
+            "scaled": "after",
             "scale": 1.0023,
         },
-        "eigenvalue": {"before": 88.21, "after": 90.12, "matched": 91.5},
+        "eigenvalue": {"before": 88.21, "after": 90.12, "matched": 91.5, "matched_difference": 3.29},
         "adaptive_sharpness": {"rho": 0.5, "before": 0.0321, "after": 0.0309},
         "landscape": {
             "places": places,
@@ -194,7 +195,13 @@ def test_curvature_that_did_not_move_beyond_its_error_is_not_called_lower(page):
 
 def test_one_probe_has_no_interval(page):
     trace = {key: estimate(100.0, 5.0, probes=1) for key in ("before", "after", "difference")}
-    trace |= {"kind": "Hessian", "matched": None, "matched_difference": None, "scale": None}
+    trace |= {
+        "kind": "Hessian",
+        "matched": None,
+        "matched_difference": None,
+        "scaled": "after",
+        "scale": None,
+    }
     text = read(page(summary_of(trace=trace)))
     assert "trace of the Hessian 100 100 100" in text and not re.search(r"\bnan\b", text)
 

@@ -114,7 +114,7 @@ def run(config: FlattenConfig) -> None:
     )
     plans = [] if kind is None else plan_shifts(job.model, statistics, softmax_head=job.head, **kind)
     measured = _measure(job, plans)
-    layers = _shift_on_probation(job, plans, measured, statistics, config.loss_budget)
+    layers, originals = _shift_on_probation(job, plans, measured, statistics, config.loss_budget)
 
     # ------------------------------------------------------------------------ measure again
     after = proof.curvature(job.model, rows, config, "after")
@@ -128,7 +128,7 @@ def run(config: FlattenConfig) -> None:
         "rows": sum(batch.tokens for batch in job.train),
         "layers": layers,
         **_scores(job, train, heldout),
-        **_curvatures(job, rows, before, after, config),
+        **_curvatures(job, rows, before, after, config, originals),
         "selection": _selection(selection),
     }
     result["notes"] = job.notes + words.notes(config, result)
@@ -266,9 +266,13 @@ def _shift_on_probation(
     measured: dict[str, float],
     statistics: Statistics,
     budget: float,
-) -> list[dict[str, Any]]:
-    """Shifts layer after layer; one that moves the loss by more than the budget goes back. Returns the report rows."""
-    rows = []
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Shifts layer after layer; one that moves the loss by more than the budget goes back.
+
+    Returns:
+        The report rows, and the parameters that moved as they were.
+    """
+    rows, originals = [], {}
     batches = first_rows(job.train, PROBATION_ROWS.get(job.task, 8))
     loss = proof.score(job.model, batches).loss
     with progress(len(plans), "shifting", "layers") as bar:
@@ -276,15 +280,16 @@ def _shift_on_probation(
             change, back = 0.0, False
             if plan.action == "shift":
                 module = job.model.get_submodule(plan.name)
-                kept = {name: p.clone() for name, p in module.named_parameters()}
+                kept = {f"{plan.name}.{name}": p.clone() for name, p in module.named_parameters()}
                 install(job.model, plan.name, plan.shift)
                 change = _loss(job, batches) - loss
                 back = not abs(change) <= budget  # NaN goes back too
                 if back:
-                    for name, parameter in module.named_parameters():
-                        parameter.copy_(kept[name])
+                    for name, value in kept.items():
+                        job.model.get_parameter(name).copy_(value)
                 else:
                     loss += change
+                    originals |= kept
             moved = plan.action == "shift" and not back
             rows.append(
                 {
@@ -307,7 +312,7 @@ def _shift_on_probation(
                 }
             )
             bar.update(note=f"loss {loss:.4f}")
-    return rows
+    return rows, originals
 
 
 def _loss(job: Job, batches: Sequence[Batch]) -> float:
@@ -346,32 +351,42 @@ def _curvatures(
     before: proof.Curvature | None,
     after: proof.Curvature | None,
     config: FlattenConfig,
+    originals: dict[str, Tensor],
 ) -> dict[str, Any]:
-    """Returns curvature before, after, and after at the loss before."""
+    """Returns curvature before and after, and both at the larger one of their losses."""
     told: dict[str, Any] = dict.fromkeys(("trace", "eigenvalue", "adaptive_sharpness", "landscape"))
     if before is None or after is None:
         return told
-    scale = proof.scale_to(job.model, rows, before.loss) if config.probes or config.eigenvalue_steps else None
-    if before.trace and after.trace:
-        matched = proof.trace(job.model, rows, config, "curvature at equal loss", scale) if scale else None
-        told["trace"] = {
-            "kind": "Hessian" if config.curvature == "hessian" else "Gauss-Newton",
-            "before": _estimate(before.trace.values),
-            "after": _estimate(after.trace.values),
-            # The same probes before and after: the difference is known better than either.
-            "difference": _estimate(after.trace.values - before.trace.values),
-            "matched": _estimate(matched.values) if matched else None,
-            "matched_difference": _estimate(matched.values - before.trace.values) if matched else None,
-            "scale": scale,
-        }
-    if before.eigenvalue is not None:
-        matched_value = (
+    scaled = "before" if before.loss < after.loss else "after"
+    with proof.replaced(job.model, originals if scaled == "before" else {}):
+        scale = proof.scale_to(job.model, rows, max(before.loss, after.loss))
+        trace = proof.trace(job.model, rows, config, "curvature at equal loss", scale) if scale else None
+        value = (
             proof.eigenvalue(job.model, rows, config, "eigenvalue at equal loss", scale) if scale else None
         )
+    if before.trace and after.trace:
+        old, new, matched = before.trace.values, after.trace.values, trace.values if trace else None
+        change = None if matched is None else new - matched if scaled == "before" else matched - old
+        told["trace"] = {
+            "kind": "Hessian" if config.curvature == "hessian" else "Gauss-Newton",
+            "before": _estimate(old),
+            "after": _estimate(new),
+            # The same probes before and after: the difference is known better than either.
+            "difference": _estimate(new - old),
+            "matched": None if matched is None else _estimate(matched),
+            "matched_difference": None if change is None else _estimate(change),
+            "scaled": scaled,
+            "scale": scale,
+        }
+    if before.eigenvalue is not None and after.eigenvalue is not None:
+        moved = None
+        if value is not None:
+            moved = after.eigenvalue - value if scaled == "before" else value - before.eigenvalue
         told["eigenvalue"] = {
             "before": before.eigenvalue,
             "after": after.eigenvalue,
-            "matched": matched_value,
+            "matched": value,
+            "matched_difference": moved,
         }
     told["adaptive_sharpness"] = {"rho": proof.RHO, "before": before.adaptive, "after": after.adaptive}
     if before.line and after.line:

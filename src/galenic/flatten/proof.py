@@ -1,11 +1,12 @@
 """What a model's losses and curvature are, taken before a shift and after it in the same way.
 
 The same rows, probes and directions serve both times, so that differences are known better than either side. Curvature
-of softmax cross-entropy shrinks with the loss itself; so the shifted model is measured a second time with its logits
-scaled to the loss that the original had.
+of softmax cross-entropy shrinks with the loss itself; so the model with the smaller loss is measured a second time,
+with its logits scaled to the loss of the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,21 @@ def _operator(
     return gauss_newton(
         lambda batch: scale * logits_of(model, batch), summed_loss, model.parameters(), batches, bar=bar
     )
+
+
+@contextmanager
+def replaced(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts other values into a model's parameters for the block, by name."""
+    with torch.no_grad():
+        kept = {name: model.get_parameter(name).clone() for name in parameters}
+        for name, value in parameters.items():
+            model.get_parameter(name).copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in kept.items():
+                model.get_parameter(name).copy_(value)
 
 
 def scale_to(model: nn.Module, batches: Sequence[Batch], loss: float) -> float | None:

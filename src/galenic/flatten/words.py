@@ -80,13 +80,13 @@ def _trace(trace: dict[str, Any]) -> list[str]:
         f"{change['probes']} paired probes on the first rows of training data."
     ]
     if (matched := trace["matched_difference"]) is not None:
+        whose = "the original's" if trace["scaled"] == "before" else "the shifted model's"
         said.append(
-            f"At equal loss (logits times {trace['scale']:.4g}) it {_direction(matched)}: "
-            f"{trace['matched']['mean']:.4g}, difference {matched['mean']:+.3g} with standard error "
-            f"{matched['standard_error']:.2g}."
+            f"At equal loss ({whose} logits times {trace['scale']:.4g}) it {_direction(matched)}: "
+            f"difference {matched['mean']:+.3g} with standard error {matched['standard_error']:.2g}."
         )
     else:
-        said.append("No scale of the logits gives the loss before; the trace moves with the loss.")
+        said.append("No scale of the logits makes the losses equal; the trace moves with the loss.")
     return said
 
 

@@ -117,10 +117,8 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         matched = trace["matched_difference"]
         change = matched or trace["difference"]
         note = "at equal loss" if matched else "the losses differ"
-        if trace["before"]["mean"]:
-            share, half = (
-                100 * v / abs(trace["before"]["mean"]) for v in (change["mean"], half_width(change))
-            )
+        if reference := _reference(trace, bool(matched)):
+            share, half = (100 * v / abs(reference) for v in (change["mean"], half_width(change)))
             value = f"{_signed(share, 1)}%"
             note += "" if math.isnan(half) else f"; 95%: \u00b1{half:.2g} points"
         else:
@@ -148,6 +146,11 @@ def _losses(summary: Summary) -> list[tuple[str, str, str, str]]:
 # ---------------------------------------------------------------------------- curvature, landscape, selection
 
 
+def _reference(trace: dict[str, Any], matched: bool) -> float:
+    """Returns the mean that a change is a share of: the trace before, at equal loss that of the scaled original."""
+    return (trace["matched"] if matched and trace["scaled"] == "before" else trace["before"])["mean"]
+
+
 def _curvature(summary: Summary) -> dict[str, Any] | None:
     trace, largest, adaptive = summary["trace"], summary["eigenvalue"], summary["adaptive_sharpness"]
     if not (trace or largest or adaptive):
@@ -160,13 +163,14 @@ def _curvature(summary: Summary) -> dict[str, Any] | None:
         "said": [],
         "probes": None,
         "scale": None,
+        "scaled": None,
     }
     if trace:
         name = trace_name(trace)
         estimates = [("before", trace["before"], "base"), ("after", trace["after"], "flattened")]
         changes = [("after", trace["difference"], "flattened")]
         if trace["matched"]:
-            estimates.append(("at equal loss", trace["matched"], "merge"))
+            estimates.append((f"{trace['scaled']}, scaled", trace["matched"], "merge"))
         if trace["matched_difference"]:
             changes.append(("at equal loss", trace["matched_difference"], "merge"))
         found["charts"] = [
@@ -195,14 +199,14 @@ def _curvature(summary: Summary) -> dict[str, Any] | None:
         )
         found["said"] = [
             f"{'At equal loss' if label == 'at equal loss' else 'As it is'}, the shift "
-            f"{moved(e['mean'], half_width(e), trace['before']['mean'], name)}."
+            f"{moved(e['mean'], half_width(e), _reference(trace, label == 'at equal loss'), name)}."
             for label, e, _ in changes
         ]
         found["probes"] = trace["before"]["probes"]
-        found["scale"] = trace["scale"]
+        found["scale"], found["scaled"] = trace["scale"], trace["scaled"]
     if largest:
         old, new, at = largest["before"], largest["after"], largest["matched"]
-        more = ("", "") if at is None else (_wide(at), _wide(at - old))
+        more = ("", "") if at is None else (_wide(at), _wide(largest["matched_difference"]))
         found["rows"].append(("largest eigenvalue", _wide(old), _wide(new), _wide(new - old), *more))
     if adaptive:
         old, new = adaptive["before"], adaptive["after"]

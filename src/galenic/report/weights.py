@@ -58,7 +58,7 @@ def flattening(run: Run) -> dict[str, Any] | None:
     trace = data["trace"]
     estimates = (
         {"before": trace["before"], "after": trace["after"]}
-        | ({"at equal loss": trace["matched"]} if trace.get("matched") else {})
+        | ({f"{trace['scaled']}, at equal loss": trace["matched"]} if trace.get("matched") else {})
         if trace
         else {}
     )
