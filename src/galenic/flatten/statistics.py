@@ -28,7 +28,7 @@ class Statistics:
     of groups of a convolution, 1 for a linear layer.
 
     * `gram` adds up x^T x in float64, whatever the inputs' type: exact for singular values of the inputs above 1.5e-8
-      of the largest. (Products in float32 would take half the time and resolve no less than some 1e-3 of it.)
+      of the largest. (Products in float32 would take half the time and tell nothing from zero below some 1e-3.)
     * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR; as long as they are
       few, the rows themselves): R^T R is the Gram matrix, but singular values down to 1e-15 of the largest are told
       from zero. A column of ones goes before the rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the
