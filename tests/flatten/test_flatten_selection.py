@@ -98,4 +98,5 @@ def test_mistakes_are_refused(model, data):
 
 
 def test_settings_of_a_kind_are_plain():
-    assert settings({"rank": 3, "base": {"x": torch.ones(1)}}) == {"rank": 3}
+    kind = {"rank": 3, "energy": None, "free_bias": False, "base": {"x": torch.ones(1)}}
+    assert settings(kind) == {"rank": 3} and settings({"output_budget": 0.0}) == {"output_budget": 0.0}

@@ -120,5 +120,6 @@ def compare_shifts(
 
 
 def settings(kind: Kind) -> dict[str, Any]:
-    """Returns a kind's plain settings, without tensors, for reports."""
-    return {name: value for name, value in kind.items() if name not in ("base", "metrics")}
+    """Returns what a kind sets, without tensors, for reports."""
+    plain = {name: value for name, value in kind.items() if name not in ("base", "metrics")}
+    return {name: value for name, value in plain.items() if value is not None and value is not False}
