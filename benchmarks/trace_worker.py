@@ -3,7 +3,7 @@
 The file holds a network (weights and biases `0.weight`, `0.bias`, `1.weight` ... of linear layers with ReLU between
 them) and one batch, `x` and `y`. One line of JSON in, one out. In: {"tool", "matrix", "estimator", "products"}. Out:
 {"seconds", "estimate"}. Operators are built before the clock starts, each estimate has probes of its own, and all data
-are one batch, which is fastest for all of them. While it waits for a line it computes nothing.
+are one batch. While it waits for a line it computes nothing.
 """
 
 import functools

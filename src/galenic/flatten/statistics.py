@@ -28,16 +28,18 @@ class Statistics:
     of groups of a convolution, 1 for a linear layer.
 
     * `gram` adds up x^T x in float64, whatever the inputs' type: exact for singular values of the inputs above 1.5e-8
-      of the largest. (Products in float32 would take half the time and tell nothing from zero below some 1e-3.)
+      of the largest. (Products in float32, added up in float64, would take half the time, but lost those below some
+      1e-4 in a trial: an exact shift would move outputs by as much.)
     * `qr` keeps the triangular factor R of all rows so far (R <- qr([R; rows]), a sequential TSQR; as long as they are
       few, the rows themselves): R^T R is the Gram matrix, but singular values down to 1e-15 of the largest are told
       from zero. A column of ones goes before the rows, so that R = [[sqrt(n), sqrt(n) mean], [0, R_c]] with R_c the
       factor of the centred rows.
 
     With `every` above 1, one row (token, window) of every so many is taken, at random within each run of so many:
-    these are the statistics of a sample. Its size is what counts: with n rows of d inputs, what a shift is predicted
-    to do to all rows is off by a share of about sqrt(d / n); with n < d it is the stochastic shift, which keeps the
-    outputs of the rows taken only.
+    these are the statistics of a sample. Its size is what counts. With n rows of d inputs, the outputs of all rows move
+    by more than predicted, by a share of about d / n where n is several d (more where rows resemble each other, as
+    windows of an image do), so budgets are exceeded by that much; with n < d it is the stochastic shift, which keeps
+    the outputs of the rows taken only.
 
     Attributes:
         grams: owner -> (G, d, d) float64, the sum of x^T x over all rows x of its inputs; empty with `qr`. Read them by
