@@ -179,7 +179,7 @@ def compare(folder: Path, seed: int, variant: str, judge: Judge, started: str) -
         inputs = restricted(model, few.get(kind, full), part)
         if kind == "chosen":
             selection = select_shift(
-                model, inputs, list(SHIFTS.values()), lambda: scene_losses(model, validation)
+                model, inputs, list(SHIFTS.values()), lambda: scene_losses(model, validation), caution=1.0
             )
             choice = None if selection.chosen is None else list(SHIFTS)[selection.chosen]
             models[key] = models[f"{part}: {choice}" if choice else "original"] | {"choice": choice}

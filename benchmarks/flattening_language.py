@@ -105,7 +105,7 @@ def alone(
             / sum(one.norm_before**2 for one in done.values()),
         }
     model = copy.deepcopy(expert)
-    choice = select_shift(model, statistics, CANDIDATES, lambda: row_losses(model, chosen_by))
+    choice = select_shift(model, statistics, CANDIDATES, lambda: row_losses(model, chosen_by), caution=1.0)
     budget = None if choice.chosen is None else CANDIDATES[choice.chosen]["output_budget"]
     found["chosen"] = {"train": loss(model, train), "heldout": loss(model, heldout), "budget": budget}
     return found

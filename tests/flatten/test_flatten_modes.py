@@ -268,7 +268,6 @@ def test_the_command_line_prints_plan_and_table(inputs, tmp_path, capsys):
         ({"mode": "truncate", "energy": 1.5}, "energy: 1.5"),
         ({"mode": "exact", "samples": 5}, "samples: mode: exact"),
         ({"mode": "stochastic", "samples": 0}, "samples: 0 is less than 1"),
-        ({"damping": 0.0}, "damping: 0.0 is not positive"),
         ({"min_rows": -1}, "min_rows: -1 is negative"),
         ({"mode": "curvature", "layers": ["lm_head"]}, "layers: mode: curvature shifts the last layer"),
         ({"candidates": [0.1]}, "candidates: are for select: validation"),

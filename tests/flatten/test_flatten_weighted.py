@@ -8,9 +8,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from galenic.flatten import collect, curvature_weighted, feature_curvature, least_trace, minimum_norm, shift
+from galenic.flatten import (
+    collect,
+    curvature_weighted,
+    feature_curvature,
+    least_trace,
+    minimum_norm,
+    plan_shifts,
+    shift,
+)
 from galenic.flatten.spectra import row_spectrum, spectrum
-from galenic.flatten.weighted import damped, feature_tangents, null_space
+from galenic.flatten.weighted import checked_curvature_weighted, damped, feature_tangents, null_space
 from galenic.runtime import UserError
 
 # The first forward-mode derivative makes torch compile its own rules, which it warns itself about.
@@ -231,3 +239,51 @@ def test_metrics_are_for_known_layers_and_exact_shifts():
         shift(model, statistics, metrics={"head": torch.eye(12)})
     with pytest.raises(UserError, match="are exact"):
         shift(model, statistics, output_budget=0.1, metrics={"1": torch.eye(12)})
+
+
+def test_a_shift_fitted_to_noise_is_not_made():
+    """Of a metric from few directions and one from others, the second decides; no damping that it dislikes is taken."""
+    generator = torch.Generator().manual_seed(3)
+    width, rows = 24, 8
+    features = torch.randn(rows, width, dtype=torch.float64, generator=generator)
+    inputs = spectrum(features.T @ features)
+    weight = minimum_norm(
+        torch.randn(5, width, dtype=torch.float64, generator=generator), features.T @ features
+    )
+    weight += 0.1 * torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+
+    def metric(probes):
+        directions = torch.randn(probes, width, dtype=torch.float64, generator=generator)
+        return directions.T @ directions / probes  # its mean is the identity: the minimum norm is best
+
+    judge = metric(100_000)
+    before = float(((weight @ judge) * weight).sum())
+    raised = 0
+    for _ in range(20):
+        fitted = metric(4)
+        bold = curvature_weighted(weight, inputs, fitted, damping=0.01).weight
+        raised += float(((bold @ judge) * bold).sum()) > before
+        found, damping = checked_curvature_weighted(weight, inputs, fitted, judge)
+        after = float(((found.weight @ judge) * found.weight).sum())
+        assert after < before and damping is not None
+        torch.testing.assert_close(features @ found.weight.T, features @ weight.T)
+        for other in (0.1, 100.0):
+            value = curvature_weighted(weight, inputs, fitted, damping=other).weight
+            assert after <= float(((value @ judge) * value).sum())
+    assert raised > 10  # so unchecked shifts would have harmed
+
+
+def test_nothing_moves_where_no_damping_is_confirmed():
+    weight = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    inputs = spectrum(torch.diag(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)))
+    fitted = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.9], [0.9, 0.9, 1.0]], dtype=torch.float64)
+    found, damping = checked_curvature_weighted(weight, inputs, fitted, torch.zeros(3, 3))
+    assert damping is None and found.noop and torch.equal(found.weight, weight)
+    model = nn.Sequential(nn.Linear(3, 1, bias=False)).double()
+    kept = model[0].weight.detach().clone()
+    statistics = collect(model, [torch.eye(3, dtype=torch.float64)[:1]])
+    kind = {"metrics": {"0": fitted}, "checks": {"0": torch.zeros(3, 3)}}
+    (plan,) = plan_shifts(model, statistics, **kind)
+    assert plan.action == "no-op" and "no shift lowers the trace along random directions" in plan.reason
+    shift(model, statistics, **kind)
+    assert torch.equal(model[0].weight, kept)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from galenic.flatten.layers import output_rows, outputs_with, weight_of
 from galenic.flatten.shifts import Shift, shift_weight
 from galenic.flatten.statistics import Statistics, run_batch
-from galenic.flatten.weighted import curvature_weighted
+from galenic.flatten.weighted import checked_curvature_weighted, curvature_weighted
 from galenic.runtime import UserError
 
 
@@ -30,8 +30,11 @@ class Kind(TypedDict, total=False):
     metrics: Mapping[str, Tensor] | None
     """Layer name -> (d, d) matrix of `feature_curvature`: these layers are shifted exactly, to the smallest curvature
     instead of the smallest norm."""
+    checks: Mapping[str, Tensor] | None
+    """Layer name -> a second estimate of its metric from other random directions: the damping is chosen by it, and the
+    layer stays if no shift lowers the trace there; see `checked_curvature_weighted`."""
     damping: float
-    """Of the metrics, see `curvature_weighted`."""
+    """Of metrics without checks, see `curvature_weighted`."""
 
 
 @torch.no_grad()
@@ -104,6 +107,7 @@ def propose(
     energy: float | None = None,
     free_bias: bool = False,
     metrics: Mapping[str, Tensor] | None = None,
+    checks: Mapping[str, Tensor] | None = None,
     damping: float = 0.1,
 ) -> dict[str, Shift]:
     """Computes the shifts of all layers without touching the model; see `shift` and `Kind`."""
@@ -124,6 +128,11 @@ def propose(
         bias = bias if bias is None else whole(bias)
         inputs = statistics.spectrum(name, centred=bias is not None)
         anchor = base[name] if base is not None else None
+        if metrics and name in metrics and checks and name in checks:
+            proposals[name], _ = checked_curvature_weighted(
+                weight, inputs, metrics[name], checks[name], base=anchor, bias=bias
+            )
+            continue
         if metrics and name in metrics:
             proposals[name] = curvature_weighted(
                 weight, inputs, metrics[name], damping=damping, base=anchor, bias=bias

@@ -63,7 +63,7 @@ class FlattenConfig:
     """`exact` keeps every output on the training data; `ridge` lets each layer's outputs move by `output_budget`;
     `truncate` keeps the strongest directions of the inputs, by `rank` or `energy`; `stochastic` keeps the outputs of
     `samples` samples, the paper's SOS; `curvature` keeps every output and moves the last layer to the smallest
-    Gauss-Newton trace of the layers before it."""
+    Gauss-Newton trace of the layers before it, as far as random directions that it is not fitted to confirm it."""
     output_budget: float | None = None
     """Ridge: how far a layer's outputs may move, relative to their norm. Default: 0.01."""
     rank: int | None = None
@@ -73,8 +73,6 @@ class FlattenConfig:
     """Truncate: instead, which share of its outputs' squared norm each layer keeps."""
     samples: int | None = None
     """Stochastic: on how many samples (classifiers, as many of each class) or rows of text. Default: 100."""
-    damping: float = 0.1
-    """Curvature: pulls towards the smallest norm. Less than 0.1 lets the norm grow for little trace."""
     free_bias: bool = False
     """Layers that have a bias let it take over what their weight does along the inputs' mean."""
     gauge: bool = False
@@ -85,7 +83,7 @@ class FlattenConfig:
     vector gets shorter, never longer."""
     select: Literal["validation"] | None = None
     """`validation`: tries the `candidates` on the first half of the held-out data and takes the best, if it is better
-    than the model as it is by more than one standard error; else nothing is changed. The proof is then on the second
+    than the model as it is by more than two standard errors; else nothing is changed. The proof is then on the second
     half."""
     candidates: list[float] = field(default_factory=list)
     """With `select`: output budgets (mode ridge), or ranks (mode truncate; below 1, energies) to try. Default: a few
@@ -218,8 +216,6 @@ class FlattenConfig:
             raise UserError(f"energy: {self.energy} is not above 0 and at most 1")
         if self.samples is not None and self.samples < 1:
             raise UserError(f"samples: {self.samples} is less than 1")
-        if not self.damping > 0:
-            raise UserError(f"damping: {self.damping} is not positive")
         if self.min_rows < 0:
             raise UserError(f"min_rows: {self.min_rows} is negative")
         if self.mode == "truncate" and not self.select and (self.rank is None) == (self.energy is None):
@@ -266,6 +262,6 @@ class FlattenConfig:
             tried = self.candidates or TRUNCATIONS
             return [common | ({"energy": v} if v < 1 else {"rank": int(v)}) for v in tried]
         if self.mode == "curvature":
-            return [common | {"damping": self.damping}]
+            return [common]
         budgets = (self.candidates or BUDGETS) if self.select else [self.budget]
         return [common | {"output_budget": value} for value in budgets]

@@ -31,7 +31,7 @@ from galenic.runtime import Plan, UserError, folder_name, human, progress, read_
 PROBATION_ROWS = {"class": 512}
 """Samples of training data on which every layer's own change of the loss is measured; of text 8 rows."""
 METRIC_PROBES = 48
-"""Random directions that the metric of curvature-weighted shifts is estimated from."""
+"""Random directions of either estimate of the metric of curvature-weighted shifts."""
 SPECTRUM_POINTS = 64
 """Eigenvalues of each layer's inputs that the report keeps."""
 
@@ -210,14 +210,20 @@ def _tensors(job: Job, config: FlattenConfig) -> Kind:
         name = str(job.head)
         head = job.model.get_submodule(name)
         batches = first_rows(job.train, config.trace_rows or (512 if job.task == "class" else 8))
-        metric = feature_curvature(
-            _Features(job.model, head),
-            head,
-            [batch.inputs for batch in batches],
-            probes=METRIC_PROBES,
-            generator=torch.Generator().manual_seed(config.seed),
-        )
-        kind["metrics"] = {name: metric}
+        with progress(2, "curvature of the features", "estimates") as bar:
+
+            def estimate(seed: int) -> dict[str, Tensor]:
+                metric = feature_curvature(
+                    _Features(job.model, head),
+                    head,
+                    [batch.inputs for batch in batches],
+                    probes=METRIC_PROBES,
+                    generator=torch.Generator().manual_seed(seed),
+                )
+                bar.update()
+                return {name: metric}
+
+            kind["metrics"], kind["checks"] = estimate(2 * config.seed), estimate(2 * config.seed + 1)
     return kind
 
 

@@ -109,7 +109,7 @@ class Statistics:
                 raise UserError(
                     f"layer '{layer}': its {self.sums[owner].shape[-1]} inputs are too many to decompose here "
                     f"({str(error).splitlines()[0]}); leave it out, or use mode: stochastic with few samples "
-                    "(in Python: method='qr' and fewer rows than inputs)"
+                    "(in Python: method: qr and fewer rows than inputs)"
                 ) from None
         return self._spectra[key]
 
@@ -186,7 +186,7 @@ class Statistics:
                 raise UserError(
                     f"layer '{owner}': no memory for the matrix of its {width} inputs "
                     f"({human_bytes(8 * groups * width**2)}); leave it out, or use mode: stochastic with few samples, "
-                    "which keeps their rows alone (in Python: method='qr' and fewer rows than inputs)"
+                    "which keeps their rows alone (in Python: method: qr and fewer rows than inputs)"
                 ) from None
         self.sums[owner], self.rows[owner] = torch.zeros(groups, width, **wide), 0
         if self.method == "qr":

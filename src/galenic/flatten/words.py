@@ -62,7 +62,7 @@ def _selection(selection: dict[str, Any]) -> str:
     if chosen is None:
         return (
             f"None of {count(len(tried), 'candidate')} was better on validation data than the model as it is by more "
-            "than one standard error: nothing was changed."
+            "than two standard errors: nothing was changed."
         )
     best = tried[chosen]
     words = ", ".join(f"{name} {value:g}" for name, value in best["settings"].items() if value)
