@@ -53,9 +53,9 @@ KINDS: dict[str, Kind] = {
 CANDIDATES: list[Kind] = [{"output_budget": budget} for budget in (0.01, 0.03, 0.1, 0.2)]
 MERGES: dict[str, Kind] = {
     "anchored exact": {"output_budget": 0.0},
-    "anchored 0.01": {"output_budget": 0.01},
     "anchored 0.03": {"output_budget": 0.03},
     "anchored 0.1": {"output_budget": 0.1},
+    "anchored 0.3": {"output_budget": 0.3},
     "towards zero 0.03": {"output_budget": 0.03},
 }
 

@@ -116,6 +116,23 @@ def test_anchored_shifts_go_towards_the_base_and_shorten_the_task_vector(inputs,
     assert any("distance to the base" in note for note in told["notes"])
 
 
+def test_an_anchored_budget_is_a_share_of_what_fine_tuning_added(inputs, flatten, tmp_path, original):
+    from galenic.model import save
+
+    base = load(inputs / "model")
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "mlp" in name:  # a task vector a hundred times smaller than the weights
+                parameter += 0.01 * parameter.roll(1, -1)
+    save(base, tmp_path / "base", tokenizer=inputs / "model", provenance={}, parents=[])
+    told, model = flatten(output_budget=0.1, base=str(tmp_path / "base"), layers=["*.mlp.*"])
+    for row in told["layers"]:
+        assert row["relative_output_change_predicted"] == pytest.approx(0.1, rel=1e-6)
+        assert row["relative_output_change_measured"] == pytest.approx(0.1, rel=1e-2)
+        moved = float((weight(model, row["name"]) - weight(original, row["name"])).norm())
+        assert 0 < moved < 0.5 * row["norm_before"] and row["norm_after"] > 0.5 * row["norm_before"]
+
+
 def test_the_gauge_changes_no_probability_on_any_text(flatten, original):
     told, model = flatten(mode="exact", gauge=True)
     ids = torch.randint(4, 60, (2, 30), generator=torch.Generator().manual_seed(0))

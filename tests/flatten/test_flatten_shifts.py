@@ -65,17 +65,16 @@ def test_ridge_meets_its_budget_and_predicts_what_it_does(rows, width, budget, s
     a, w = data(rows, width, 4, seed=seed)
     base = data(rows, width, 4, seed=seed + 1)[1] if anchored else None
     shift = shift_weight(w, spectrum(a.T @ a), output_budget=budget, base=base)
-    measured = float((a @ (shift.weight - w).T).norm() / (a @ w.T).norm())
+    start = w if base is None else w - base
+    measured = float((a @ (shift.weight - w).T).norm() / (a @ start.T).norm())
     assert measured == pytest.approx(shift.output_change, rel=1e-6, abs=1e-9)
     assert shift.output_change <= budget * (1 + 1e-12)
-    start = w if base is None else w - base
     end = shift.weight if base is None else shift.weight - base
     assert shift.norm_before == pytest.approx(float(start.norm()))
     assert float(end.norm()) == pytest.approx(shift.norm_after) and shift.norm_after <= shift.norm_before * (
         1 + 1e-12
     )
-    if base is None:
-        assert shift.output_change == pytest.approx(budget, rel=1e-9)  # the whole budget is used
+    assert shift.output_change == pytest.approx(budget, rel=1e-9)  # the whole budget is used
 
 
 def test_ridge_is_optimal_among_feasible_weights():

@@ -17,7 +17,8 @@ class Kind(TypedDict, total=False):
     """Which shift to make, in words that `shift`, `propose`, `plan_shifts` and `select_shift` share."""
 
     output_budget: float
-    """Relative output change allowed per layer; 0 is the exact, output-preserving shift."""
+    """Relative output change allowed per layer; 0 is the exact, output-preserving shift. With a base it is relative to
+    what the difference from the base adds to the outputs."""
     rank: int | None
     """Instead, truncation to so many directions."""
     energy: float | None
@@ -152,7 +153,10 @@ def propose(
 
 @torch.no_grad()
 def output_changes(
-    model: nn.Module, batches: Iterable[tuple[Any, Tensor | None]], shifts: Mapping[str, Shift]
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor | None]],
+    shifts: Mapping[str, Shift],
+    base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Measures, on real forward passes of the unshifted model, how far each layer's outputs would move.
 
@@ -162,9 +166,10 @@ def output_changes(
         model: the model before shifting.
         batches: (batch, mask of the rows that count or None) pairs, as `run_batch` takes them.
         shifts: proposals for its layers.
+        base: what they are anchored to, by layer name.
 
     Returns:
-        Layer name -> ||A (W' - W)^T||_F / ||A W^T||_F.
+        Layer name -> ||A (W' - W)^T||_F / ||A W^T||_F; anchored, / ||A (W - W_0)^T||_F.
     """
     sums = {name: [0.0, 0.0] for name in shifts}
     modules = dict(model.named_modules())
@@ -176,8 +181,13 @@ def output_changes(
         if s.bias is not None
     }
 
+    added = {name: weight_of(model, name).double() - base[name].double() for name in shifts} if base else {}
+
     def watch(name: str, module: Any, inputs: Tensor, outputs: Tensor) -> None:
-        produced = output_rows(module, outputs.detach()) - (0 if module.bias is None else module.bias)
+        if name in added:
+            produced = outputs_with(module, inputs, added[name].to(inputs.dtype), None)
+        else:
+            produced = output_rows(module, outputs.detach()) - (0 if module.bias is None else module.bias)
         bias = biases[name].to(inputs.dtype) if name in biases else None
         moved = outputs_with(module, inputs, weights[name].to(inputs.dtype), bias)
         if masks.mask is not None and masks.mask.numel() == len(moved):

@@ -65,7 +65,8 @@ class FlattenConfig:
     `samples` samples, the paper's SOS; `curvature` keeps every output and moves the last layer to the smallest
     Gauss-Newton trace of the layers before it, as far as random directions that it is not fitted to confirm it."""
     output_budget: float | None = None
-    """Ridge: how far a layer's outputs may move, relative to their norm. Default: 0.01."""
+    """Ridge: how far a layer's outputs may move, relative to their norm; with `base`, relative to what the difference
+    from the base adds to them. Default: 0.01."""
     rank: int | None = None
     """Truncate: how many directions of its inputs each layer keeps. For a denoised classifier, its number of
     classes."""

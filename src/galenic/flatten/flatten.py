@@ -262,7 +262,7 @@ def _measure(job: Job, plans: Sequence[LayerPlan]) -> dict[str, float]:
                 yield batch.inputs, batch.mask
                 bar.update()
 
-        return output_changes(job.model, watched(), {plan.name: plan.shift for plan in plans})
+        return output_changes(job.model, watched(), {plan.name: plan.shift for plan in plans}, job.base)
 
 
 @torch.no_grad()

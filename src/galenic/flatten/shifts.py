@@ -5,9 +5,11 @@ outputs Z = A W^T. A shift multiplies W's components along the eigenvectors by f
 
     W' = W - (D Q) diag(1 - f) Q^T,    D = W, or W - W_0 when anchored to a base,
 
-    relative output change   ||A (W' - W)^T||_F / ||Z||_F = sqrt(sum_j lambda_j (1 - f_j)^2 d_j / sum_j lambda_j w_j)
+    relative output change   ||A (W' - W)^T|| / ||A D^T|| = sqrt(sum_j lambda_j (1 - f_j)^2 d_j / sum_j lambda_j d_j)
 
-with w_j = ||W q_j||^2, d_j = ||D q_j||^2. All of it needs only C: exact on a whole data set in O(d^2) memory.
+with d_j = ||D q_j||^2: relative to the outputs, or, anchored, to what the difference from the base adds to them. (A
+task vector's share of a layer's outputs is small: one percent of the whole can be all that fine-tuning taught.) All
+of it needs only C: exact on a whole data set in O(d^2) memory.
 """
 
 from dataclasses import dataclass
@@ -36,11 +38,12 @@ class Shift:
     moved: float
     """||W' - W|| / norm_before, before rounding to the dtype."""
     output_change: float
-    """Predicted ||A (W' - W)^T|| / ||A W^T|| on the data of the Gram matrix, before rounding to the dtype."""
+    """Predicted ||A (W' - W)^T|| / ||A D^T|| on the data of the Gram matrix, before rounding to the dtype; D is the
+    weight, or its distance to the base when anchored."""
     rounded_change: float
     """The same of the rounded weight (and bias)."""
     outputs: float
-    """||A W^T||_F on that data."""
+    """||A D^T||_F on that data."""
     norm_before: float
     """Frobenius norm of the weight; of its distance to the base when anchored."""
     norm_after: float
@@ -228,7 +231,7 @@ def shift_weight(
     wide, distance = as_matrices(weight, inputs, base)
     along = distance @ inputs.vectors  # (G, K / G, m): components along the eigenvectors
     power = along.square().sum(-2)
-    outputs = squared_outputs(wide, inputs, power if base is None else None)
+    outputs = squared_outputs(distance, inputs, power)
     if rank is None and energy is None:
         removed = removed_share(inputs, power, output_budget**2 * outputs)
     else:
@@ -336,7 +339,7 @@ def finished(
         shifted: the new one in float64, in matrices.
         inputs: spectrum of the inputs.
         change: predicted squared output change.
-        outputs: ||A W^T||_F^2 of the original.
+        outputs: ||A D^T||_F^2, see `Shift`.
         base: what the original was to stay close to.
         bias: a bias that may move, with centred inputs.
         removed: see `Shift`.

@@ -207,7 +207,7 @@ def _moved(
     weight: Tensor, shifted: Tensor, step: Tensor, inputs: Spectrum, base: Tensor | None, bias: Tensor | None
 ) -> Shift:
     change = float((inputs.values * (step @ inputs.vectors).square().sum(-2)).sum())
-    outputs = squared_outputs(as_matrices(weight, inputs, base)[0], inputs)
+    outputs = squared_outputs(as_matrices(weight, inputs, base)[1], inputs)
     return finished(weight, shifted, inputs, change=change, outputs=outputs, base=base, bias=bias)
 
 
