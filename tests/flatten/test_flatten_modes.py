@@ -163,7 +163,8 @@ def test_validation_takes_what_helps(inputs, flatten, monkeypatch):
 
     answers = iter([torch.ones(8), torch.full((8,), 0.9), torch.full((8,), 0.5), torch.ones(8)])
     monkeypatch.setattr(proof, "sample_errors", lambda model, batches: next(answers))
-    told, _ = flatten(select="validation", candidates=[0.01, 0.05, 0.2])
+    told, _ = flatten(select="validation", candidates=[0.01, 0.05, 0.2], loss_budget=1e-9)
+    assert not any(row["rolled_back"] for row in told["layers"])  # validation judged all layers together
     assert told["selection"]["chosen"] == 1 and told["settings"]["output_budget"] == 0.05
     for row in told["layers"]:
         assert row["relative_output_change_predicted"] == pytest.approx(0.05, rel=1e-6)

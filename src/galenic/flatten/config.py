@@ -96,7 +96,7 @@ class FlattenConfig:
     error."""
     loss_budget: float = 0.005
     """Largest change of the loss (nats per token, on the first rows of the training text) that one layer may cause;
-    a layer beyond it goes back to what it was."""
+    a layer beyond it goes back to what it was. Not with `select`: validation judges all layers together."""
     layers: list[str] = field(default_factory=lambda: ["*"])
     """Names of linear layers, with `*` for any text. `*` takes every layer that can be shifted."""
     head: Literal["materialise", "skip"] = "materialise"

@@ -4,6 +4,7 @@ One pass over the training data collects statistics, one proves the predictions;
 another, each on probation, and losses and curvature are measured again. A killed run starts over: it takes minutes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -114,7 +115,8 @@ def run(config: FlattenConfig) -> None:
     )
     plans = [] if kind is None else plan_shifts(job.model, statistics, softmax_head=job.head, **kind)
     measured = _measure(job, plans)
-    layers, originals = _shift_on_probation(job, plans, measured, statistics, config.loss_budget)
+    budget = math.inf if config.select else config.loss_budget  # what validation chose, it chose as a whole
+    layers, originals = _shift_on_probation(job, plans, measured, statistics, budget)
 
     # ------------------------------------------------------------------------ measure again
     after = proof.curvature(job.model, rows, config, "after")
