@@ -8,9 +8,10 @@ Takes the families of benchmarks/merging_quality.py, whose starter experts are t
 Statistics are of each expert's own training conversations, all tokens of them; every linear layer inside the network
 is shifted, the output head is not (the starter's is a NormHead, SmolLM2's is tied).
 
-First, each expert on its own task: the loss of answers in a quarter of these conversations and in held-out ones,
-before and after each kind of shift. `chosen` takes the output budget by the loss on every other batch of held-out
-conversations, or changes nothing, and is scored on the other batches, as is everything else.
+First, each expert on its own task, and the base on all of them: the loss of answers in a quarter of these
+conversations and in held-out ones, before and after each kind of shift. `chosen` takes the output budget by the loss on
+every other batch of held-out conversations, or changes nothing, and is scored on the other batches, as is everything
+else.
 
 Then the merge: experts are shifted towards their base (anchored) or towards zero, merged by MetaGPT, and scored on
 all tasks. ALD is the mean over tasks of the merge's held-out loss less the expert's own (lower is better); the norms
@@ -156,6 +157,12 @@ def compare(
             rows = heldout[task]
             results["alone"][task] = alone(model, statistics, train[task][::4], rows[0::2], rows[1::2])
             write_json(place, results)
+    if "base" not in results:
+        model = open_model(str(base))
+        every = [[batch for task in experts for batch in rows[task]] for rows in (train, heldout)]
+        found = alone(model, measure_inputs(model, every[0]), every[0][::4], every[1][0::2], every[1][1::2])
+        results["base"] = found
+        write_json(place, results)
     results.setdefault("experts", {})
     for task in experts:
         if task not in results["experts"]:
@@ -197,6 +204,14 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         norms = [run["alone"][t][name].get("norm") for run in runs for t in TASKS]
         norm = f"{mean_of.fmean(n for n in norms if n is not None):.3f}" if None not in norms else ""
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {norm} |")
+    lines += ["", "| shift of the base | train | held out | squared norm |", "|---|--:|--:|--:|"]
+    base = runs[0]["base"]
+    for name, own in base.items():
+        less = 0 if name == "original" else 1
+        cells = [shown([own[split] - less * base["original"][split]]) for split in ("train", "heldout")]
+        cells = [signed(cell) for cell in cells] if less else cells
+        lines.append(f"| {name} | {' | '.join(cells)} | {own.get('norm', 1.0):.3f} |")
+    lines += ["", f"budget chosen: {base['chosen']['budget']}"]
     budgets = [str(run["alone"][t]["chosen"]["budget"]) for run in runs for t in TASKS]
     lines += ["", f"budgets chosen: {', '.join(budgets)}", ""]
     lines.append("| experts | " + " | ".join(TASKS) + " | ALD | ALD less as trained | norms |")
