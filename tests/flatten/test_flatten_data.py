@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from galenic import cli
 from galenic.cli import parse_config
 from galenic.flatten.config import FlattenConfig
-from galenic.flatten.data import correct, first_rows, flat_logits, mean_loss, read_batches, summed_loss
+from galenic.flatten.data import correct, first_rows, flat_logits, read_batches, summed_loss
 from galenic.flatten.documents import class_number, hide
 from galenic.flatten.flatten import plan, run
 from galenic.flatten.images import load_processor
+from galenic.flatten.proof import score
 from galenic.flatten.statistics import run_batch, watching
 from galenic.model import load_tokenizer
 from galenic.model.foreign import KINDS, load_any
@@ -89,7 +90,7 @@ def test_every_kind_of_model_is_flattened(world, tmp_path, name):
     assert type(flattened) is type(model)
     for split in ("train", "heldout"):
         batches = read_batches(settings, split, model)
-        losses = [mean_loss(m, batches) for m in (model, flattened)]
+        losses = [score(m, batches).loss for m in (model, flattened)]
         assert result["loss"][split] == pytest.approx(losses, abs=1e-5) and losses[0] != losses[1]
     companion = "preprocessor_config.json" if name in ("vit", "resnet") else "tokenizer.json"
     assert (tmp_path / "out/model" / companion).read_bytes() == (world / name / companion).read_bytes()
@@ -122,7 +123,7 @@ def test_packed_documents_are_whole_and_their_loss_is_that_of_each_alone(world, 
     for alone in (False, True):
         batches = read_batches(settings, "train", model, alone)
         assert sum(batch.tokens for batch in batches) == sum(map(len, documents))  # all there is, once
-        assert mean_loss(model, batches) == pytest.approx(expected, rel=1e-5)
+        assert score(model, batches).loss == pytest.approx(expected, rel=1e-5)
     assert sum(len(batch.labels) for batch in batches) == 60  # alone: a document a row
 
 
@@ -211,7 +212,7 @@ def test_an_encoders_loss_is_that_of_its_documents_without_padding(world, tmp_pa
             hidden = labels[kept] != IGNORE
             total += float(F.cross_entropy(logits[hidden], labels[kept][hidden], reduction="sum"))
             count += int(hidden.sum())
-    assert mean_loss(model, batches) == pytest.approx(total / count, rel=1e-5)
+    assert score(model, batches).loss == pytest.approx(total / count, rel=1e-5)
     tokens = sum(batch.tokens for batch in batches)
     assert 320 <= tokens < 320 + 16 and tokens == sum(int(b.mask.sum()) for b in batches)
 
@@ -276,7 +277,7 @@ def test_a_classifiers_loss_and_hits_are_those_of_its_documents(world, tmp_path,
             alone = model(input_ids=row[batch.mask[i]][None]).logits[0]
             total -= float(alone.log_softmax(-1)[batch.labels[i]])
             assert bool(hits[i]) == (tiny.CLASSES[int(alone.argmax())] == label)
-    assert mean_loss(model, batches) == pytest.approx(total / 9, rel=1e-5)
+    assert score(model, batches).loss == pytest.approx(total / 9, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["encoder", "classifier", "vit"])

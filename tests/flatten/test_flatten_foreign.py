@@ -8,8 +8,9 @@ import torch
 
 from galenic.flatten import prepare
 from galenic.flatten.config import FlattenConfig
-from galenic.flatten.data import mean_loss, read_rows
+from galenic.flatten.data import read_rows
 from galenic.flatten.flatten import plan, run
+from galenic.flatten.proof import score
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
 from galenic.pretrain.packing import IGNORE
@@ -53,7 +54,7 @@ def test_every_linear_layer_moves_by_its_budget_and_the_measured_model_is_saved(
     config = make_config(flattened, llama_folder, conversations)
     for split, tokens in (("train", 640), ("heldout", 256)):
         batches = read_rows(config, split, tokens)
-        before, after = (mean_loss(load_any(f), batches) for f in (llama_folder, flattened / "model"))
+        before, after = (score(load_any(f), batches).loss for f in (llama_folder, flattened / "model"))
         assert result["loss"][split] == pytest.approx([before, after], abs=1e-5)
     assert result["trace"]["difference"]["probes"] == 2
     assert load_tokenizer(flattened / "model").chat_template == load_tokenizer(llama_folder).chat_template
@@ -92,7 +93,7 @@ def test_losses_are_those_of_conversations_alone(llama_folder, conversations, tm
                 for i in torch.where(labels != IGNORE)[0].tolist():
                     total -= float(scores[i - 1, ids[i]])
                     count += 1
-    assert mean_loss(model, batches) == pytest.approx(total / count, rel=1e-5)
+    assert score(model, batches).loss == pytest.approx(total / count, rel=1e-5)
 
 
 def test_what_cannot_be_flattened_is_refused(

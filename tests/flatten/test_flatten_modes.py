@@ -9,6 +9,7 @@ from galenic.flatten.config import FlattenConfig
 from galenic.flatten.data import Batch
 from galenic.flatten.flatten import preview, run
 from galenic.flatten.prepare import halves, softmax_head
+from galenic.flatten.words import verdict
 from galenic.model import load
 from galenic.runtime import UserError, read_json
 
@@ -169,6 +170,16 @@ def test_validation_takes_what_helps(inputs, flatten, monkeypatch):
     for row in told["layers"]:
         assert row["relative_output_change_predicted"] == pytest.approx(0.05, rel=1e-6)
     assert any("validation chose output_budget 0.05" in note for note in told["notes"])
+
+
+def test_the_verdict_tells_a_choice_that_moved_nothing_from_no_choice():
+    row = {"action": "no-op", "reason": "the shift is below one step of bfloat16 everywhere"}
+    chosen = {"layers": [row], "selection": {"chosen": 0}}
+    assert verdict(chosen) == "Nothing was changed: the shift is below one step of bfloat16 everywhere."
+    none = {"layers": [], "selection": {"chosen": None}}
+    assert (
+        verdict(none) == "Nothing was changed: no candidate was better on validation data beyond its error."
+    )
 
 
 def test_halves_share_no_row():

@@ -6,8 +6,9 @@ import torch
 
 from galenic.cli import parse_config
 from galenic.flatten.config import FlattenConfig
-from galenic.flatten.data import first_rows, mean_loss, read_rows
+from galenic.flatten.data import first_rows, read_rows
 from galenic.flatten.flatten import plan, run
+from galenic.flatten.proof import score
 from galenic.model import load
 from galenic.runtime import UserError, read_json
 
@@ -62,7 +63,7 @@ def test_the_saved_model_is_the_measured_one(inputs, ridge):
     settings = config(inputs, ridge)
     for split, tokens in (("train", 640), ("heldout", 128)):
         batches = read_rows(settings, split, tokens)
-        before, after = (mean_loss(load(folder), batches) for folder in (inputs / "model", ridge / "model"))
+        before, after = (score(load(folder), batches).loss for folder in (inputs / "model", ridge / "model"))
         assert result["loss"][split] == pytest.approx([before, after], abs=1e-5)
     model = load(ridge / "model")
     assert model.config.norm_head is False and type(model.lm_head) is torch.nn.Linear

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from galenic.corpus.chat_format import PAD
 from galenic.flatten import documents, images
@@ -77,28 +77,6 @@ def flat_logits(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def correct(logits: Tensor, batch: Batch) -> Tensor | None:
     """Returns which classes are predicted right, (rows,) bool; None where tokens are predicted."""
     return logits.argmax(-1) == batch.labels if batch.task == "class" else None
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: list[Batch]) -> float:
-    """Returns the loss in nats per prediction."""
-    total, count = 0.0, 0
-    for batch in batches:
-        loss, tokens = summed_loss(model(**batch.inputs).logits, batch)
-        total += float(loss)
-        count += tokens
-    return per_token(total, count)
-
-
-def per_token(total: float, count: int) -> float:
-    """Divides a summed loss by its number of predictions.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not count:
-        raise UserError("the text has nothing to predict: every document is a single token")
-    return total / count
 
 
 def first_rows(batches: list[Batch], count: int) -> list[Batch]:

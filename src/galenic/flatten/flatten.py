@@ -29,8 +29,9 @@ from galenic.flatten.weighted import feature_curvature
 from galenic.model.foreign import folder_kind, save_any
 from galenic.runtime import Plan, UserError, folder_name, human, progress, read_json, write_json
 
-PROBATION_ROWS = {"class": 512}
-"""Samples of training data on which every layer's own change of the loss is measured; of text 8 rows."""
+PROBATION, METRIC, TRACE = (512, 8), (512, 8), (128, 4)
+"""How many samples of a classifier, or rows of text, each layer's own change of the loss, the metric of
+curvature-weighted shifts and curvature are measured on."""
 METRIC_PROBES = 48
 """Random directions of either estimate of the metric of curvature-weighted shifts."""
 SPECTRUM_POINTS = 64
@@ -103,16 +104,15 @@ def run(config: FlattenConfig) -> None:
     # ------------------------------------------------------------------------ measure, as it is
     statistics, train = _collect(job, config)
     heldout = proof.score(job.model, job.heldout)
-    rows = first_rows(job.train, config.trace_rows or (128 if job.task == "class" else 4))
+    rows = _first(job, TRACE, config.trace_rows)
     before = proof.curvature(job.model, rows, config, "before")
 
     # ------------------------------------------------------------------------ choose, and shift
     tensors = _tensors(job, config)
     kinds = [Kind(**kind, **tensors) for kind in config.kinds()]
     selection = _select(job, statistics, kinds) if config.select else None
-    kind = (
-        kinds[0] if selection is None else kinds[selection.chosen] if selection.chosen is not None else None
-    )
+    chosen = 0 if selection is None else selection.chosen
+    kind = None if chosen is None else kinds[chosen]
     plans = [] if kind is None else plan_shifts(job.model, statistics, softmax_head=job.head, **kind)
     measured = _measure(job, plans)
     budget = math.inf if config.select else config.loss_budget  # what validation chose, it chose as a whole
@@ -148,6 +148,12 @@ def run(config: FlattenConfig) -> None:
 
 
 # ---------------------------------------------------------------------------- steps
+
+
+def _first(job: Job, count: tuple[int, int], wanted: int | None = None) -> list[Batch]:
+    """Returns the first training data: as many as wanted, else so many samples of a classifier or rows of text."""
+    samples, rows = count
+    return first_rows(job.train, wanted or (samples if job.task == "class" else rows))
 
 
 def _collect(job: Job, config: FlattenConfig) -> tuple[Statistics, proof.Score]:
@@ -211,7 +217,7 @@ def _tensors(job: Job, config: FlattenConfig) -> Kind:
     if config.mode == "curvature":
         name = str(job.head)
         head = job.model.get_submodule(name)
-        batches = first_rows(job.train, config.trace_rows or (512 if job.task == "class" else 8))
+        batches = _first(job, METRIC, config.trace_rows)
         with progress(2, "curvature of the features", "estimates") as bar:
 
             def estimate(seed: int) -> dict[str, Tensor]:
@@ -281,7 +287,7 @@ def _shift_on_probation(
         The report rows, and the parameters that moved as they were.
     """
     rows, originals = [], {}
-    batches = first_rows(job.train, PROBATION_ROWS.get(job.task, 8))
+    batches = _first(job, PROBATION)
     loss = proof.score(job.model, batches).loss
     with progress(len(plans), "shifting", "layers") as bar:
         for plan in plans:
@@ -367,7 +373,8 @@ def _curvatures(
         return told
     scaled = "before" if before.loss < after.loss else "after"
     with proof.replaced(job.model, originals if scaled == "before" else {}):
-        scale = proof.scale_to(job.model, rows, max(before.loss, after.loss))
+        measured = config.probes or config.eigenvalue_steps
+        scale = proof.scale_to(job.model, rows, max(before.loss, after.loss)) if measured else None
         trace = proof.trace(job.model, rows, config, "curvature at equal loss", scale) if scale else None
         value = (
             proof.eigenvalue(job.model, rows, config, "eigenvalue at equal loss", scale) if scale else None

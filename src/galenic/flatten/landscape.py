@@ -1,13 +1,13 @@
 """The loss around a network's weights, along filter-normalised random directions: numbers, no pictures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from galenic.flatten.products import restored
 from galenic.flatten.sharpness import mean_loss
 from galenic.runtime import Bar, UserError, nearest
 
@@ -107,7 +107,7 @@ def loss_plane(
                 + nearest(name, parameters)
             )
     losses = torch.zeros(len(rows), len(columns), dtype=torch.float64)
-    with _restored(model) as origin:
+    with restored({**parameters, **dict(model.named_buffers())}) as origin:
         for i, a in enumerate(rows):
             for j, b in enumerate(columns):
                 for name in {**first, **second}:
@@ -120,16 +120,3 @@ def loss_plane(
                 if bar:
                     bar.update()
     return losses
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yields copies of all parameters and buffers by name, and puts them back at the end, whatever happens."""
-    live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    kept = {name: tensor.detach().clone() for name, tensor in live.items()}
-    try:
-        yield kept
-    finally:
-        with torch.no_grad():
-            for name, tensor in live.items():
-                tensor.copy_(kept[name])

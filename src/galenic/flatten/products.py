@@ -9,7 +9,8 @@ and sums over batches are float64.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -256,6 +257,18 @@ def shaped_like(tensors: Sequence[Tensor], vector: Tensor) -> list[Tensor]:
         part.reshape(tensor.shape).to(device=tensor.device, dtype=tensor.dtype)
         for part, tensor in zip(parts, tensors, strict=True)
     ]
+
+
+@contextmanager
+def restored(tensors: Mapping[Any, Tensor]) -> Iterator[dict[Any, Tensor]]:
+    """Yields copies of tensors by name, and puts them back at the end of the block, whatever happens."""
+    kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    try:
+        yield kept
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(kept[name])
 
 
 def check_finite(loss: Tensor) -> None:

@@ -18,7 +18,7 @@ from galenic.flatten.curvature import TraceEstimate, hessian_trace
 from galenic.flatten.data import Batch, correct, flat_logits, summed_loss
 from galenic.flatten.lanczos import extreme_eigenvalues
 from galenic.flatten.landscape import filter_normalised, loss_line, loss_plane
-from galenic.flatten.products import gauss_newton, hessian
+from galenic.flatten.products import gauss_newton, hessian, restored
 from galenic.flatten.sharpness import adaptive_sharpness, matching_scale
 from galenic.flatten.traces import softmax_trace
 from galenic.runtime import Bar, UserError, progress
@@ -182,16 +182,11 @@ def _operator(
 @contextmanager
 def replaced(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts other values into a model's parameters for the block, by name."""
-    with torch.no_grad():
-        kept = {name: model.get_parameter(name).clone() for name in parameters}
-        for name, value in parameters.items():
-            model.get_parameter(name).copy_(value)
-    try:
-        yield
-    finally:
+    with restored({name: model.get_parameter(name) for name in parameters}):
         with torch.no_grad():
-            for name, value in kept.items():
+            for name, value in parameters.items():
                 model.get_parameter(name).copy_(value)
+        yield
 
 
 def scale_to(model: nn.Module, batches: Sequence[Batch], loss: float) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from galenic.flatten.apply import Kind, install, propose
+from galenic.flatten.products import restored
 from galenic.flatten.shifts import Shift
 from galenic.flatten.statistics import Statistics
 from galenic.runtime import Bar, UserError
@@ -94,17 +95,13 @@ def compare_shifts(
     if len(before) < 2 or not torch.isfinite(before).all():
         raise UserError(f"errors: {len(before)} finite validation errors are needed, at least 2")
     shifted = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] in statistics.owner}
-    kept = {name: parameter.clone() for name, parameter in shifted.items()}
     tried, best, best_shifts = [], None, {}
     for index, kind in enumerate(candidates):
         shifts = propose(model, statistics, **kind)
-        try:
+        with restored(shifted):
             for name, proposal in shifts.items():
                 install(model, name, proposal)
             difference = errors().double().flatten() - before
-        finally:
-            for name, parameter in shifted.items():
-                parameter.copy_(kept[name])
         candidate = Candidate(
             kind=kind,
             error=float((before + difference).mean()),

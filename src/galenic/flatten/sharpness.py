@@ -20,6 +20,7 @@ from galenic.flatten.products import (
     distinct,
     flatten,
     gradients_of,
+    restored,
     scaled,
     shaped_like,
 )
@@ -88,15 +89,10 @@ def adaptive_sharpness(
     if length == 0:
         return 0.0
     step = shaped_like(tensors, rho * weights**2 * slope / length)
-    kept = [tensor.detach().clone() for tensor in tensors]
-    with torch.no_grad():
-        try:
-            for tensor, part in zip(tensors, step, strict=True):
-                tensor += part
-            return mean_loss(loss_fn, batches) - before
-        finally:
-            for tensor, old in zip(tensors, kept, strict=True):
-                tensor.copy_(old)
+    with restored(dict(enumerate(tensors))), torch.no_grad():
+        for tensor, part in zip(tensors, step, strict=True):
+            tensor += part
+        return mean_loss(loss_fn, batches) - before
 
 
 def _loss_and_gradient(

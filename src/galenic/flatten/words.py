@@ -101,7 +101,7 @@ def verdict(result: dict[str, Any]) -> str:
     """Says in one sentence what came of it."""
     if all(row["action"] != "shift" for row in result["layers"]):
         held = "Nothing was changed"
-        if result["selection"] is not None:
+        if result["selection"] is not None and result["selection"]["chosen"] is None:
             return f"{held}: no candidate was better on validation data beyond its error."
         reasons = [row["reason"] for row in result["layers"] if row["reason"]]
         return f"{held}: {reasons[0] if reasons else 'every layer went back'}."
