@@ -1,12 +1,66 @@
 """Configurations of this room's verbs; light to import."""
 
+import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.tokenizer_config import TokenizerConfig
 from galenic.runtime import UserError, nearest
 
 __all__ = ["CorpusConfig", "TokenizerConfig"]
+
+
+Format = Literal["parquet", "jsonl", "text", "markdown", "html", "obo", "icd10cm", "umls", "medline", "fhir"]
+"""What a source's files are; `readers/` has one file for each kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents: where it lies, what it is, whose it is."""
+
+    name: str
+    """Of the domain: lower-case letters, digits and hyphens. The unit of mixtures and of held-out losses."""
+    path: str
+    """A file, a folder, a pattern with `*`, or `s3://...` or `hf://datasets/...`."""
+    format: Format
+    """What the files are."""
+    licence: str
+    """Of the data, in words; goes into the notices and the model card."""
+    title: str = ""
+    """In words, for notices; the name by default."""
+    language: str = ""
+    """`en`, `zh`, ...; identified for each document if empty."""
+    group: str = "general"
+    """What the mixture tree puts together, such as `general`, `medical-basic`, `medical-advanced`."""
+    form: Literal["prose", "listing", "code"] = "prose"
+    """Which cleaning rules fit: running text, templated or dictionary text, or program text."""
+    trust: float = 0.5
+    """How far it is trusted in medicine, in [0, 1]: authoritative 1, not medical 0."""
+    category: str = ""
+    """Of every document; classified if empty."""
+    department: str = ""
+    """Of every document; classified if empty."""
+    text_column: str = "text"
+    """Parquet and JSONL: the field that holds the text."""
+    id_column: str = ""
+    """Parquet and JSONL: the field that identifies a record; its place in the file by default."""
+    deidentify: bool = False
+    """Replace names, dates, numbers and places of patients before anything else sees the text."""
+    weight: float = 1.0
+    """How many times an epoch repeats its documents, before scores and counts."""
+    limit: int | None = None
+    """Most documents to keep."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
+            raise UserError(f"sources: name '{self.name}' is not of lower-case letters, digits and hyphens")
+        if not 0 <= self.trust <= 1:
+            raise UserError(f"sources: trust of '{self.name}' is {self.trust}, not in [0, 1]")
+        if not self.licence.strip():
+            raise UserError(
+                f"sources: '{self.name}' names no licence; write what is known, such as 'unknown'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

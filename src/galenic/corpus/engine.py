@@ -1,0 +1,75 @@
+"""The engine: one function over many units of work, on the cores of one machine or on a Ray cluster, by Daft.
+
+    units --Daft--> workers (processes here, actors there): function(unit) --> results, as they come
+
+A unit is a small dictionary that says what to read and where to write; the function reads its slice and writes its
+files by name, whole or not at all. So a killed run goes on with the units whose files are missing, memory is bounded
+by the unit, and both runners write the same bytes.
+"""
+
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from galenic.runtime import UserError
+
+os.environ.setdefault("DAFT_PROGRESS_BAR", "0")  # read when Daft is imported; our own bars suffice
+
+Unit = dict[str, Any]
+"""What one call works on: JSON values."""
+
+
+def map_units(
+    function: Callable[[Unit], Unit], units: Sequence[Unit], *, workers: int, address: str = ""
+) -> Iterator[Unit]:
+    """Calls `function(unit)` for every unit in worker processes and yields the results in any order.
+
+    Args:
+        function: a function of a module (it travels by name), from JSON values to JSON values.
+        units: what to do.
+        workers: processes at once.
+        address: of a Ray cluster, such as `ray://host:10001` or `auto`; on this machine if empty.
+
+    Raises:
+        UserError: a worker raised one; its message is kept.
+        RuntimeError: a worker failed otherwise; its traceback is in the message.
+    """
+    if not units:
+        return
+    if workers <= 1 and not address:
+        for unit in units:
+            yield function(unit)
+        return
+    import daft
+    from daft import DataType, col
+
+    if address:
+        daft.set_runner_ray(None if address == "auto" else address)
+
+    @daft.cls(max_concurrency=min(workers, len(units)), use_process=True)
+    class Worker:
+        @daft.method.batch(return_dtype=DataType.string(), batch_size=1)
+        def work(self, units: Any) -> list[str]:
+            return [_answer(function, unit) for unit in units.to_pylist()]
+
+    rows = daft.from_pydict({"unit": [json.dumps(unit) for unit in units]})
+    if address:
+        rows = rows.into_partitions(len(units))
+    for row in rows.select(Worker().work(col("unit")).alias("answer")).iter_rows(results_buffer_size=workers):
+        answer = json.loads(row["answer"])
+        if "mistake" in answer:
+            raise UserError(answer["mistake"])
+        if "traceback" in answer:
+            raise RuntimeError(f"a worker failed:\n{answer['traceback']}")
+        yield answer["result"]
+
+
+def _answer(function: Callable[[Unit], Unit], unit: str) -> str:
+    try:
+        return json.dumps({"result": function(json.loads(unit))})
+    except UserError as error:
+        return json.dumps({"mistake": str(error)})
+    except Exception:
+        return json.dumps({"traceback": traceback.format_exc()})
