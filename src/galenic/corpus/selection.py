@@ -1,20 +1,20 @@
 """Which documents are kept, which are held out, and how often an epoch repeats them."""
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from galenic.corpus.config import CorpusConfig
+import numpy as np
+
+from galenic.corpus.config import StarterConfig
 from galenic.corpus.holdout import stable_key
 from galenic.corpus.readers import Line
 from galenic.corpus.records import Document, Entity
 
 LINES_PER_DOCUMENT = {"hsk": (8, "\n\n"), "cedict": (20, "\n")}
 """Source -> (dictionary entries or sentences in one document, what stands between them)."""
-
-_MOST_REPEATED = 10.0  # the report's cap on repetitions (section 2.1.2)
 
 
 @dataclass
@@ -44,14 +44,14 @@ def by_source(records: Iterable[Any]) -> dict[str, list[Any]]:
 # ---------------------------------------------------------------------------- limits
 
 
-def limit_lines(lines: list[Line], config: CorpusConfig, ledger: Ledger) -> list[Line]:
+def limit_lines(lines: list[Line], config: StarterConfig, seed: int, ledger: Ledger) -> list[Line]:
     """Keeps as many dictionary lines as the limits can use (some go to questions): medical ones first."""
     kept = []
     for source, (per_document, _) in LINES_PER_DOCUMENT.items():
         group = [line for line in lines if line.pair.source == source]
         most = math.ceil(config.limits.get(source, len(group)) * per_document / (1 - config.pair_share))
         chosen = sorted(
-            group, key=lambda line: (not line.pair.department, stable_key(config.seed, "line", line.pair.id))
+            group, key=lambda line: (not line.pair.department, stable_key(seed, "line", line.pair.id))
         )
         if len(group) > most:
             detail = f"{len(group) - most} of {len(group)} entries, one row for all"
@@ -60,11 +60,13 @@ def limit_lines(lines: list[Line], config: CorpusConfig, ledger: Ledger) -> list
     return kept
 
 
-def limit_documents(documents: list[Document], config: CorpusConfig, ledger: Ledger) -> list[Document]:
+def limit_documents(
+    documents: list[Document], config: StarterConfig, seed: int, ledger: Ledger
+) -> list[Document]:
     """Keeps at most the configured number of documents of a source: medical ones first, then at random."""
     kept = []
     for source, group in by_source(documents).items():
-        group.sort(key=lambda d: (not d.department, stable_key(config.seed, "limit", d.id)))
+        group.sort(key=lambda d: (not d.department, stable_key(seed, "limit", d.id)))
         limit = config.limits.get(source, len(group))
         kept += group[:limit]
         for document in group[limit:]:
@@ -72,7 +74,7 @@ def limit_documents(documents: list[Document], config: CorpusConfig, ledger: Led
     return kept
 
 
-def limit_entities(entities: list[Entity], config: CorpusConfig, ledger: Ledger) -> list[Entity]:
+def limit_entities(entities: list[Entity], config: StarterConfig, seed: int, ledger: Ledger) -> list[Entity]:
     """Keeps at most the configured number of entities of a source, whole families: a parent with its children.
 
     Families about which the terminology says most come first, loners (nothing to tell them from) a step behind
@@ -82,8 +84,7 @@ def limit_entities(entities: list[Entity], config: CorpusConfig, ledger: Ledger)
     for source, group in by_source(entities).items():
         limit = config.limits.get(source, len(group))
         chosen = {
-            entity.id
-            for entity in (_richest_families(group, config.seed) if limit < len(group) else group)[:limit]
+            entity.id for entity in (_richest_families(group, seed) if limit < len(group) else group)[:limit]
         }
         for entity in group:
             if entity.id in chosen:
@@ -115,46 +116,31 @@ def _richness(entity: Entity) -> int:
     return sum(bool(fact) for fact in facts)
 
 
-# ---------------------------------------------------------------------------- split and weight
+# ---------------------------------------------------------------------------- split
 
 
-def together(document: Document) -> str:
+def together(id: str, source: str) -> str:
     """What a document must not be separated from: functions of a module, sections of a text."""
-    if document.source == "python-code":
-        return document.id.split(":")[0]
-    if document.source in ("guidelines", "python-docs"):
-        return document.id.rpartition("/")[0]
-    return document.id
+    if source == "python-code":
+        return id.split(":")[0]
+    if source in ("guidelines", "python-docs"):
+        return id.rpartition("/")[0]
+    return id
 
 
-def split_documents(documents: list[Document], config: CorpusConfig) -> list[Document]:
-    """Sets a share of each source aside for losses (at least one group, if there are two)."""
-    heldout: set[str] = set()
-    for group in by_source(documents).values():
-        sizes = Counter(together(document) for document in group)
-        wanted = max(config.heldout_share * len(group), min(4, len(group) // 5))
-        taken = 0
-        for key in sorted(sizes, key=lambda k: (stable_key(config.seed, "heldout", k), k))[: len(sizes) - 1]:
-            if taken >= wanted:
-                break
-            heldout.add(key)
-            taken += sizes[key]
-    return [
-        replace(document, split="heldout" if together(document) in heldout else "train")
-        for document in documents
-    ]
+def heldout_groups(groups: np.ndarray, share: float) -> np.ndarray:
+    """Chooses which documents of a source are set aside for losses: whole groups, at least one if there are two.
 
+    Args:
+        groups: (documents,) uint64, a random number that the documents of a group share.
+        share: of the documents wanted.
 
-def weighted(documents: list[Document], config: CorpusConfig) -> list[Document]:
-    """Sets the weights: a source's own, more for what was found more than once (the mapping is ours)."""
-    return [
-        replace(
-            document,
-            weight=round(
-                config.weights.get(document.source, 1.0)
-                * min(_MOST_REPEATED, 1 + math.log2(document.duplicates)),
-                4,
-            ),
-        )
-        for document in documents
-    ]
+    Returns:
+        (documents,) bool. The groups of the smallest numbers, so that a document's place does not depend on its
+        neighbours in the file.
+    """
+    keys, sizes = np.unique(groups, return_counts=True)
+    wanted = max(share * len(groups), min(4, len(groups) // 5))
+    before = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    taken = keys[(before < wanted) & (np.arange(len(keys)) < len(keys) - 1)]
+    return np.isin(groups, taken)
