@@ -14,6 +14,7 @@ histograms are summed (whole numbers, so in any order), and the weights are a pu
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ class Sampling:
     """From a document's scores, classes and count to how many times an epoch repeats it."""
 
     quality_floor: float = 0.0
-    """Documents whose `quality` is below are dropped (report, section 2.1.2: low quality removed); no floor by default."""
+    """Documents whose `quality` is below are dropped (report, section 2.1.2: low quality removed); none by default."""
     score: dict[str, float] = field(default_factory=dict)
     """Score -> its part in the mean that ranks documents, such as `{educational: 1, knowledge: 1}`."""
     rank_within: str = ""
@@ -61,7 +62,7 @@ class Sampling:
         if any(not 0 < top <= 1 for top in self.score_tiers):
             raise UserError("sampling.score_tiers: top shares must be in (0, 1]")
         repeats = [self.score_tiers[top] for top in sorted(self.score_tiers)]
-        if any(worse > better for better, worse in zip(repeats, repeats[1:], strict=False)):
+        if any(worse > better for better, worse in pairwise(repeats)):
             raise UserError("sampling.score_tiers: a lower tier must not be repeated more than a higher one")
         if isinstance(self.count_map, dict) and (not self.count_map or min(self.count_map) < 1):
             raise UserError(
@@ -165,7 +166,8 @@ def add_ranks(
 def tier_repeats(above: np.ndarray, upto: np.ndarray, tiers: Mapping[float, float]) -> np.ndarray:
     """Returns the mean of the tiers' step function over each rank interval, (n,).
 
-        f(u) = repeats of the first tier whose top share is at least u;   mean = integral of f over (above, upto] / its length
+        f(u) = repeats of the first tier whose top share is at least u
+        mean = integral of f over (above, upto] / (upto - above)
 
     Documents that share a bin share the ranks it covers, so each gets their mean: the text drawn in an epoch is the
     integral of f whatever the ties, and a better score never earns less.
