@@ -18,22 +18,33 @@ contaminated when 80% of its tokens or 70% of its 8-grams are in training data; 
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from galenic.corpus import overlap
+from galenic.corpus.contamination import KINDS, contamination_report, markdown, span_schema
 from galenic.corpus.evaluation_items import read_items
+from galenic.corpus.overlap_index import Sizes, build_index
 from galenic.corpus.texts import buffers, column
 from galenic.runtime import UserError, atomic_path
 
-KINDS = ("13-gram", "whole item", "near copy")
-"""By the numbers of `overlap`; the name stays where `ngram` is another number."""
+__all__ = [
+    "Decontamination",
+    "Evaluations",
+    "Span",
+    "contamination_report",
+    "cut",
+    "decontaminate_table",
+    "find_spans",
+    "markdown",
+]
+
 EXCERPT = 200
+"""Characters of a span that are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +90,16 @@ class Decontamination:
         if not 0 <= self.least_left <= 1:
             raise UserError(f"least_left: {self.least_left} is not in [0, 1]")
 
-    @property
-    def _weights(self) -> tuple[int, int, int, int]:
-        """(a word, a Han character, an n-gram, a shingle), so that `ngram` words weigh as much as `han_ngram` Han."""
-        return self.han_ngram, self.ngram, self.ngram * self.han_ngram, self.shingle * self.han_ngram
+    def sizes(self) -> Sizes:
+        """Weights: `ngram` words weigh as much as `han_ngram` Han characters."""
+        return Sizes(
+            latin=self.han_ngram,
+            han=self.ngram,
+            ngram=self.ngram * self.han_ngram,
+            shingle=self.shingle * self.han_ngram,
+            shortest=self.shortest_item * self.han_ngram,
+            stock=self.stock,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,12 +131,14 @@ class Evaluations:
         texts: list[str] = []
         answers: list[str] = []
         owner: list[int] = []
+        alone: list[bool] = []
         for number, item in enumerate(items):
-            for text, answer in item.pieces:
+            for text, answer in (*item.pieces, *((answer, None) for answer in item.answers)):
                 texts.append(text)
-                answers.append(answer)
+                answers.append(answer or "")
                 owner.append(number)
-        index, kept, piece = _index(texts, answers, rules)
+                alone.append(answer is not None)
+        index, kept, piece = build_index(texts, answers, alone, rules.sizes())
         pairs = sorted({(p, owner[t]) for t, p in zip(kept, piece, strict=True)})
         starts = np.searchsorted([p for p, _ in pairs], np.arange(len(index.pieces)))
         searched = {number for _, number in pairs}
@@ -172,105 +191,6 @@ class Evaluations:
         )
 
 
-def _index(
-    texts: Sequence[str], answers: Sequence[str], rules: Decontamination
-) -> tuple[overlap.Index, list[int], list[int]]:
-    """Indexes pieces; returns the index, the numbers of the texts that are in it and the piece of each."""
-    latin, han, full, small = rules._weights
-    split = partial(overlap.split_all, table=overlap.folding(), latin=latin, han=han)
-    words, weights, at = split(*buffers(column(texts)))
-    answer_words, answer_weights, answer_at = split(*buffers(column(answers)))
-    weight = _sums(weights, at)
-    long = weight >= full
-    short = ~long & (weight >= small) & (weight + _sums(answer_weights, answer_at) >= rules.shortest_item * latin)
-
-    pieces: dict[tuple[bytes, bytes], int] = {}
-    kept, piece, chosen = [], [], []
-    for t in np.flatnonzero(long | short):
-        answer = b"" if long[t] else answer_words[answer_at[t] : answer_at[t + 1]].tobytes()
-        key = (words[at[t] : at[t + 1]].tobytes(), answer)
-        if key not in pieces:
-            pieces[key] = len(pieces)
-            chosen.append(t)
-        kept.append(int(t))
-        piece.append(pieces[key])
-
-    rows = np.array(chosen, dtype=np.int64)
-    places, starts = _gather(at, rows)
-    words, weights = words[places], weights[places]
-    answer_rows = [answer_words[answer_at[t] : answer_at[t + (not long[t])]] for t in rows]
-    sizes = [len(row) for row in answer_rows]
-    answer_of = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    is_long = long[rows]
-
-    keys, there = overlap.windows(words, weights, starts, small)
-    of_long = np.repeat(is_long, np.diff(starts))
-    grams, whole = overlap.windows(words, weights, starts, full)
-    owner = np.repeat(np.arange(len(rows)), np.diff(starts))
-    ngrams, ngram_at, ngram_places = _postings(grams, whole, owner, rules.stock)
-    seeds, seed_at, seed_places = _postings(keys, there & of_long, owner, rules.stock)
-    sets = [np.unique(keys[a:b][there[a:b]]) if wide else keys[:0] for a, b, wide in zip(starts[:-1], starts[1:], is_long, strict=True)]
-    shorts = np.flatnonzero(~is_long)
-    short_keys = np.array([overlap.key_of(words, starts[p], starts[p + 1]) for p in shorts], dtype=np.uint64)
-    order = np.argsort(short_keys, kind="stable")
-    begin = np.concatenate([ngram_places, seed_places, starts[:-1][~is_long]])
-    index = overlap.Index(
-        words=words,
-        pieces=starts,
-        answers=np.concatenate([*answer_rows, words[:0]]),
-        answer_of=answer_of,
-        bits=_bits(keys[begin]),
-        ngrams=ngrams,
-        ngram_at=ngram_at,
-        ngram_places=ngram_places,
-        seeds=seeds,
-        seed_at=seed_at,
-        seed_places=seed_places,
-        sets=np.concatenate([*sets, words[:0]]),
-        set_of=np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.int64),
-        shorts=short_keys[order],
-        short_piece=shorts[order],
-        lengths=np.unique(np.diff(starts)[~is_long]),
-    )
-    return index, kept, piece
-
-
-def _sums(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Returns the sum of `values[at[i]:at[i + 1]]` for each i."""
-    total = np.concatenate([[0], np.cumsum(values)])
-    return total[at[1:]] - total[at[:-1]]
-
-
-def _gather(at: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the chosen rows, one after the other, and where each begins."""
-    sizes = at[rows + 1] - at[rows]
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return np.repeat(at[rows] - starts[:-1], sizes) + np.arange(starts[-1]), starts
-
-
-def _postings(
-    keys: np.ndarray, there: np.ndarray, owner: np.ndarray, stock: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (sorted keys, where the places of each begin, places), without keys of more than `stock` owners."""
-    places = np.flatnonzero(there)
-    places = places[np.lexsort((places, keys[places]))]
-    first = np.concatenate([[True], keys[places][1:] != keys[places][:-1]])[: len(places)]
-    group = np.cumsum(first) - 1
-    change = first | np.concatenate([[True], owner[places][1:] != owner[places][:-1]])[: len(places)]
-    wanted = np.bincount(group[change], minlength=int(first.sum())) <= stock
-    places, first = places[wanted[group]], first[wanted[group]]
-    return keys[places[first]], np.append(np.flatnonzero(first), len(places)).astype(np.int64), places
-
-
-def _bits(keys: np.ndarray) -> np.ndarray:
-    """Returns a bit map with the bit of every key set, at least 16 bits a key."""
-    size = 1 << max(10, int(16 * max(1, len(keys)) - 1).bit_length())
-    bits = np.zeros(size // 64, dtype=np.uint64)
-    place = keys & np.uint64(size - 1)
-    np.bitwise_or.at(bits, place >> np.uint64(6), np.uint64(1) << (place & np.uint64(63)))
-    return bits
-
-
 # ---------------------------------------------------------------------------- texts
 
 
@@ -292,16 +212,16 @@ def find_spans(texts: Any, evaluations: Evaluations) -> dict[int, list[Span]]:
         evaluations: what to look for.
     """
     rules = evaluations.rules
-    latin, han, full, small = rules._weights
+    sizes = rules.sizes()
     data, offsets = buffers(texts)
     hits = overlap.scan(
         data,
         offsets,
         overlap.folding(),
-        latin,
-        han,
-        full,
-        small,
+        sizes.latin,
+        sizes.han,
+        sizes.ngram,
+        sizes.shingle,
         rules.answer_within,
         rules.near_copy,
         evaluations.index,
@@ -347,7 +267,10 @@ def cut(text: str, spans: Sequence[Span], rules: Decontamination) -> tuple[str, 
     pieces = [text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)]
     left = "\n\n".join(piece for piece in pieces if len(piece) >= max(1, rules.shortest))
     if len(left) < rules.least_left * len(text) or not left:
-        return "", f"{len(left) / len(text):.0%} left after {len(holes)} cuts, at least {rules.least_left:.0%}"
+        return (
+            "",
+            f"{len(left) / len(text):.0%} left after {len(holes)} cuts, at least {rules.least_left:.0%}",
+        )
     return left, ""
 
 
@@ -379,7 +302,11 @@ def decontaminate_table(table: Any, evaluations: Evaluations) -> tuple[Any, Any,
     """
     import pyarrow as pa
 
-    texts = pa.chunked_array([table.column("text")]) if isinstance(table, pa.RecordBatch) else table.column("text")
+    texts = (
+        pa.chunked_array([table.column("text")])
+        if isinstance(table, pa.RecordBatch)
+        else table.column("text")
+    )
     texts = texts.cast(pa.large_string()).combine_chunks()
     found = find_spans(texts, evaluations)
     ids = table.column("id")
@@ -412,95 +339,10 @@ def decontaminate_table(table: Any, evaluations: Evaluations) -> tuple[Any, Any,
     gone = np.array(sorted(details), dtype=np.int64)
     stays = np.setdiff1d(np.arange(len(texts)), gone)
     if changed:
-        new = [changed.get(i) for i in range(len(texts))]
-        texts = pa.compute.coalesce(pa.array(new, type=pa.large_string()), texts)
+        texts = column(changed.get(row, text) for row, text in enumerate(texts.to_pylist()))
     place = table.schema.get_field_index("text")
     kept = table.set_column(place, "text", texts).take(stays)
-    dropped = table.take(gone).append_column("detail", pa.array([details[i] for i in gone.tolist()], pa.string()))
+    dropped = table.take(gone).append_column(
+        "detail", pa.array([details[i] for i in gone.tolist()], pa.string())
+    )
     return kept, dropped, pa.Table.from_pylist(rows, schema=span_schema())
-
-
-def span_schema() -> Any:
-    """Returns the columns of the spans, as `pyarrow.Schema`."""
-    import pyarrow as pa
-
-    text, number = pa.string(), pa.int64()
-    kinds = {"id": text, "source": text, "item": text, "file": text, "kind": text}
-    return pa.schema(kinds | {"start": number, "stop": number, "excerpt": text, "outcome": text})
-
-
-# ---------------------------------------------------------------------------- report
-
-
-def contamination_report(
-    spans: Any, documents: Mapping[str, int], evaluations: Evaluations | None = None, *, examples: int = 3
-) -> dict[str, Any]:
-    """Sums up what was found.
-
-    Args:
-        spans: of `decontaminate_table`, joined over all tables.
-        documents: source -> how many documents were searched.
-        evaluations: adds how many items each file has and how many are too short to be looked for.
-        examples: excerpts of each file and each source; they quote training texts, 0 quotes none.
-
-    Returns:
-        {"files": {file: {"items", "unsearched", "touched", "documents", "kinds", "examples"}},
-        "sources": {source: {"documents", "cut", "dropped", "spans", "examples"}}}.
-    """
-    rows = sorted(spans.to_pylist(), key=lambda row: (row["id"], row["start"], row["item"]))
-    files: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    sources: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        files[row["file"]].append(row)
-        sources[row["source"]].append(row)
-    names = list(dict.fromkeys(evaluations.files)) if evaluations else sorted(files)
-
-    def about(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        first = {row["item"]: row for row in reversed(rows)}
-        keys = ("id", "item", "kind", "excerpt")
-        return [{key: row[key] for key in keys} for row in list(reversed(first.values()))[:examples]]
-
-    def count(rows: list[dict[str, Any]], outcome: str) -> int:
-        return len({row["id"] for row in rows if row["outcome"] == outcome})
-
-    return {
-        "files": {
-            name: {
-                "items": evaluations.files.count(name) if evaluations else None,
-                "unsearched": evaluations.unsearched.get(name, 0) if evaluations else None,
-                "touched": len({row["item"] for row in files[name]}),
-                "documents": len({row["id"] for row in files[name]}),
-                "kinds": {k: n for k in KINDS if (n := sum(row["kind"] == k for row in files[name]))},
-                "examples": about(files[name]),
-            }
-            for name in names
-        },
-        "sources": {
-            name: {
-                "documents": documents.get(name),
-                "cut": count(sources[name], "cut"),
-                "dropped": count(sources[name], "dropped"),
-                "spans": len({(row["id"], row["start"], row["stop"]) for row in sources[name]}),
-                "examples": about(sources[name]),
-            }
-            for name in sorted({*documents, *sources})
-        },
-    }
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """Renders a report as two tables and its examples."""
-    lines = ["| evaluation file | items | too short | found in training | documents | kinds |", "|---|--:|--:|--:|--:|---|"]
-    for name, row in report["files"].items():
-        kinds = ", ".join(f"{kind} {count}" for kind, count in row["kinds"].items()) or "none"
-        given = ["" if row[key] is None else row[key] for key in ("items", "unsearched")]
-        lines.append(f"| {name} | {given[0]} | {given[1]} | {row['touched']} | {row['documents']} | {kinds} |")
-    lines += ["", "| source | documents | cut | dropped | spans |", "|---|--:|--:|--:|--:|"]
-    for name, row in report["sources"].items():
-        total = "" if row["documents"] is None else row["documents"]
-        lines.append(f"| {name} | {total} | {row['cut']} | {row['dropped']} | {row['spans']} |")
-    for name, row in report["files"].items():
-        for example in row["examples"]:
-            excerpt = " ".join(example["excerpt"].split())
-            lines += ["", f"- {example['item']} in `{example['id']}` ({example['kind']}): {excerpt}"]
-    return "\n".join(lines) + "\n"

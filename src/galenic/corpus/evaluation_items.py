@@ -25,6 +25,8 @@ class Item:
     file: str
     pieces: tuple[tuple[str, str], ...]
     """(text, right answer or an empty string) pairs."""
+    answers: tuple[str, ...]
+    """Texts that count only where they are long: what is answered, as many a short answer is a stock phrase."""
 
 
 def read_items(files: Sequence[str]) -> Iterator[Item]:
@@ -39,11 +41,16 @@ def read_items(files: Sequence[str]) -> Iterator[Item]:
         empty = True
         for number, row in _rows(file):
             empty = False
-            pieces = tuple((text, answer) for text, answer in _pieces(row, f"{file}:{number}") if text.strip())
+            pieces = tuple(
+                (text, answer) for text, answer in _pieces(row, f"{file}:{number}") if text.strip()
+            )
             if not pieces:
                 raise UserError(f"{file}:{number}: an item without text")
             key = row.get("id")
-            yield Item(name=f"{name}:{number if key is None else key}", file=name, pieces=pieces)
+            answers = tuple(dict.fromkeys(answer for _, answer in pieces if answer.strip()))
+            yield Item(
+                name=f"{name}:{number if key is None else key}", file=name, pieces=pieces, answers=answers
+            )
         if empty:
             raise UserError(f"{file}: no items; an evaluation set that is empty protects nothing")
 
@@ -79,16 +86,12 @@ def _rows(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _pieces(row: Mapping[str, Any], where: str) -> Iterator[tuple[str, str]]:
     if "question" in row:
-        answer = _answer(row, where)
-        yield _string(row["question"], f"{where}: question"), answer
-        yield answer, ""
+        yield _string(row["question"], f"{where}: question"), _answer(row, where)
     elif "messages" in row or isinstance(row.get("prompt"), list):
         yield from _turns(row["messages"] if "messages" in row else row["prompt"], where)
     elif "prompt" in row:
         answer = next((row[key] for key in ("completion", "chosen", "answer") if row.get(key)), "")
-        answer = answer if isinstance(answer, str) else ""
-        yield _string(row["prompt"], f"{where}: prompt"), answer
-        yield answer, ""
+        yield _string(row["prompt"], f"{where}: prompt"), answer if isinstance(answer, str) else ""
     elif "text" in row:
         yield _string(row["text"], f"{where}: text"), ""
     else:
@@ -105,8 +108,6 @@ def _turns(messages: Any, where: str) -> Iterator[tuple[str, str]]:
         answer = follows.get("content", "") if follows.get("role") == "assistant" else ""
         if message["role"] == "user":
             yield content, answer if isinstance(answer, str) else ""
-        elif message["role"] == "assistant":
-            yield content, ""
 
 
 def _answer(row: Mapping[str, Any], where: str) -> str:

@@ -29,9 +29,7 @@ _SEED, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # FNV-1
 
 def is_han(code: int) -> bool:
     """True for Han characters, zero (〇) included."""
-    return (
-        code == 0x3007 or 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code < PLANES
-    )
+    return code == 0x3007 or 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code < PLANES
 
 
 def fold(letter: str) -> str:
