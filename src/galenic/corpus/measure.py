@@ -1,0 +1,514 @@
+"""What the cleaning rules look at, counted in one compiled pass over the UTF-8 bytes of each text.
+
+A word is a Han character, or a run of letters and digits with single apostrophes or hyphens inside; letters, digits
+and blanks are what Python's `\\w`, `\\d` and `str.isspace` say, through a table made from them. Lines are split at
+newlines and stripped of blanks; empty ones do not count. Equal words and lines are found by 64-bit hashes, equal
+n-grams exactly from the words'.
+
+An n-gram that repeats is made of (n-1)-grams that repeat, so each length looks only at the places that were left by the
+length before: ordinary text is through after three.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from galenic.corpus.phrases import BEGINS, CONTAINS, PLACEHOLDER, Automaton, automaton
+from galenic.merge.kernels import compiled
+
+STOP_WORDS = tuple("the be to of and that have with is are in a as for".split())
+"""Those of Gopher (the, be, to, of, and, that, have, with), and six that short medical sentences have instead."""
+SHORT_LINE = 30
+"""Bytes: 30 Latin letters (FineWeb's short line) or 10 Han characters."""
+SCRIPTS = ("latin", "han", "kana", "hangul", "cyrillic", "greek", "arabic", "hebrew", "indic", "thai", "other")
+"""Kinds of letters; in the table and in `MEASURES["scripts"]` the first one has number 1."""
+LATIN, HAN = 1, 2
+
+# Bits of the table, above the script's four.
+WORD, DIGIT, SPACE, FORBIDDEN, JOINS, ENDS, BULLET, CONTINUES = (1 << bit for bit in range(4, 12))
+
+MEASURES = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "characters",
+            "words",
+            "word_characters",
+            "lettered_words",  # words with a letter
+            "letters",
+            "digits",
+            "replaced",  # U+FFFD
+            "mojibake",  # sequences of UTF-8 read as another encoding
+            "stop_words",  # different ones of STOP_WORDS
+            "lines",
+            "line_characters",
+            "repeated_lines",  # all but the first of equal lines
+            "repeated_line_characters",
+            "short_lines",
+            "ellipsis_lines",  # end with an ellipsis
+            "bullet_lines",  # begin with a bullet
+            "ended_lines",  # end with terminal punctuation
+            "code_lines",  # end with a brace or a semicolon
+            "hashes",
+            "ellipses",
+            "url_characters",
+            "boilerplate_lines",
+            "boilerplate_characters",
+            "adverts",  # different phrases of advertisements
+            "placeholders",
+            "unclean",  # 1 if `repair` changes the text
+        )
+    ]
+    + [
+        ("scripts", np.int64, (len(SCRIPTS) + 1,)),  # letters of each; 0 is unused
+        ("top", np.int64, (3,)),  # characters of the 2-, 3-, 4-gram that covers most, times how often it occurs
+        ("repeated", np.int64, (6,)),  # characters of words in a 5- ... 10-gram that occurred before
+    ]
+)
+"""One row for each text; everything is a count, so that shares are exact until they are divided."""
+
+# Code points; ranges include their ends.
+_HAN_RANGES = ((0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
+_SCRIPT_RANGES = {
+    "latin": ((0x41, 0x24F), (0x1E00, 0x1EFF), (0x2C60, 0x2C7F), (0xA720, 0xA7FF), (0xAB30, 0xAB6F))
+    + ((0xFB00, 0xFB06), (0xFF21, 0xFF5A)),
+    "han": _HAN_RANGES,
+    "kana": ((0x3040, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F)),
+    "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xA960, 0xA97F), (0xAC00, 0xD7FF)),
+    "cyrillic": ((0x400, 0x52F), (0x1C80, 0x1C8F), (0x2DE0, 0x2DFF), (0xA640, 0xA69F)),
+    "greek": ((0x370, 0x3FF), (0x1F00, 0x1FFF)),
+    "arabic": ((0x600, 0x6FF), (0x750, 0x77F), (0x8A0, 0x8FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF)),
+    "hebrew": ((0x590, 0x5FF), (0xFB1D, 0xFB4F)),
+    "indic": ((0x900, 0xDFF),),
+    "thai": ((0xE00, 0xE7F),),
+}
+FORBIDDEN_CHARACTERS = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffe\uffff"  # of a regular expression
+)
+"""C0 and C1 controls except tab and newline, zero-width and direction marks, separators, BOM, noncharacters."""
+JOINING = "'’-"
+ENDING = ".!?\"'”’»…。！？」』"
+BULLETS = "•‣◦⁃●○■□▪▫◆◇▶►※·➢–—*-"
+# What the bytes 80 to BF become in Latin-1 and Windows-1252, without the no-break space, which stands after letters.
+CONTINUING = "\x80-\x9f\xa1-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+
+_FNV, _FNV_SEED = np.uint64(0x100000001B3), np.uint64(0xCBF29CE484222325)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LOWER = np.uint64(0x20)
+_STOP_SLOTS = 64
+
+
+class Tables(NamedTuple):
+    """What the pass looks things up in."""
+
+    kinds: np.ndarray
+    """(0x110000,) uint16: for each code point its script and the bits above."""
+    stop_keys: np.ndarray
+    """(64,) uint64: a hash table of the stop words' letters; 0 is empty."""
+    stop_bits: np.ndarray
+    """(64,) uint64: one bit for each stop word."""
+
+
+class Scratch(NamedTuple):
+    """Working memory of the longest text."""
+
+    hashes: np.ndarray
+    """Of words."""
+    ends: np.ndarray
+    """Characters of all words up to each word; one more than words."""
+    lines: np.ndarray
+    """(lines, 3): first byte, byte after the last one, characters."""
+    first: np.ndarray
+    """Where each word occurred first."""
+    gram: np.ndarray
+    """Where the n-gram that begins at each word occurred first."""
+    count: np.ndarray
+    keys: np.ndarray
+    live: np.ndarray
+    slots: np.ndarray
+
+
+@functools.cache
+def tables() -> Tables:
+    """Returns the tables, made from Python's own idea of letters, digits and blanks in a tenth of a second."""
+    everything = "".join(map(chr, range(0xD800))) + "\ue000" * 0x800 + "".join(map(chr, range(0xE000, 0x110000)))
+    kinds = np.zeros(0x110000, dtype=np.uint16)
+    other = len(SCRIPTS)
+    script = np.full(0x110000, other, dtype=np.uint16)
+    for name, ranges in _SCRIPT_RANGES.items():
+        for low, high in ranges:
+            script[low : high + 1] = SCRIPTS.index(name) + 1
+    for pattern, bit in (
+        (r"[^\W_]", WORD),
+        (r"\d", DIGIT),
+        (f"[{FORBIDDEN_CHARACTERS}]", FORBIDDEN),
+        (f"[{re.escape(JOINING)}]", JOINS),
+        (f"[{re.escape(ENDING)}]", ENDS),
+        (f"[{re.escape(BULLETS)}]", BULLET),
+        (f"[{CONTINUING}]", CONTINUES),
+    ):
+        for match in re.finditer(f"{pattern}+", everything):
+            kinds[match.start() : match.end()] |= bit
+    kinds[[i for i, character in enumerate(everything) if character.isspace()]] |= SPACE
+    letters = (kinds & WORD > 0) & (kinds & DIGIT == 0)
+    kinds[letters] |= script[letters]
+    kinds[0xD800:0xE000] = 0  # surrogates are not in UTF-8
+    stop_keys, stop_bits = np.zeros(_STOP_SLOTS, np.uint64), np.zeros(_STOP_SLOTS, np.uint64)
+    for i, word in enumerate(STOP_WORDS):
+        key = int.from_bytes(word.encode())
+        slot = key * int(_GOLDEN) % 2**64 >> 58
+        while stop_keys[slot]:
+            slot = (slot + 1) % _STOP_SLOTS
+        stop_keys[slot], stop_bits[slot] = key, 1 << i
+    return Tables(kinds, stop_keys, stop_bits)
+
+
+def measure(
+    data: np.ndarray, starts: np.ndarray, *, prose: bool = True, longest: int = 1 << 40, partly: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measures texts.
+
+    Args:
+        data: (bytes,) uint8, valid UTF-8.
+        starts: (n + 1,) int64; text i is `data[starts[i] : starts[i + 1]]`.
+        prose: look for boilerplate, advertisements and placeholder text.
+        longest: of texts of more bytes only the characters are counted.
+        partly: leave out repetition of texts that are unclean or have boilerplate, as they will be changed.
+
+    Returns:
+        (rows of MEASURES (n,), lines of boilerplate (k, 3): text, first byte, byte after its newline; in order).
+    """
+    sizes = np.diff(starts)
+    longest_text = int(sizes[sizes <= longest].max(initial=0)) + 2
+    used = data[starts[0] : starts[-1]]
+    out = np.zeros(len(sizes), dtype=MEASURES)
+    cuts = np.zeros((int(np.count_nonzero(used == 10)) + len(sizes) if prose else 0, 3), dtype=np.int64)
+    slots = 4
+    while slots < 2 * longest_text:
+        slots *= 2
+    integers = [np.empty(longest_text, dtype=np.int32) for _ in range(4)]
+    scratch = Scratch(
+        hashes=np.empty(longest_text, dtype=np.uint64),
+        ends=np.empty(longest_text, dtype=np.int32),
+        lines=np.empty((longest_text, 3), dtype=np.int64),
+        first=integers[0],
+        gram=integers[1],
+        count=integers[2],
+        keys=np.empty(longest_text, dtype=np.int64),
+        live=integers[3],
+        slots=np.empty(slots, dtype=np.int32),
+    )
+    found = _measure(data, starts, tables(), automaton(), scratch, prose, longest, partly, out, cuts)
+    return out, cuts[:found]
+
+
+@compiled
+def _hash(data: Any, begin: int, end: int) -> Any:
+    hashed = _FNV_SEED
+    for p in range(begin, end):
+        hashed = (hashed ^ np.uint64(data[p])) * _FNV
+    return hashed
+
+
+@compiled
+def _bits(word: Any) -> int:
+    count = 0
+    while word:
+        word &= word - np.uint64(1)
+        count += 1
+    return count
+
+
+@compiled
+def _url(data: Any, p: int, end: int) -> int:
+    """Returns where a web address that begins at p ends, or p."""
+    q = p
+    if data[p] == 119:  # www.
+        if end - p >= 4 and data[p + 1] == 119 and data[p + 2] == 119 and data[p + 3] == 46:
+            q = p + 4
+    elif end - p >= 7 and data[p + 1] == 116 and data[p + 2] == 116 and data[p + 3] == 112:  # http
+        colon = p + 5 if data[p + 4] == 115 else p + 4
+        if colon + 3 <= end and data[colon] == 58 and data[colon + 1] == 47 and data[colon + 2] == 47:
+            q = colon + 3
+    if q > p:
+        while q < end and 33 <= data[q] <= 126 and data[q] != 34 and data[q] != 60 and data[q] != 62:
+            q += 1
+    return q
+
+
+@compiled
+def _read(
+    data: Any, begin: int, end: int, look: Any, phrases: Any, scratch: Any, prose: bool, text: int, row: Any, cuts: Any, found: int
+) -> tuple[int, int]:
+    """Reads a text once, character by character, with a newline behind it; all but repetition is counted here.
+
+    Returns:
+        (words, lines of boilerplate of this text and those before it).
+    """
+    characters = words = word_characters = lettered = letters = digits = replaced = mojibake = lines = 0
+    line_characters = hashes = ellipses = address_characters = 0
+    unclean = False
+    stops = adverts = np.uint64(0)
+    # the word that is being read
+    length, key, wide, joint = 0, np.uint64(0), 0, 0
+    lettered_word = False
+    hashed = _FNV_SEED
+    # the line
+    state, marks, line = 0, 0, begin
+    first = last = -1
+    first_character = last_character = opening = closing = closing_run = 0
+    # the characters before this one
+    before = before_that = run = 0
+    address = begin
+    p = begin
+    while p <= end:
+        size, point = 1, 10
+        if p == end:
+            size = 0
+        else:
+            point = int(data[p])
+            if point >= 0x80:
+                if point < 0xE0:
+                    size, point = 2, point & 0x1F
+                elif point < 0xF0:
+                    size, point = 3, point & 0x0F
+                else:
+                    size, point = 4, point & 0x07
+                for q in range(p + 1, min(p + size, end)):
+                    point = point << 6 | int(data[q]) & 0x3F
+                point = min(point, 0x10FFFF)
+            characters += 1
+        kind = int(look.kinds[point])
+        run = run + 1 if point == before else 1
+        if kind & FORBIDDEN:
+            unclean = True
+
+        # ---- words
+        script = kind & 15
+        if script:
+            letters += 1
+            row.scripts[script] += 1
+        elif kind & DIGIT:
+            digits += 1
+        if kind & WORD and script != HAN:
+            if joint:
+                hashed = (hashed ^ np.uint64(joint)) * _FNV
+                length += 1
+                wide |= 128
+                joint = 0
+            hashed = (hashed ^ np.uint64(point)) * _FNV
+            key = key << np.uint64(8) | np.uint64(point) | _LOWER
+            wide |= point
+            length += 1
+            if script:
+                lettered_word = True
+        elif length and not joint and kind & JOINS:
+            joint = point
+        else:
+            if length:
+                scratch.hashes[words] = hashed
+                word_characters += length
+                words += 1
+                scratch.ends[words] = word_characters
+                lettered += lettered_word
+                if length <= 4 and wide < 128:
+                    slot = key * _GOLDEN >> np.uint64(58)
+                    while look.stop_keys[slot]:
+                        if look.stop_keys[slot] == key:
+                            stops |= look.stop_bits[slot]
+                            break
+                        slot = (slot + np.uint64(1)) % np.uint64(_STOP_SLOTS)
+                length, key, wide, joint = 0, np.uint64(0), 0, 0
+                lettered_word = False
+                hashed = _FNV_SEED
+            if script == HAN:
+                scratch.hashes[words] = (_FNV_SEED ^ np.uint64(point)) * _FNV
+                word_characters += 1
+                words += 1
+                lettered += 1
+                scratch.ends[words] = word_characters
+
+        # ---- signs
+        if point == 35:
+            hashes += 1
+        elif point == 46 or point == 0x3002:
+            ellipses += run == 3
+        elif point == 104 or point == 119:
+            if p >= address and not look.kinds[before] & WORD:
+                address = _url(data, p, end)
+                address_characters += address - p
+        elif point >= 0x80:
+            ellipses += point == 0x2026 and run == 1
+            replaced += point == 0xFFFD
+            # what Latin-1 and Windows-1252 make of two and three bytes of UTF-8; what GBK makes of a Chinese full stop,
+            # and of two replacement characters
+            if before == 0xC2 or before == 0xC3:
+                mojibake += point <= 0xBF
+            elif before_that == 0xE2 and before == 0x20AC:
+                mojibake += kind & CONTINUES > 0
+            elif 0xE5 <= before_that <= 0xE8:
+                mojibake += kind & CONTINUES > 0 and look.kinds[before] & CONTINUES > 0
+            else:
+                mojibake += point == 0x9286 or (point == 0x62F7 and before == 0x65A4 and before_that == 0x951F)
+
+        # ---- lines
+        if point == 10:
+            if run > 3 or before == 32 or before == 9:
+                unclean = True
+            if first >= 0:
+                size_of_line = last - first
+                scratch.lines[lines, 0] = first
+                scratch.lines[lines, 1] = last
+                scratch.lines[lines, 2] = last_character - first_character
+                lines += 1
+                line_characters += last_character - first_character
+                row.short_lines += size_of_line <= SHORT_LINE
+                row.ellipsis_lines += closing == 0x2026 or (closing_run >= 3 and (closing == 46 or closing == 0x3002))
+                row.bullet_lines += look.kinds[opening] & BULLET > 0
+                row.ended_lines += look.kinds[closing] & ENDS > 0
+                row.code_lines += closing == 59 or closing == 123 or closing == 125
+                if (marks & CONTAINS and size_of_line <= phrases.longest_containing) or (
+                    marks & BEGINS and size_of_line <= phrases.longest_beginning
+                ):
+                    row.boilerplate_lines += 1
+                    row.boilerplate_characters += last_character - first_character
+                    cuts[found, 0] = text
+                    cuts[found, 1] = line
+                    cuts[found, 2] = p + size
+                    found += 1
+            state, marks, line, first = 0, 0, p + size, -1
+        elif not kind & SPACE:
+            if first < 0:
+                first, first_character, opening = p, characters - 1, point
+            last, last_character, closing, closing_run = p + size, characters, point, run
+
+        # ---- phrases
+        if prose and point != 10:
+            for q in range(p, min(p + size, end)):
+                state = int(phrases.move[state, phrases.symbol[data[q]]])
+            mark = int(phrases.marks[state])
+            if mark:
+                if mark & BEGINS and p + size - first != phrases.depth[state]:
+                    mark &= ~BEGINS
+                marks |= mark
+                row.placeholders += mark & PLACEHOLDER > 0
+                adverts |= phrases.adverts[state]
+        before_that, before = before, point
+        p += max(size, 1)
+    if end > begin and (data[begin] == 10 or data[end - 1] == 10):
+        unclean = True
+    row.characters = characters
+    row.words, row.word_characters, row.lettered_words = words, word_characters, lettered
+    row.letters, row.digits, row.replaced, row.mojibake = letters, digits, replaced, mojibake
+    row.stop_words, row.adverts = _bits(stops), _bits(adverts)
+    row.lines, row.line_characters = lines, line_characters
+    row.hashes, row.ellipses, row.url_characters = hashes, ellipses, address_characters
+    row.unclean = unclean
+    return words, found
+
+
+@compiled
+def _repeated_lines(data: Any, scratch: Any, row: Any) -> None:
+    lines, slots = row.lines, scratch.slots
+    if lines < 2:
+        return
+    mask = 3
+    while mask < 2 * lines:
+        mask = 2 * mask + 1
+    slots[: mask + 1] = -1
+    for i in range(lines):
+        begin, end = scratch.lines[i, 0], scratch.lines[i, 1]
+        hashed = _hash(data, begin, end)
+        scratch.keys[i] = np.int64(hashed)
+        slot = np.int64(hashed >> np.uint64(20)) & mask
+        while slots[slot] >= 0 and scratch.keys[slots[slot]] != scratch.keys[i]:
+            slot = (slot + 1) & mask
+        if slots[slot] >= 0:
+            row.repeated_lines += 1
+            row.repeated_line_characters += scratch.lines[i, 2]
+        else:
+            slots[slot] = i
+
+
+@compiled
+def _repeated_grams(scratch: Any, words: int, row: Any) -> None:
+    """Fills in `top` and `repeated`."""
+    hashes, first, gram, count = scratch.hashes, scratch.first, scratch.gram, scratch.count
+    keys, live, slots, ends = scratch.keys, scratch.live, scratch.slots, scratch.ends
+    ends[0] = 0
+    mask = 3
+    while mask < 2 * words:
+        mask = 2 * mask + 1
+    slots[: mask + 1] = -1
+    for i in range(words):
+        hashed = hashes[i]
+        slot = np.int64(hashed * _GOLDEN >> np.uint64(32)) & mask
+        while slots[slot] >= 0 and hashes[slots[slot]] != hashed:
+            slot = (slot + 1) & mask
+        if slots[slot] < 0:
+            slots[slot] = i
+            count[i] = 0
+        first[i] = gram[i] = slots[slot]
+        count[slots[slot]] += 1
+    alive = 0
+    for i in range(words):
+        if count[gram[i]] > 1:
+            live[alive] = i
+            alive += 1
+    for n in range(2, 11):
+        # candidates: places where both the (n-1)-gram that begins here and the one that begins a word later repeat
+        candidates = 0
+        for j in range(alive - 1):
+            if live[j + 1] == live[j] + 1 and live[j] + n <= words:
+                live[candidates] = live[j]
+                candidates += 1
+        if candidates < 2:
+            return
+        mask = 3
+        while mask < 2 * candidates:
+            mask = 2 * mask + 1
+        slots[: mask + 1] = -1
+        for j in range(candidates):
+            i = live[j]
+            keys[i] = np.int64(gram[i]) << 32 | np.int64(first[i + n - 1])
+            slot = np.int64(np.uint64(keys[i]) * _GOLDEN >> np.uint64(32)) & mask
+            while slots[slot] >= 0 and keys[slots[slot]] != keys[i]:
+                slot = (slot + 1) & mask
+            if slots[slot] < 0:
+                slots[slot] = i
+                count[i] = 0
+            gram[i] = slots[slot]
+            count[slots[slot]] += 1
+        alive = covered = 0
+        for j in range(candidates):
+            i = live[j]
+            if count[gram[i]] < 2:
+                continue
+            live[alive] = i
+            alive += 1
+            if n <= 4:
+                row.top[n - 2] = max(row.top[n - 2], count[gram[i]] * (ends[i + n] - ends[i]))
+            elif gram[i] != i:
+                row.repeated[n - 5] += ends[i + n] - ends[max(i, covered)]
+                covered = i + n
+
+
+@compiled
+def _measure(
+    data: Any, starts: Any, look: Any, phrases: Automaton, scratch: Any, prose: bool, longest: int, partly: bool, out: Any, cuts: Any
+) -> int:
+    found = 0
+    for text in range(len(out)):
+        begin, end = starts[text], starts[text + 1]
+        row = out[text]
+        if end - begin > longest:
+            for p in range(begin, end):
+                row.characters += data[p] & 0xC0 != 0x80
+            continue
+        words, found = _read(data, begin, end, look, phrases, scratch, prose, text, row, cuts, found)
+        if not partly or not (row.unclean or row.boilerplate_lines):
+            _repeated_lines(data, scratch, row)
+            _repeated_grams(scratch, words, row)
+    return found
