@@ -25,6 +25,21 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.corpus.corpus",
         "read, clean, deduplicate and label documents; make questions and conversations",
     ),
+    "scorer": (
+        "galenic.corpus.scores.scorer_config:ScorerConfig",
+        "galenic.corpus.scores.scorer",
+        "train the small models that score and classify documents",
+    ),
+    "synthesise": (
+        "galenic.corpus.synthesis.synthesise_config:SynthesiseConfig",
+        "galenic.corpus.synthesis.synthesise",
+        "make documents and conversations of documents, by templates or a language model",
+    ),
+    "mixture": (
+        "galenic.corpus.mixture_config:MixtureConfig",
+        "galenic.corpus.mixture",
+        "fit a mixture of sources from many small runs (also `corpus fit-mixture`)",
+    ),
     "tokenizer": (
         "galenic.corpus.config:TokenizerConfig",
         "galenic.corpus.tokenizer",
@@ -71,6 +86,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "talk to a model in the terminal",
     ),
 }
+
+SPELLED = {("corpus", "fit-mixture"): "mixture"}
+"""Two words -> the verb that they mean."""
 
 OTHER_WORDS = {"merge": "galenic.merge.recipe:from_mergekit"}
 """Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
@@ -210,6 +228,8 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"galenic {__version__}")
         return 0
+    if tuple(argv[:2]) in SPELLED:
+        argv = [SPELLED[argv[0], argv[1]], *argv[2:]]
     verb, rest = argv[0], argv[1:]
     if verb == "build":
         from galenic import build

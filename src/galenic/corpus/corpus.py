@@ -18,7 +18,7 @@ from typing import Any
 from galenic.corpus import starter
 from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.decisions import decide
-from galenic.corpus.dedup import find_duplicates
+from galenic.corpus.dedup_files import find_duplicates
 from galenic.corpus.engine import Unit, map_units
 from galenic.corpus.output import write_ledger, write_made, write_notices, write_sources, write_statistics
 from galenic.corpus.readers.sources import PACKAGES, SOURCES
@@ -122,7 +122,7 @@ def run(config: CorpusConfig) -> None:
         # ---- what needs all of them
         bar.update(0, "finding duplicates")
         find_duplicates(
-            [work / "signatures" / name(unit) for unit in units],
+            [work / "signatures" / f"{name(unit)}.npy" for unit in units],
             work / "duplicates",
             threshold=config.near_duplicate,
             workers=_workers(config),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from galenic.corpus.config import CorpusConfig, SourceConfig
-from galenic.corpus.dedup import read_duplicates
+from galenic.corpus.dedup import EXACT, NEAR, SAME_ID
 from galenic.corpus.engine import Unit
 from galenic.corpus.sampling import Sampling, ScoreHistogram, add_ranks, weights
 from galenic.corpus.selection import heldout_groups
@@ -54,26 +54,26 @@ def decide(
     """
     group, order, starts = _facts(units, work)
     rows_of = {name: _rows(name, units, starts) for name in sources}
-    found = read_duplicates([work / "duplicates" / f"{unit['number']:06d}.npy" for unit in units])
+    verdicts = [np.load(work / "duplicates" / f"{unit['number']:06d}.npy") for unit in units]
+    verdict = np.concatenate(verdicts)
     fates = _Fates(len(group))
-    fates.drop(np.flatnonzero(found.same_id), "duplicate id")
-    fates.drop(np.flatnonzero(found.gone & found.exact), "exact duplicate")
-    fates.drop(np.flatnonzero(found.gone), "near duplicate")
+    for reason, name in ((SAME_ID, "duplicate id"), (EXACT, "exact duplicate"), (NEAR, "near duplicate")):
+        fates.drop(np.flatnonzero(verdict["reason"] == reason), name)
     for name, source in sources.items():
         if source.limit is not None:  # a stable random choice
             rows = fates.kept(rows_of[name])
             fates.drop(rows[np.argsort(order[rows], kind="stable")[source.limit :]], "over the limit")
 
-    weight = _weights(units, sources, config.sampling, starts, found.count, fates, work)
+    weight = _weights(units, sources, config.sampling, starts, verdict["count"], fates, work)
     heldout = np.zeros(len(group), dtype=bool)
     for rows in rows_of.values():
         rows = fates.kept(rows)
         heldout[rows] = heldout_groups(group[rows], config.heldout_share)
 
     write_json(work / "reasons.json", fates.reasons)
-    _write_keepers(units, starts, np.unique(found.keeper[fates.of != 0]), work)
+    _write_keepers(units, starts, np.unique(verdict["keeper"][verdict["reason"] != 0]), work)
     columns = {"fate": fates.of, "weight": weight, "heldout": heldout}
-    columns |= {"count": found.count, "keeper": found.keeper}
+    columns |= {"count": verdict["count"], "keeper": verdict["keeper"]}
     for unit, start, stop in zip(units, starts[:-1], starts[1:], strict=True):
         place = work / "decisions" / f"{unit['number']:06d}.npz"
         with atomic_path(place) as path, open(path, "wb") as file:

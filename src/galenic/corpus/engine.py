@@ -11,6 +11,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from galenic.runtime import UserError
@@ -46,7 +47,7 @@ def map_units(
     from daft import DataType, col
 
     if address:
-        daft.set_runner_ray(None if address == "auto" else address)
+        _connect(address)
 
     @daft.cls(max_concurrency=min(workers, len(units)), use_process=True)
     class Worker:
@@ -57,13 +58,53 @@ def map_units(
     rows = daft.from_pydict({"unit": [json.dumps(unit) for unit in units]})
     if address:
         rows = rows.into_partitions(len(units))
-    for row in rows.select(Worker().work(col("unit")).alias("answer")).iter_rows(results_buffer_size=workers):
+    work: Any = Worker().work
+    answers = rows.select(work(col("unit")).alias("answer")).iter_rows(results_buffer_size=workers)
+    while (row := _next(answers)) is not None:
         answer = json.loads(row["answer"])
         if "mistake" in answer:
             raise UserError(answer["mistake"])
         if "traceback" in answer:
             raise RuntimeError(f"a worker failed:\n{answer['traceback']}")
         yield answer["result"]
+
+
+def _next(answers: Iterator[Unit]) -> Unit | None:
+    """Returns the next answer, or None after the last.
+
+    Raises:
+        UserError: a worker died: what killed it is not in its answer.
+    """
+    try:
+        return next(answers, None)
+    except RuntimeError as error:
+        if "UDF process" not in str(error) and "Actor" not in str(error):
+            raise
+        raise UserError(
+            "a worker process died, killed or out of memory; with less unit_bytes or fewer workers it needs less. "
+            "The same command continues"
+        ) from error
+
+
+@cache
+def _connect(address: str) -> None:
+    """Makes Daft run on a Ray cluster, once a process.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster does not answer.
+    """
+    import daft
+
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise UserError("address: a cluster needs Ray: pip install 'galenic[cluster]' (here and on its nodes)") from None
+    try:
+        ray.init(address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+    except (ConnectionError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"address: no Ray cluster at '{address}' ({told}); start it with `ray start --head`") from None
+    daft.set_runner_ray(noop_if_initialized=True)
 
 
 def _answer(function: Callable[[Unit], Unit], unit: str) -> str:

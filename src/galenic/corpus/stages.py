@@ -18,9 +18,9 @@ import numpy as np
 
 from galenic.corpus.clean import clean_table
 from galenic.corpus.config import CorpusConfig, SourceConfig
+from galenic.corpus.dedup_files import sign, write_signatures
 from galenic.corpus.engine import Unit
 from galenic.corpus.holdout import stable_key
-from galenic.corpus.minhash import signatures, write_signatures
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
 from galenic.corpus.selection import together
@@ -123,7 +123,7 @@ def clean_unit(unit: Unit) -> Unit:
     tools = _tools(unit["work"])
     ledger = _Ledger(source.name)
     facts: list[dict[str, np.ndarray]] = [_facts(pyarrow.table({"id": []}), source, config.seed)]
-    signed, spans, read = [], [], 0
+    signed, spans, read = [_signed(tools.schema().empty_table(), config)], [], 0
     masked: Counter[str] = Counter()
     schema = tools.schema()
     with (
@@ -145,7 +145,7 @@ def clean_unit(unit: Unit) -> Unit:
                 continue
             writer.write_table(tools.labelled(table, source).select(schema.names).cast(schema))
             facts.append(_facts(table, source, config.seed))
-            signed.append(signatures(table["text"], seed=config.seed))
+            signed.append(_signed(table, config))
     with atomic_path(work / "ledger" / f"{name(unit)}.parquet") as temporary:
         parquet.write_table(ledger.table(), temporary, compression="zstd")
     if spans:
@@ -153,7 +153,7 @@ def clean_unit(unit: Unit) -> Unit:
             parquet.write_table(pyarrow.concat_tables(spans), temporary, compression="zstd")
     with atomic_path(work / "facts" / f"{name(unit)}.npz") as temporary, open(temporary, "wb") as file:
         np.savez(file, **{key: np.concatenate([part[key] for part in facts]) for key in facts[0]})
-    write_signatures(work / "signatures" / name(unit), signed)
+    write_signatures(work / "signatures" / f"{name(unit)}.npy", signed)
     kept = sum(len(part["group"]) for part in facts)
     result = {
         "number": unit["number"],
@@ -166,6 +166,12 @@ def clean_unit(unit: Unit) -> Unit:
     }
     write_json(work / "results" / f"{name(unit)}.json", result)
     return result
+
+
+def _signed(table: Any, config: CorpusConfig) -> Any:
+    """Returns what duplicates are found by."""
+    ids, texts = (table[key].combine_chunks() for key in ("id", "text"))
+    return sign(ids, texts, threshold=config.near_duplicate, seed=config.seed)
 
 
 def _facts(table: Any, source: SourceConfig, seed: int) -> dict[str, np.ndarray]:
@@ -373,8 +379,8 @@ def _dropped(
     with pyarrow.memory_map(str(work / "keepers.arrow")) as file:
         keepers = ipc.open_file(file).read_all()
         places = np.searchsorted(keepers["row"].to_numpy(), part["keeper"][gone])
-        detail = keepers["id"].take(pyarrow.array(places)).to_pylist()
-    detail = [id if "duplicate" in reason else "" for id, reason in zip(detail, why, strict=True)]
+        known = pyarrow.array(places, mask=np.array(["duplicate" not in reason for reason in why], dtype=bool))
+        detail = keepers["id"].take(known).fill_null("").to_pylist()
     text = pyarrow.large_string()
     return pyarrow.table(
         {
