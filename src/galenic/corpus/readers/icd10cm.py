@@ -7,11 +7,16 @@ encounter or extent.
 import io
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from typing import Any
 from xml.etree.ElementTree import Element
 
 from galenic.corpus.readers import Drop
 from galenic.corpus.readers.departments import of_icd
+from galenic.corpus.readers.files import Note
+from galenic.corpus.readers.tables import Record
+from galenic.corpus.readers.xml_stream import xml_records
 from galenic.corpus.records import Entity
+from galenic.corpus.render import Family, render
 from galenic.runtime import UserError
 
 LONGEST_CODE = 5
@@ -54,6 +59,25 @@ def icd10cm_entities(data: bytes, name: str, drop: Drop) -> list[Entity]:
     if tag != "ICD10CM.tabular":
         raise UserError(f"{name}: expected the element 'ICD10CM.tabular' at the top, got '{tag}'")
     return entities
+
+
+def icd10cm_records(stream: Any, note: Note) -> Iterator[Record]:
+    """Yields chapters, sections and categories as rendered text, a chapter of the stream at a time.
+
+    The key is `ICD10CM:code`. A category without a code or a description is dropped.
+
+    Raises:
+        Unreadable: see `xml_records`.
+    """
+
+    def drop(id: str, _: str, reason: str, detail: str, text: str) -> None:
+        note(id.removeprefix("icd10cm/"), reason, detail, text)
+
+    for chapter in xml_records(stream, frozenset(("chapter",)), frozenset(("ICD10CM.tabular",))):
+        entities = list(_chapter(chapter, "tabular list", drop))
+        family = Family(entities)  # relatives never lie in another chapter
+        for entity in entities:
+            yield Record(entity.id, render(entity, family), "en", entity.kind, entity.department)
 
 
 def _chapter(element: Element, name: str, drop: Drop) -> Iterator[Entity]:

@@ -6,12 +6,16 @@ Source: the OBO Flat File Format specification, 1.4. Only what a terminology nee
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from galenic.corpus.readers import Drop
 from galenic.corpus.readers.bytes import decode
 from galenic.corpus.readers.departments import GENERAL, HPO_BRANCHES
+from galenic.corpus.readers.files import File, Note, Unreadable
+from galenic.corpus.readers.lines import lines
+from galenic.corpus.readers.tables import Record
 from galenic.corpus.records import Entity
+from galenic.corpus.render import Family, render
 from galenic.runtime import UserError
 
 _TAG = re.compile(r"[A-Za-z_][\w-]*")
@@ -153,13 +157,20 @@ def _problem(stanza: Stanza) -> str:
     return ""
 
 
-def _entity(stanza: Stanza, lineage: frozenset[str], parents: tuple[str, ...]) -> Entity:
-    synonyms, lay = [], []
+def _synonyms(stanza: Stanza) -> tuple[list[str], list[str]]:
+    """Returns the exact synonyms: (those of professionals, those of laypeople)."""
+    synonyms: list[str] = []
+    lay: list[str] = []
     for value in stanza.tags.get("synonym", []):
         text, modifiers = (quoted(value) or "").strip(), _QUOTED.sub("", value, count=1)
         # BROAD and RELATED names mean something else or more, and would make wrong statements.
         if text and "EXACT" in modifiers and "obsolete" not in modifiers:
             (lay if "layperson" in modifiers else synonyms).append(text)
+    return synonyms, lay
+
+
+def _entity(stanza: Stanza, lineage: frozenset[str], parents: tuple[str, ...]) -> Entity:
+    synonyms, lay = _synonyms(stanza)
     return Entity(
         id=stanza.one("id"),
         source="hpo",
@@ -173,3 +184,100 @@ def _entity(stanza: Stanza, lineage: frozenset[str], parents: tuple[str, ...]) -
         related=tuple(("lay term", term) for term in dict.fromkeys(lay)),
         comment=stanza.one("comment"),
     )
+
+
+# ---------------------------------------------------------------------------- any ontology
+
+
+def obo_records(file: File, note: Note) -> Iterator[Record]:
+    """Yields the terms of any OBO ontology (HPO, MONDO, DOID ...) as rendered text, in file order.
+
+    Two passes: the first keeps names and parents, so that relatives can be named, the second renders a term at a
+    time. The key is the term's id, the category its namespace in words. Obsolete terms are left out; a stanza that is
+    malformed, or has no name, is dropped.
+
+    Raises:
+        Unreadable: the file is not OBO.
+    """
+    known = []
+    for stanza, _, problem in _terms(file, lambda *_: None):
+        if not problem:
+            known.append(_relative(stanza, "", ""))
+    family = Family(known)
+    for stanza, namespace, problem in _terms(file, note):
+        key = stanza.one("id") or f"{file.name}:{stanza.line}"
+        if problem:
+            note(key, "malformed record", f"{file.name}:{stanza.line}: {problem}", stanza.one("name"))
+            continue
+        kind = stanza.one("namespace") or namespace
+        synonyms, lay = _synonyms(stanza)
+        entity = replace(
+            _relative(stanza, kind.replace("_", " ").strip(), (quoted(stanza.one("def")) or "").strip()),
+            synonyms=tuple(dict.fromkeys(synonyms + lay)),
+            related=tuple(("lay term", term) for term in dict.fromkeys(lay)),
+            comment=stanza.one("comment"),
+        )
+        yield Record(key, render(entity, family), "", entity.kind)
+
+
+def _relative(stanza: Stanza, kind: str, definition: str) -> Entity:
+    key = stanza.one("id")
+    return Entity(
+        id=key,
+        source="",
+        name=stanza.one("name"),
+        kind=kind or "term",
+        department="",
+        definition=definition,
+        codes=(key,),
+        parents=tuple(reference(value) for value in stanza.tags.get("is_a", [])),
+    )
+
+
+def _terms(file: File, note: Note) -> Iterator[tuple[Stanza, str, str]]:
+    """Yields (term that is not obsolete, the ontology's own namespace, what is wrong with the term)."""
+    header = Stanza(kind="", line=1)
+    stanza, problem, started = header, "", False
+    with file.open_stream() as stream:
+        for number, line in lines(stream, file.name, note):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8", "replace").strip()
+            if not started and not text.startswith("!"):
+                if not text.startswith("format-version:"):
+                    raise Unreadable("not an OBO file: it must begin with 'format-version:'")
+                started = True
+            if text.startswith("["):
+                if _is_term(stanza):
+                    yield (
+                        stanza,
+                        header.one("default-namespace") or header.one("ontology"),
+                        problem or _fault(stanza),
+                    )
+                stanza, problem = Stanza(kind=text[1:].removesuffix("]"), line=number), ""
+            elif not text.startswith("!"):
+                tag, colon, value = text.partition(":")
+                if "\ufffd" in text and not _is_utf8(line):
+                    problem = problem or f"{tag}: not UTF-8"
+                elif not colon or not _TAG.fullmatch(tag):
+                    problem = problem or f"{text[:60]!r} is not 'tag: value'"
+                else:
+                    stanza.tags.setdefault(tag, []).append(value.strip())
+    if not started:
+        raise Unreadable("not an OBO file: it is empty")
+    if _is_term(stanza):
+        yield stanza, header.one("default-namespace") or header.one("ontology"), problem or _fault(stanza)
+
+
+def _is_term(stanza: Stanza) -> bool:
+    return stanza.kind == "Term" and stanza.one("is_obsolete") != "true"
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def _fault(stanza: Stanza) -> str:
+    return "no id" if not stanza.one("id") else _problem(stanza)
