@@ -62,7 +62,8 @@ ADVERTS = (
 
 LONGEST_CONTAINING, LONGEST_BEGINNING = 200, 90
 """Bytes of a line: of Latin letters as many, of Han characters a third. A longer line says something else, too."""
-CONTAINS, BEGINS, PLACEHOLDER = 1, 2, 4
+CONTAINS, BEGINS, PLACEHOLDER, ADVERT = 1, 2, 4, 8
+"""Marks of a state."""
 
 
 class Automaton(NamedTuple):
@@ -73,8 +74,7 @@ class Automaton(NamedTuple):
     move: np.ndarray
     """(states, symbols) int16: the next state."""
     marks: np.ndarray
-    """(states,) uint8: CONTAINS and PLACEHOLDER if such a phrase ends here, BEGINS if the whole state is one; 8 if an
-    advertisement's does."""
+    """(states,) uint8: CONTAINS, PLACEHOLDER, ADVERT if such a phrase ends here; BEGINS if the whole state is one."""
     depth: np.ndarray
     """(states,) uint8: bytes of the state."""
     adverts: np.ndarray
@@ -86,7 +86,7 @@ class Automaton(NamedTuple):
 @functools.cache
 def automaton() -> Automaton:
     """Returns the automaton of the phrases above."""
-    kinds = [(ANYWHERE, CONTAINS), (AT_THE_START, BEGINS), (PLACEHOLDERS, PLACEHOLDER), (ADVERTS, 8)]
+    kinds = [(ANYWHERE, CONTAINS), (AT_THE_START, BEGINS), (PLACEHOLDERS, PLACEHOLDER), (ADVERTS, ADVERT)]
     used = sorted({byte for phrases, _ in kinds for phrase in phrases for byte in phrase.encode()})
     symbol = np.zeros(256, dtype=np.uint8)
     symbol[used] = np.arange(1, len(used) + 1)
@@ -105,7 +105,7 @@ def automaton() -> Automaton:
                     adverts.append(0)
                 state = children[state][int(symbol[byte])]
             marks[state] |= kind
-            adverts[state] |= 1 << number if kind == 8 else 0
+            adverts[state] |= 1 << number if kind == ADVERT else 0
     # Breadth first: the longest proper suffix of a state that is a state is known before it is asked for.
     move = np.zeros((len(children), len(used) + 1), dtype=np.int16)
     suffix, queue = [0] * len(children), [0]
