@@ -72,7 +72,9 @@ class Automaton(NamedTuple):
     symbol: np.ndarray
     """(256,) uint8: which column of `move` a byte has; upper-case letters that of lower-case ones, unused bytes 0."""
     move: np.ndarray
-    """(states, symbols) int16: the next state."""
+    """(states * symbols,) uint32: twice where the next state's row begins, plus one if the next state has marks."""
+    symbols: int
+    """Entries of a row."""
     marks: np.ndarray
     """(states,) uint8: CONTAINS, PLACEHOLDER, ADVERT if such a phrase ends here; BEGINS if the whole state is one."""
     depth: np.ndarray
@@ -117,10 +119,13 @@ def automaton() -> Automaton:
             marks[child] |= marks[suffix[child]] & ~BEGINS
             adverts[child] |= adverts[suffix[child]]
             queue.append(child)
+    marked = np.array(marks, dtype=np.uint8)
+    rows = 2 * move.shape[1] * move.astype(np.uint32) + (marked[move] > 0)
     return Automaton(
         symbol,
-        move,
-        np.array(marks, dtype=np.uint8),
+        rows.ravel().astype(np.uint32),
+        move.shape[1],
+        marked,
         np.array(depth, dtype=np.uint8),
         np.array(adverts, dtype=np.uint64),
         LONGEST_CONTAINING,

@@ -26,6 +26,8 @@ TIDIED = np.dtype(
         )
     ]
 )
+_LOOK = np.zeros(256, dtype=np.bool_)  # bytes at which something may begin that does not stay
+_LOOK[[*range(9), *range(10, 32), 127, 0xC2, 0xE2, 0xEF]] = True
 
 
 def tidy(data: np.ndarray, starts: np.ndarray, *, cut: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -42,7 +44,7 @@ def tidy(data: np.ndarray, starts: np.ndarray, *, cut: bool) -> tuple[np.ndarray
     out = np.empty(int(starts[-1] - starts[0]), dtype=np.uint8)
     ends = np.zeros(len(starts), dtype=np.int64)
     rows = np.zeros(len(starts) - 1, dtype=TIDIED)
-    _tidy(data, starts, automaton(), cut, out, ends, rows)
+    _tidy(data, starts, _LOOK, automaton(), cut, out, ends, rows)
     return out[: ends[-1]], ends, rows
 
 
@@ -77,12 +79,13 @@ def _is_boilerplate(out: Any, begin: int, end: int, phrases: Any, row: Any) -> t
     """Walks a line through the automaton: (whether it goes, bits of the advertisements in it)."""
     while begin < end and (out[begin] == 32 or out[begin] == 9):
         begin += 1
-    state, marks = 0, 0
-    adverts = np.uint64(0)
+    marks, row_of_state, adverts = 0, np.uint64(0), np.uint64(0)
     for p in range(begin, end):
-        state = int(phrases.move[state, phrases.symbol[out[p]]])
-        mark = int(phrases.marks[state])
-        if mark:
+        entry = phrases.move[row_of_state + np.uint64(phrases.symbol[out[p]])]
+        row_of_state = np.uint64(entry >> 1)
+        if entry & 1:
+            state = int(row_of_state) // phrases.symbols
+            mark = int(phrases.marks[state])
             if mark & BEGINS and p + 1 - begin != phrases.depth[state]:
                 mark &= ~BEGINS
             marks |= mark
@@ -107,7 +110,7 @@ def _bits(word: Any) -> int:
 
 
 @compiled
-def _tidy(data: Any, starts: Any, phrases: Any, cut: bool, out: Any, ends: Any, rows: Any) -> None:
+def _tidy(data: Any, starts: Any, look: Any, phrases: Any, cut: bool, out: Any, ends: Any, rows: Any) -> None:
     w = 0
     for text in range(len(rows)):
         row = rows[text]
@@ -118,7 +121,8 @@ def _tidy(data: Any, starts: Any, phrases: Any, cut: bool, out: Any, ends: Any, 
         while p <= end:
             size = breaks = 0
             if p < end:
-                size, breaks = _break(data, p, end)
+                if look[data[p]]:
+                    size, breaks = _break(data, p, end)
                 if size == 0:
                     out[w] = data[p]
                     w += 1
