@@ -1,36 +1,40 @@
-"""Cleaning: light repair, rules that drop a document with a reason, first-form scores of quality and value.
+"""Cleaning: light repair, boilerplate lines out, rules that drop a document with a reason, language, a first quality.
 
-The rules for running text are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and table A1), as far
-as they fit texts this short; listings (dictionary and terminology text) and code are only checked for length,
-encoding and repeated lines. Nothing is normalised: the tokenizer does not, either.
+    texts --tidy--> repaired, boilerplate lines cut --measure--> counts --identify--> languages --rules--> kept | dropped
+
+`tidy` and `measure` read bytes in compiled code, `clean_rules.Rules` holds the thresholds with their sources, and rules
+look at a whole batch at once; only what is dropped is touched one by one. The rules for running text are not asked of listings (dictionary and terminology text) and
+code, which are only checked for length, encoding and, listings, repeated lines. Nothing is normalised: the tokenizer
+does not, either; full-width letters and composed and decomposed accents stay as they are.
 """
 
 import re
-from collections import Counter
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from galenic.corpus.clean_rules import Rules
+from galenic.corpus.language import HARDLY_HAN, MOSTLY_HAN, identify
+from galenic.corpus.measure import HAN, LATIN, SCRIPTS, measure
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
+from galenic.corpus.texts import buffers, column
+from galenic.corpus.tidy import TIDIED, tidy
 
-SHORTEST = 40
-"""Characters; less carries no statement."""
-LONGEST = 20_000
-"""Characters; more is a table or a dump."""
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-# C0 and C1 controls except tab and newline, zero-width and direction marks, BOM, noncharacters.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060\ufeff\ufffe\uffff]")
-_TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
-_BLANK_LINES = re.compile(r"\n{4,}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# UTF-8 read as Latin-1 or Windows-1252: the lead byte of a two- or three-byte sequence, then a continuation byte.
-_MOJIBAKE = re.compile(
-    "[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u0080-\u00bf\u2018-\u203a\u0153\u2122\u02dc]"
+Form = Literal["prose", "listing", "code"]
+STARTER = Rules(
+    longest=20_000, hashes=1, ended_lines=0, repeated_line_characters=1, repeated_ngrams=(1.0,) * 6
 )
-_HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
-_LETTER = re.compile(r"[^\W\d_]")
-_WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+(?:['’-][^\W_\u3400-\u9fff]+)*")
-_STOP_WORDS = frozenset("the be to of and that have with is are in a as for".split())
+"""Of the starter's documents, none of which is a book or a page of the web: the documentation of Python among them is
+wrapped at 72 columns and repeats the names it explains."""
+FULL_LENGTH = 400
+"""Characters from which length adds nothing to quality."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def repair(text: str) -> str:
@@ -39,118 +43,256 @@ def repair(text: str) -> str:
     >>> repair("a\r\nb \x00\n\n\n\n\nc")
     'a\nb\n\n\nc'
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
-    text = _TRAILING.sub("", _CONTROLS.sub("", text))
-    return _BLANK_LINES.sub("\n\n\n", text).strip("\n")
+    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    repaired, _, _ = tidy(data, np.array([0, len(data)]), cut=False)
+    return repaired.tobytes().decode("utf-8", "surrogatepass")
 
 
-def han_share(text: str) -> float:
-    """Returns the share of letters that are Han characters, in [0, 1]."""
-    letters = len(_LETTER.findall(text))
-    return len(_HAN.findall(text)) / letters if letters else 0.0
+def clean_table(table: "pa.Table", *, form: Form, rules: Rules) -> "tuple[pa.Table, pa.Table]":
+    """Repairs, checks, labels and scores a batch of documents.
 
+    Args:
+        table: with columns `id`, `text` and, if declared, `language` (empty or null where it is not); others pass.
+        form: which rules fit.
+        rules: their thresholds.
 
-def language(text: str) -> str:
-    """Labels a text by script: `zh` above 60% Han letters, `en` below 5%, `en-zh` between.
-
-    Short Chinese texts keep Latin letters (units, drug names) and bilingual lists have two to five Latin letters for
-    each Han character, hence the wide middle.
+    Returns:
+        (kept documents: the same columns with the text repaired and the language filled in, and `quality` in [0, 1] and
+        `cut_lines`, how many lines of boilerplate went; dropped ones: `id`, `reason`, `detail`, `text` as it came), both
+        in the order of the table.
     """
-    share = han_share(text)
-    return "zh" if share > 0.6 else "en" if share < 0.05 else "en-zh"
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    given = table["text"].cast(pa.large_string())
+    given = (pc.fill_null(given, "") if given.null_count else given).combine_chunks()
+    if isinstance(given, pa.ChunkedArray):  # an empty table
+        given = column([])
+    data, starts, tidied = tidy(*buffers(given), cut=form == "prose")
+    texts = pa.LargeStringArray.from_buffers(len(given), pa.py_buffer(starts), pa.py_buffer(data))
+    measures = measure(data, starts, longest=4 * rules.longest)
+    declared = table["language"].to_pylist() if "language" in table.column_names else [None] * len(table)
+    labels = _labels(data, starts, measures, declared, form)
+    reasons, details = _judge(measures, tidied, labels, form, rules)
+
+    keep = np.array([not reason for reason in reasons], dtype=bool)
+    gone = np.flatnonzero(~keep)
+    dropped = pa.table(
+        {
+            "id": table["id"].take(gone),
+            "reason": column(reasons[i] for i in gone),
+            "detail": column(details[i] for i in gone),
+            "text": given.take(pa.array(gone)),
+        }
+    )
+    kept = table.set_column(table.column_names.index("text"), "text", texts)
+    language = pa.array(
+        labels, type=table.schema.field("language").type if "language" in table.column_names else None
+    )
+    if "language" in table.column_names:
+        kept = kept.set_column(table.column_names.index("language"), "language", language)
+    else:
+        kept = kept.append_column("language", language)
+    kept = kept.append_column("quality", pa.array(_quality(measures, form, rules)))
+    kept = kept.append_column("cut_lines", pa.array(tidied["cut_lines"].astype(np.int32)))
+    return kept.filter(pa.array(keep)), dropped
 
 
-def broken_encoding(text: str) -> str:
-    """Returns what is wrong with the encoding, or an empty string."""
-    if _SURROGATE.search(text):
-        return "lone surrogate"
-    replaced = text.count("\ufffd")
-    if replaced:
-        return f"{replaced} replacement characters"
-    mojibake = len(_MOJIBAKE.findall(text))
-    return f"{mojibake} sequences of UTF-8 read as Latin-1" if mojibake >= 2 else ""
-
-
-def repeated_line_share(text: str) -> float:
-    """Returns the share of non-blank lines that already occurred."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return 1 - len(set(lines)) / len(lines) if lines else 0.0
-
-
-def top_ngram_share(words: list[str], n: int) -> float:
-    """Returns the share of the words' characters covered by the most frequent n-gram (counted if it repeats)."""
-    grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-    if not grams:
-        return 0.0
-    gram, count = max(grams.items(), key=lambda item: (item[1] * sum(map(len, item[0])), item[0]))
-    total = sum(map(len, words))
-    return min(1.0, count * sum(map(len, gram)) / total) if count > 1 and total else 0.0
-
-
-def defect(text: str, form: Literal["prose", "listing", "code"]) -> tuple[str, str]:
-    """Returns (reason, detail) of the first rule a repaired text breaks, or two empty strings."""
-    if len(text) < SHORTEST:
-        return "too short", f"{len(text)} characters, at least {SHORTEST}"
-    if len(text) > LONGEST:
-        return "too long", f"{len(text)} characters, at most {LONGEST}"
-    broken = broken_encoding(text)
-    if broken:
-        return "broken encoding", broken
+def _labels(
+    data: np.ndarray, starts: np.ndarray, measures: np.ndarray, declared: list[str | None], form: Form
+) -> list[str]:
     if form == "code":
-        return "", ""
-    if repeated_line_share(text) > 0.3:
-        return "repetition", f"{repeated_line_share(text):.0%} of the lines repeat, at most 30%"
-    return _prose_defect(text) if form == "prose" else ("", "")
+        return ["code"] * len(measures)
+    open_ = [i for i, label in enumerate(declared) if not label]
+    if not open_:
+        return [label or "" for label in declared]
+    labels = list(declared)
+    for i, label in zip(open_, identify(data, starts, measures, np.array(open_)), strict=True):
+        labels[i] = label
+    return [label or "" for label in labels]
 
 
-def _prose_defect(text: str) -> tuple[str, str]:
-    words = _WORD.findall(text)
-    if len(words) < 8:
-        return "too short", f"{len(words)} words, at least 8"
-    if han_share(text) < 0.05:
-        mean = sum(map(len, words)) / len(words)
-        if not 3 <= mean <= 10:
-            return "word length", f"mean word length {mean:.1f}, 3 to 10"
-        stops = len(_STOP_WORDS.intersection(word.lower() for word in words))
-        if stops < 2 and len(words) >= 30:  # a sentence may do without
-            return "not running text", f"{stops} different stop words, at least 2"
-    alphabetic = sum(_LETTER.search(word) is not None for word in words) / len(words)
-    if alphabetic < 0.7:
-        return "symbols", f"{alphabetic:.0%} of the words have a letter, at least 70%"
-    # An n-gram of a short text is a large share of it by arithmetic, not by fault.
-    if len(words) >= 100:
-        for n, limit in ((2, 0.20), (3, 0.18), (4, 0.16)):
-            share = top_ngram_share(words, n)
-            if share > limit:
-                return "repetition", f"top {n}-gram covers {share:.0%}, at most {limit:.0%}"
-    return "", ""
+def _judge(
+    m: np.ndarray, tidied: np.ndarray, labels: list[str], form: Form, rules: Rules
+) -> tuple[list[str], list[str]]:
+    """Returns for each document the first rule it breaks, with the numbers, or two empty strings."""
+    reasons, details = [""] * len(m), [""] * len(m)
+
+    def drop(
+        reason: str,
+        numbers: np.ndarray,
+        words: str,
+        *,
+        above: Any = None,
+        below: Any = None,
+        where: Any = True,
+    ):
+        broken = where & (numbers > above if below is None else numbers < below)
+        for i in np.flatnonzero(broken):
+            if not reasons[i]:
+                limit = f"at most {above}" if below is None else f"at least {below}"
+                reasons[i], details[i] = reason, f"{words.format(numbers[i])}, {limit}"
+
+    words, lines, letters = (np.maximum(m[name], 1) for name in ("words", "lines", "letters"))
+    characters, word_characters = np.maximum(m["characters"], 1), np.maximum(m["word_characters"], 1)
+    prose = form == "prose"
+    gone = tidied["cut_characters"]
+    drop(
+        "boilerplate",
+        gone / np.maximum(gone + m["characters"], 1),
+        "{:.0%} boilerplate",
+        above=rules.boilerplate,
+    )
+    drop("too short", m["characters"], "{} characters", below=rules.shortest)
+    drop("too long", m["characters"], "{} characters", above=rules.longest)
+    drop("broken encoding", m["replaced"], "{} replacement characters", above=rules.replaced)
+    mojibake = m["mojibake"] + tidied["lost_mojibake"]
+    drop("broken encoding", mojibake, "{} sequences of UTF-8 read as another encoding", above=rules.mojibake)
+    if rules.languages and form != "code":
+        wanted = {*rules.languages, *(["en-zh"] if {"en", "zh"} <= set(rules.languages) else [])}
+        for i, label in enumerate(labels):
+            if label not in wanted and not reasons[i]:
+                reasons[i], details[i] = "language", f"{label}, wanted {', '.join(rules.languages)}"
+    if form == "code":
+        return reasons, details
+    drop("repetition", m["repeated_lines"] / lines, "{:.0%} of the lines repeat", above=rules.repeated_lines)
+    if not prose:
+        return reasons, details
+
+    scripts = m["scripts"] / letters[:, None]
+    han = scripts[:, HAN] >= HARDLY_HAN
+    spaced = scripts[:, [LATIN, SCRIPTS.index("cyrillic") + 1, SCRIPTS.index("greek") + 1]].sum(1) > 0.5
+    english = np.array([label == "en" for label in labels], dtype=bool) & ~han
+    drop("placeholder", tidied["placeholders"], "{} times lorem ipsum", above=0)
+    drop("too short", m["words"], "{} words", below=rules.fewest_words)
+    drop("too long", m["words"], "{} words", above=rules.most_words, where=~han)
+    mean = m["word_characters"] / words
+    drop("word length", mean, "mean word length {:.1f}", below=rules.shortest_mean_word, where=spaced & ~han)
+    drop("word length", mean, "mean word length {:.1f}", above=rules.longest_mean_word, where=spaced & ~han)
+    several = m["words"] >= rules.stop_words_from
+    drop(
+        "not running text",
+        m["stop_words"],
+        "{} different stop words",
+        below=rules.stop_words,
+        where=english & several,
+    )
+    drop(
+        "symbols",
+        m["lettered_words"] / words,
+        "{:.0%} of the words have a letter",
+        below=rules.lettered_words,
+    )
+    drop("symbols", m["digits"] / word_characters, "{:.0%} digits", above=rules.digits)
+    drop("symbols", m["hashes"] / words, "{:.2f} hash signs a word", above=rules.hashes)
+    drop("symbols", m["ellipses"] / words, "{:.2f} ellipses a word", above=rules.ellipses)
+    drop("symbols", m["url_characters"] / characters, "{:.0%} in web addresses", above=rules.urls)
+    many = m["lines"] >= rules.lines_from
+    for name, text, above in (
+        ("bullet_lines", "begin with a bullet", rules.bullet_lines),
+        ("ellipsis_lines", "end with an ellipsis", rules.ellipsis_lines),
+        ("short_lines", "are short", rules.short_lines),
+        ("code_lines", "end like code", rules.code_lines),
+    ):
+        drop("not running text", m[name] / lines, f"{{:.0%}} of the lines {text}", above=above, where=many)
+    ended = m["ended_lines"] / lines
+    drop("not running text", ended, "{:.0%} of the lines end a sentence", below=rules.ended_lines, where=many)
+    repeated = m["repeated_line_characters"] / np.maximum(m["line_characters"], 1)
+    drop("repetition", repeated, "{:.0%} in repeated lines", above=rules.repeated_line_characters)
+    enough = m["words"] >= rules.ngrams_from
+    for i, limit in enumerate(rules.top_ngrams):
+        share = np.minimum(m["top"][:, i] / word_characters, 1)
+        drop("repetition", share, f"top {i + 2}-gram covers {{:.0%}}", above=limit, where=enough)
+    for chosen, limits in ((~han, rules.repeated_ngrams), (han, rules.repeated_ngrams_zh)):
+        for i, limit in enumerate(limits):
+            share = m["repeated"][:, i] / word_characters
+            drop(
+                "repetition", share, f"{{:.0%}} in repeated {i + 5}-grams", above=limit, where=enough & chosen
+            )
+    adverts = tidied["adverts"]
+    dense = adverts >= np.maximum(rules.adverts, rules.advert_density * m["words"])
+    drop("advertisement", adverts, "{} phrases of advertisements", above=rules.adverts - 1, where=dense)
+    return reasons, details
 
 
-def quality(text: str, form: Literal["prose", "listing", "code"]) -> float:
-    """Scores a kept text in [0, 1] by how far it stays from the rules: length, repeated lines, words with letters.
+def _quality(m: np.ndarray, form: Form, rules: Rules) -> list[float]:
+    """Scores texts in [0, 1] by how far they stay from the rules: length, repeated lines, words with letters.
 
     A first form: the mean of three margins. It ranks stubs below full paragraphs and says nothing about truth.
     """
-    words = _WORD.findall(text)
-    length = min(1.0, len(text) / 400)
-    fresh = 1.0 if form == "code" else max(0.0, 1 - repeated_line_share(text) / 0.3)
-    alphabetic = sum(_LETTER.search(word) is not None for word in words) / len(words) if words else 0.0
-    return round((length + fresh + alphabetic) / 3, 4)
+    length = np.minimum(1.0, m["characters"] / FULL_LENGTH)
+    repeated = m["repeated_lines"] / np.maximum(m["lines"], 1)
+    fresh = 1.0 if form == "code" else np.maximum(0.0, 1 - repeated / max(rules.repeated_lines, 1e-9))
+    lettered = m["lettered_words"] / np.maximum(m["words"], 1)
+    return [round(score, 4) for score in ((length + fresh + lettered) / 3).tolist()]
+
+
+# ---------------------------------------------------------------------------- one text
 
 
 def clean(document: Document) -> tuple[Document | None, str, str]:
-    """Repairs, checks, labels and scores a document.
+    """Cleans one document of the starter.
 
     Returns:
         (document, "", "") if it is kept, (None, reason, detail) if not. `value` is how far its source is trusted in
         medicine.
     """
+    import pyarrow as pa
+
     source = SOURCES[document.source]
-    text = repair(document.text)
-    reason, detail = defect(text, source.form)
-    if reason:
-        return None, reason, detail
-    label = "code" if source.form == "code" else language(text)
+    if _SURROGATE.search(document.text):
+        return None, "broken encoding", "lone surrogate"
+    label = language(document.text)  # the sources are known to be English and Chinese
+    table = pa.table({"id": [document.id], "text": column([document.text]), "language": [label]})
+    kept, dropped = clean_table(table, form=source.form, rules=STARTER)
+    if len(dropped):
+        return None, dropped["reason"][0].as_py(), dropped["detail"][0].as_py()
+    row = kept.to_pylist()[0]
     value = source.trust if document.department else 0.0
-    kept = replace(document, text=text, language=label, quality=quality(text, source.form), value=value)
-    return kept, "", ""
+    return (
+        replace(document, text=row["text"], language=row["language"], quality=row["quality"], value=value),
+        "",
+        "",
+    )
+
+
+def defect(text: str, form: Form) -> tuple[str, str]:
+    """Returns (reason, detail) of the first rule of the starter a text breaks, or two empty strings."""
+    if _SURROGATE.search(text):
+        return "broken encoding", "lone surrogate"
+    reasons, details = _judge(_measured(text), np.zeros(1, dtype=TIDIED), [language(text)], form, STARTER)
+    return reasons[0], details[0]
+
+
+def quality(text: str, form: Form) -> float:
+    """Scores a text in [0, 1] as `clean_table` does."""
+    return _quality(_measured(text), form, STARTER)[0]
+
+
+def language(text: str) -> str:
+    """Labels a text by script alone: `zh` above 60% Han letters, `en` below 5%, `en-zh` between."""
+    share = han_share(text)
+    return "zh" if share > MOSTLY_HAN else "en" if share < HARDLY_HAN else "en-zh"
+
+
+def han_share(text: str) -> float:
+    """Returns the share of letters that are Han characters, in [0, 1]."""
+    m = _measured(text)
+    return float(m["scripts"][0, HAN] / max(m["letters"][0], 1))
+
+
+def repeated_line_share(text: str) -> float:
+    """Returns the share of non-blank lines that already occurred."""
+    m = _measured(text)
+    return float(m["repeated_lines"][0] / max(m["lines"][0], 1))
+
+
+def top_ngram_share(words: list[str], n: int) -> float:
+    """Returns the share of the words' characters that the 2-, 3- or 4-gram covers which covers most, if it repeats."""
+    m = _measured(" ".join(words))
+    return min(1.0, float(m["top"][0, n - 2] / max(m["word_characters"][0], 1)))
+
+
+def _measured(text: str) -> np.ndarray:
+    data = np.frombuffer(_SURROGATE.sub("\ufffd", text).encode(), dtype=np.uint8)
+    return measure(data, np.array([0, len(data)]))

@@ -15,19 +15,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from galenic.corpus.phrases import BEGINS, CONTAINS, PLACEHOLDER, Automaton, automaton
+from galenic.corpus.tidy import _bits
 from galenic.merge.kernels import compiled
 
 STOP_WORDS = tuple("the be to of and that have with is are in a as for".split())
 """Those of Gopher (the, be, to, of, and, that, have, with), and six that short medical sentences have instead."""
 SHORT_LINE = 30
 """Bytes: 30 Latin letters (FineWeb's short line) or 10 Han characters."""
-SCRIPTS = ("latin", "han", "kana", "hangul", "cyrillic", "greek", "arabic", "hebrew", "indic", "thai", "other")
+SCRIPTS = (
+    "latin",
+    "han",
+    "kana",
+    "hangul",
+    "cyrillic",
+    "greek",
+    "arabic",
+    "hebrew",
+    "indic",
+    "thai",
+    "other",
+)
 """Kinds of letters; in the table and in `MEASURES["scripts"]` the first one has number 1."""
 LATIN, HAN = 1, 2
 
 # Bits of the table, above the script's four.
-WORD, DIGIT, SPACE, FORBIDDEN, JOINS, ENDS, BULLET, CONTINUES = (1 << bit for bit in range(4, 12))
+WORD, DIGIT, SPACE, JOINS, ENDS, BULLET, CONTINUES = (1 << bit for bit in range(4, 11))
 
 MEASURES = np.dtype(
     [
@@ -42,6 +54,7 @@ MEASURES = np.dtype(
             "replaced",  # U+FFFD
             "mojibake",  # sequences of UTF-8 read as another encoding
             "stop_words",  # different ones of STOP_WORDS
+            "stop_word_uses",
             "lines",
             "line_characters",
             "repeated_lines",  # all but the first of equal lines
@@ -54,16 +67,15 @@ MEASURES = np.dtype(
             "hashes",
             "ellipses",
             "url_characters",
-            "boilerplate_lines",
-            "boilerplate_characters",
-            "adverts",  # different phrases of advertisements
-            "placeholders",
-            "unclean",  # 1 if `repair` changes the text
         )
     ]
     + [
         ("scripts", np.int64, (len(SCRIPTS) + 1,)),  # letters of each; 0 is unused
-        ("top", np.int64, (3,)),  # characters of the 2-, 3-, 4-gram that covers most, times how often it occurs
+        (
+            "top",
+            np.int64,
+            (3,),
+        ),  # characters of the 2-, 3-, 4-gram that covers most, times how often it occurs
         ("repeated", np.int64, (6,)),  # characters of words in a 5- ... 10-gram that occurred before
     ]
 )
@@ -84,10 +96,6 @@ _SCRIPT_RANGES = {
     "indic": ((0x900, 0xDFF),),
     "thai": ((0xE00, 0xE7F),),
 }
-FORBIDDEN_CHARACTERS = (
-    "\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffe\uffff"  # of a regular expression
-)
-"""C0 and C1 controls except tab and newline, zero-width and direction marks, separators, BOM, noncharacters."""
 JOINING = "'’-"
 ENDING = ".!?\"'”’»…。！？」』"
 BULLETS = "•‣◦⁃●○■□▪▫◆◇▶►※·➢–—*-"
@@ -133,7 +141,9 @@ class Scratch(NamedTuple):
 @functools.cache
 def tables() -> Tables:
     """Returns the tables, made from Python's own idea of letters, digits and blanks in a tenth of a second."""
-    everything = "".join(map(chr, range(0xD800))) + "\ue000" * 0x800 + "".join(map(chr, range(0xE000, 0x110000)))
+    everything = (
+        "".join(map(chr, range(0xD800))) + "\ue000" * 0x800 + "".join(map(chr, range(0xE000, 0x110000)))
+    )
     kinds = np.zeros(0x110000, dtype=np.uint16)
     other = len(SCRIPTS)
     script = np.full(0x110000, other, dtype=np.uint16)
@@ -143,7 +153,6 @@ def tables() -> Tables:
     for pattern, bit in (
         (r"[^\W_]", WORD),
         (r"\d", DIGIT),
-        (f"[{FORBIDDEN_CHARACTERS}]", FORBIDDEN),
         (f"[{re.escape(JOINING)}]", JOINS),
         (f"[{re.escape(ENDING)}]", ENDS),
         (f"[{re.escape(BULLETS)}]", BULLET),
@@ -165,26 +174,20 @@ def tables() -> Tables:
     return Tables(kinds, stop_keys, stop_bits)
 
 
-def measure(
-    data: np.ndarray, starts: np.ndarray, *, prose: bool = True, longest: int = 1 << 40, partly: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def measure(data: np.ndarray, starts: np.ndarray, *, longest: int = 1 << 40) -> np.ndarray:
     """Measures texts.
 
     Args:
         data: (bytes,) uint8, valid UTF-8.
         starts: (n + 1,) int64; text i is `data[starts[i] : starts[i + 1]]`.
-        prose: look for boilerplate, advertisements and placeholder text.
         longest: of texts of more bytes only the characters are counted.
-        partly: leave out repetition of texts that are unclean or have boilerplate, as they will be changed.
 
     Returns:
-        (rows of MEASURES (n,), lines of boilerplate (k, 3): text, first byte, byte after its newline; in order).
+        (n,) rows of MEASURES.
     """
     sizes = np.diff(starts)
     longest_text = int(sizes[sizes <= longest].max(initial=0)) + 2
-    used = data[starts[0] : starts[-1]]
     out = np.zeros(len(sizes), dtype=MEASURES)
-    cuts = np.zeros((int(np.count_nonzero(used == 10)) + len(sizes) if prose else 0, 3), dtype=np.int64)
     slots = 4
     while slots < 2 * longest_text:
         slots *= 2
@@ -200,8 +203,8 @@ def measure(
         live=integers[3],
         slots=np.empty(slots, dtype=np.int32),
     )
-    found = _measure(data, starts, tables(), automaton(), scratch, prose, longest, partly, out, cuts)
-    return out, cuts[:found]
+    _measure(data, starts, tables(), scratch, longest, out)
+    return out
 
 
 @compiled
@@ -210,15 +213,6 @@ def _hash(data: Any, begin: int, end: int) -> Any:
     for p in range(begin, end):
         hashed = (hashed ^ np.uint64(data[p])) * _FNV
     return hashed
-
-
-@compiled
-def _bits(word: Any) -> int:
-    count = 0
-    while word:
-        word &= word - np.uint64(1)
-        count += 1
-    return count
 
 
 @compiled
@@ -239,24 +233,16 @@ def _url(data: Any, p: int, end: int) -> int:
 
 
 @compiled
-def _read(
-    data: Any, begin: int, end: int, look: Any, phrases: Any, scratch: Any, prose: bool, text: int, row: Any, cuts: Any, found: int
-) -> tuple[int, int]:
-    """Reads a text once, character by character, with a newline behind it; all but repetition is counted here.
-
-    Returns:
-        (words, lines of boilerplate of this text and those before it).
-    """
+def _read(data: Any, begin: int, end: int, look: Any, scratch: Any, row: Any) -> None:
+    """Reads a text once, character by character, with a newline behind it; all but repetition is counted here."""
     characters = words = word_characters = lettered = letters = digits = replaced = mojibake = lines = 0
     line_characters = hashes = ellipses = address_characters = 0
-    unclean = False
-    stops = adverts = np.uint64(0)
+    stops = np.uint64(0)
     # the word that is being read
     length, key, wide, joint = 0, np.uint64(0), 0, 0
     lettered_word = False
     hashed = _FNV_SEED
     # the line
-    state, marks, line = 0, 0, begin
     first = last = -1
     first_character = last_character = opening = closing = closing_run = 0
     # the characters before this one
@@ -282,8 +268,6 @@ def _read(
             characters += 1
         kind = int(look.kinds[point])
         run = run + 1 if point == before else 1
-        if kind & FORBIDDEN:
-            unclean = True
 
         # ---- words
         script = kind & 15
@@ -318,6 +302,7 @@ def _read(
                     while look.stop_keys[slot]:
                         if look.stop_keys[slot] == key:
                             stops |= look.stop_bits[slot]
+                            row.stop_word_uses += 1
                             break
                         slot = (slot + np.uint64(1)) % np.uint64(_STOP_SLOTS)
                 length, key, wide, joint = 0, np.uint64(0), 0, 0
@@ -351,12 +336,12 @@ def _read(
             elif 0xE5 <= before_that <= 0xE8:
                 mojibake += kind & CONTINUES > 0 and look.kinds[before] & CONTINUES > 0
             else:
-                mojibake += point == 0x9286 or (point == 0x62F7 and before == 0x65A4 and before_that == 0x951F)
+                mojibake += point == 0x9286 or (
+                    point == 0x62F7 and before == 0x65A4 and before_that == 0x951F
+                )
 
         # ---- lines
         if point == 10:
-            if run > 3 or before == 32 or before == 9:
-                unclean = True
             if first >= 0:
                 size_of_line = last - first
                 scratch.lines[lines, 0] = first
@@ -365,48 +350,25 @@ def _read(
                 lines += 1
                 line_characters += last_character - first_character
                 row.short_lines += size_of_line <= SHORT_LINE
-                row.ellipsis_lines += closing == 0x2026 or (closing_run >= 3 and (closing == 46 or closing == 0x3002))
+                row.ellipsis_lines += closing == 0x2026 or (
+                    closing_run >= 3 and (closing == 46 or closing == 0x3002)
+                )
                 row.bullet_lines += look.kinds[opening] & BULLET > 0
                 row.ended_lines += look.kinds[closing] & ENDS > 0
                 row.code_lines += closing == 59 or closing == 123 or closing == 125
-                if (marks & CONTAINS and size_of_line <= phrases.longest_containing) or (
-                    marks & BEGINS and size_of_line <= phrases.longest_beginning
-                ):
-                    row.boilerplate_lines += 1
-                    row.boilerplate_characters += last_character - first_character
-                    cuts[found, 0] = text
-                    cuts[found, 1] = line
-                    cuts[found, 2] = p + size
-                    found += 1
-            state, marks, line, first = 0, 0, p + size, -1
+            first = -1
         elif not kind & SPACE:
             if first < 0:
                 first, first_character, opening = p, characters - 1, point
             last, last_character, closing, closing_run = p + size, characters, point, run
-
-        # ---- phrases
-        if prose and point != 10:
-            for q in range(p, min(p + size, end)):
-                state = int(phrases.move[state, phrases.symbol[data[q]]])
-            mark = int(phrases.marks[state])
-            if mark:
-                if mark & BEGINS and p + size - first != phrases.depth[state]:
-                    mark &= ~BEGINS
-                marks |= mark
-                row.placeholders += mark & PLACEHOLDER > 0
-                adverts |= phrases.adverts[state]
         before_that, before = before, point
         p += max(size, 1)
-    if end > begin and (data[begin] == 10 or data[end - 1] == 10):
-        unclean = True
     row.characters = characters
     row.words, row.word_characters, row.lettered_words = words, word_characters, lettered
     row.letters, row.digits, row.replaced, row.mojibake = letters, digits, replaced, mojibake
-    row.stop_words, row.adverts = _bits(stops), _bits(adverts)
+    row.stop_words = _bits(stops)
     row.lines, row.line_characters = lines, line_characters
     row.hashes, row.ellipses, row.url_characters = hashes, ellipses, address_characters
-    row.unclean = unclean
-    return words, found
 
 
 @compiled
@@ -433,8 +395,9 @@ def _repeated_lines(data: Any, scratch: Any, row: Any) -> None:
 
 
 @compiled
-def _repeated_grams(scratch: Any, words: int, row: Any) -> None:
+def _repeated_grams(scratch: Any, row: Any) -> None:
     """Fills in `top` and `repeated`."""
+    words = row.words
     hashes, first, gram, count = scratch.hashes, scratch.first, scratch.gram, scratch.count
     keys, live, slots, ends = scratch.keys, scratch.live, scratch.slots, scratch.ends
     ends[0] = 0
@@ -496,10 +459,7 @@ def _repeated_grams(scratch: Any, words: int, row: Any) -> None:
 
 
 @compiled
-def _measure(
-    data: Any, starts: Any, look: Any, phrases: Automaton, scratch: Any, prose: bool, longest: int, partly: bool, out: Any, cuts: Any
-) -> int:
-    found = 0
+def _measure(data: Any, starts: Any, look: Any, scratch: Any, longest: int, out: Any) -> None:
     for text in range(len(out)):
         begin, end = starts[text], starts[text + 1]
         row = out[text]
@@ -507,8 +467,6 @@ def _measure(
             for p in range(begin, end):
                 row.characters += data[p] & 0xC0 != 0x80
             continue
-        words, found = _read(data, begin, end, look, phrases, scratch, prose, text, row, cuts, found)
-        if not partly or not (row.unclean or row.boilerplate_lines):
-            _repeated_lines(data, scratch, row)
-            _repeated_grams(scratch, words, row)
-    return found
+        _read(data, begin, end, look, scratch, row)
+        _repeated_lines(data, scratch, row)
+        _repeated_grams(scratch, row)

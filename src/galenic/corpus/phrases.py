@@ -62,7 +62,8 @@ ADVERTS = (
 
 LONGEST_CONTAINING, LONGEST_BEGINNING = 200, 90
 """Bytes of a line: of Latin letters as many, of Han characters a third. A longer line says something else, too."""
-CONTAINS, BEGINS, PLACEHOLDER = 1, 2, 4
+CONTAINS, BEGINS, PLACEHOLDER, ADVERT = 1, 2, 4, 8
+"""Marks of a state."""
 
 
 class Automaton(NamedTuple):
@@ -71,10 +72,11 @@ class Automaton(NamedTuple):
     symbol: np.ndarray
     """(256,) uint8: which column of `move` a byte has; upper-case letters that of lower-case ones, unused bytes 0."""
     move: np.ndarray
-    """(states, symbols) int16: the next state."""
+    """(states * symbols,) uint32: twice where the next state's row begins, plus one if the next state has marks."""
+    symbols: int
+    """Entries of a row."""
     marks: np.ndarray
-    """(states,) uint8: CONTAINS and PLACEHOLDER if such a phrase ends here, BEGINS if the whole state is one; 8 if an
-    advertisement's does."""
+    """(states,) uint8: CONTAINS, PLACEHOLDER, ADVERT if such a phrase ends here; BEGINS if the whole state is one."""
     depth: np.ndarray
     """(states,) uint8: bytes of the state."""
     adverts: np.ndarray
@@ -86,7 +88,7 @@ class Automaton(NamedTuple):
 @functools.cache
 def automaton() -> Automaton:
     """Returns the automaton of the phrases above."""
-    kinds = [(ANYWHERE, CONTAINS), (AT_THE_START, BEGINS), (PLACEHOLDERS, PLACEHOLDER), (ADVERTS, 8)]
+    kinds = [(ANYWHERE, CONTAINS), (AT_THE_START, BEGINS), (PLACEHOLDERS, PLACEHOLDER), (ADVERTS, ADVERT)]
     used = sorted({byte for phrases, _ in kinds for phrase in phrases for byte in phrase.encode()})
     symbol = np.zeros(256, dtype=np.uint8)
     symbol[used] = np.arange(1, len(used) + 1)
@@ -105,7 +107,7 @@ def automaton() -> Automaton:
                     adverts.append(0)
                 state = children[state][int(symbol[byte])]
             marks[state] |= kind
-            adverts[state] |= 1 << number if kind == 8 else 0
+            adverts[state] |= 1 << number if kind == ADVERT else 0
     # Breadth first: the longest proper suffix of a state that is a state is known before it is asked for.
     move = np.zeros((len(children), len(used) + 1), dtype=np.int16)
     suffix, queue = [0] * len(children), [0]
@@ -117,10 +119,13 @@ def automaton() -> Automaton:
             marks[child] |= marks[suffix[child]] & ~BEGINS
             adverts[child] |= adverts[suffix[child]]
             queue.append(child)
+    marked = np.array(marks, dtype=np.uint8)
+    rows = 2 * move.shape[1] * move.astype(np.uint32) + (marked[move] > 0)
     return Automaton(
         symbol,
-        move,
-        np.array(marks, dtype=np.uint8),
+        rows.ravel().astype(np.uint32),
+        move.shape[1],
+        marked,
         np.array(depth, dtype=np.uint8),
         np.array(adverts, dtype=np.uint64),
         LONGEST_CONTAINING,
