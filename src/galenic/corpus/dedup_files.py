@@ -22,8 +22,8 @@ from galenic.runtime import atomic_path, remove
 
 RANGE = 1 << 23
 """Rows of a task, on average: about 40 bytes each."""
-FEW = 1 << 17
-"""Rows below which starting workers takes longer than the work."""
+FEW = 1 << 22
+"""Rows below which this process is done before workers would be worth their start."""
 
 
 class Columns(NamedTuple):
@@ -105,11 +105,12 @@ def find_duplicates(
     outputs = [out / f"{file.stem}.npy" for file in files]
     if len(set(outputs)) < len(outputs):
         raise ValueError("two signature files have one name")
+    edges = out / "edges"
     if all(output.exists() for output in outputs):
+        remove(edges)
         return
     starts = first_rows(files)
     rows = np.arange(starts[-1])
-    edges = out / "edges"
 
     common: Unit = {"files": [str(file) for file in files], "edges": str(edges)}
     characters = _joined([read_signatures(file).characters for file in files], np.int32)

@@ -82,15 +82,16 @@ def signatures(texts: Any, *, permutations: int = PERMUTATIONS, ngram: int = NGR
         seed: of the hash functions.
     """
     data, offsets = buffers(texts)
-    drawn = np.random.Generator(np.random.PCG64(seed)).integers(0, 1 << 32, 2 * permutations + 2, np.uint32)
-    start = np.uint64(drawn[-1]) << _A | np.uint64(drawn[-2])
-    multipliers, masks = drawn[:permutations] | np.uint32(1), drawn[permutations:-2].copy()
+    # SplitMix64: the same numbers under every version of numpy
+    drawn = _mixed.py_func(np.arange(permutations + 1, dtype=np.uint64) * WORD + np.uint64(seed))
+    multipliers = (drawn[1:] >> _A).astype(np.uint32) | np.uint32(1)
+    masks = drawn[1:].astype(np.uint32)
     result = Signatures(
         exact=np.empty((len(texts), 2), np.uint64),
         hashes=np.full((len(texts), permutations), 0xFFFFFFFF, np.uint32),
         characters=np.empty(len(texts), np.int32),
     )
-    _sign(data, offsets, _characters(), multipliers, masks, start, ngram, *result)
+    _sign(data, offsets, _characters(), multipliers, masks, drawn[0], ngram, *result)
     return result
 
 
