@@ -9,8 +9,9 @@ Found are, in both languages (`overlap.py` says how words are folded and weighed
 * whole item: an item shorter than that, as a whole; a question only with its right answer near, because a short
   stem alone is a phrase that anybody may write;
 * near copy: an item whose shingles (runs of `shingle` words) are those of the text at the same place, up to a Jaccard
-  similarity of `near_copy`. MinHash estimates this number for pairs too many to compare; the items are few enough to
-  be indexed, so that each shared shingle names its candidates and the number is computed exactly.
+  similarity of `near_copy`, if the two share a run of twice as many words. MinHash estimates this similarity for pairs
+  too many to compare; the items are few enough to be indexed, so that each shared run names its candidates and the
+  number is computed exactly.
 
 What is done follows GPT-3, too: the span goes with `window` characters on both sides, short pieces go, and a document
 with many spans goes whole. Llama 2 (arXiv 2307.09288, A.6) and PaLM (arXiv 2204.02311, section 8) call an item
@@ -96,6 +97,7 @@ class Decontamination:
             latin=self.han_ngram,
             han=self.ngram,
             ngram=self.ngram * self.han_ngram,
+            seed=min(2 * self.shingle, self.ngram) * self.han_ngram,
             shingle=self.shingle * self.han_ngram,
             shortest=self.shortest_item * self.han_ngram,
             stock=self.stock,
@@ -221,6 +223,7 @@ def find_spans(texts: Any, evaluations: Evaluations) -> dict[int, list[Span]]:
         sizes.latin,
         sizes.han,
         sizes.ngram,
+        sizes.seed,
         sizes.shingle,
         rules.answer_within,
         rules.near_copy,

@@ -1,7 +1,9 @@
 """Kernels that find the words of evaluation items in texts.
 
-    UTF-8 --split--> hashes of folded words --rolling--> key of the shingle at each word --bit map--> (mostly: nothing)
+    UTF-8 --split--> hashes of folded words --rolling--> key of the seed at each word --bit map--> (mostly: nothing)
                      a hit --> an equal n-gram? an equal short item? a near copy along the diagonal?
+
+A seed is a window of a few words: whatever is looked for begins with one, or holds one.
 
 A word is a run of letters and digits, a Han character is a word by itself; case, width, accents, white space and
 punctuation are folded away. An English word says more than a Han character (Chinese words are 1.5 to 2 characters
@@ -73,7 +75,7 @@ class Index(NamedTuple):
     answer_of: np.ndarray
     """int64 (pieces + 1,): where each one's answer begins in `answers`; most have none."""
     bits: np.ndarray
-    """uint64: bit map of the shingles that begin something; a power of two of bits."""
+    """uint64: bit map of the seeds that begin something; a power of two of bits."""
     ngrams: np.ndarray
     """uint64: keys of n-grams."""
     ngram_at: np.ndarray
@@ -81,7 +83,7 @@ class Index(NamedTuple):
     ngram_places: np.ndarray
     """int64: places in `words`."""
     seeds: np.ndarray
-    """uint64: keys of shingles of long pieces, those in many pieces left out."""
+    """uint64: keys of seeds in long pieces, those in many pieces left out."""
     seed_at: np.ndarray
     seed_places: np.ndarray
     sets: np.ndarray
@@ -195,7 +197,7 @@ def window_end(weights, start, count, weight):
 
 
 @compiled
-def shingle_keys(words, weights, count, weight, keys, stops):
+def rolling_keys(words, weights, count, weight, keys, stops):
     """Fills key and end of the window of `weight` at each word (end -1: none), by a rolling polynomial."""
     value, total, stop = np.uint64(0), 0, 0
     power = np.empty(weight + 2, dtype=np.uint64)  # a word weighs at least 1
@@ -240,15 +242,15 @@ def equal(left, at, right, start, length):
 
 
 @compiled
-def jaccard(keys, stops, start, stop, others):
-    """Returns the Jaccard similarity of the shingles within words [start, stop) and a sorted set of shingles."""
-    mine = np.empty(stop - start, dtype=np.uint64)
+def jaccard(words, weights, start, stop, weight, others):
+    """Returns the Jaccard similarity of the windows of `weight` in [start, stop) and a sorted set of keys."""
+    length = stop - start
+    keys, stops = np.empty(length, dtype=np.uint64), np.empty(length, dtype=np.int64)
+    rolling_keys(words[start:stop], weights[start:stop], length, weight, keys, stops)
     count = 0
-    for i in range(start, stop):
-        if stops[i] >= 0 and stops[i] <= stop:
-            mine[count] = keys[i]
-            count += 1
-    mine = np.sort(mine[:count])
+    while count < length and stops[count] >= 0:
+        count += 1
+    mine = np.sort(keys[:count])
     both, different, j = 0, 0, 0
     for i in range(count):
         if i and mine[i] == mine[i - 1]:
@@ -286,7 +288,7 @@ def with_answer(words, start, stop, answer, within):
 
 
 @compiled
-def scan(data, offsets, table, latin, han, ngram, shingle, within, least, index):
+def scan(data, offsets, table, latin, han, ngram, seed, shingle, within, least, index):
     """Finds what texts share with evaluation items.
 
     Args:
@@ -296,7 +298,8 @@ def scan(data, offsets, table, latin, han, ngram, shingle, within, least, index)
         latin: weight of a word.
         han: weight of a Han character.
         ngram: weight of an n-gram.
-        shingle: weight of a shingle.
+        seed: weight of a seed.
+        shingle: weight of a shingle, the unit of near copies.
         within: words between a short stem and its answer at most.
         least: Jaccard similarity of a near copy.
         index: an `Index`.
@@ -318,7 +321,7 @@ def scan(data, offsets, table, latin, han, ngram, shingle, within, least, index)
     for t in range(len(offsets) - 1):
         first_row = count
         n = split(data, offsets[t], offsets[t + 1], table, latin, han, words, weights, begins, ends)
-        shingle_keys(words, weights, n, shingle, keys, stops)
+        rolling_keys(words, weights, n, seed, keys, stops)
         for i in range(n):
             if stops[i] < 0:
                 break
@@ -362,10 +365,10 @@ def scan(data, offsets, table, latin, han, ngram, shingle, within, least, index)
                         rows[count, 0], rows[count, 1], rows[count, 2] = t, WHOLE, piece
                         rows[count, 3], rows[count, 4] = begins[begin], ends[stop - 1]
                         count += 1
-            # ---- near copies: the item laid along the text so that the shared shingle meets itself
-            seed = find(index.seeds, keys[i])
-            if seed >= 0:
-                for p in range(index.seed_at[seed], index.seed_at[seed + 1]):
+            # ---- near copies: the item laid along the text so that the shared seed meets itself
+            at = find(index.seeds, keys[i])
+            if at >= 0:
+                for p in range(index.seed_at[at], index.seed_at[at + 1]):
                     place = index.seed_places[p]
                     piece = np.searchsorted(index.pieces, place, side="right") - 1
                     start = i - (place - index.pieces[piece])
@@ -375,7 +378,7 @@ def scan(data, offsets, table, latin, han, ngram, shingle, within, least, index)
                     tried[piece, 0], tried[piece, 1] = t, start
                     start, stop = max(start, 0), min(stop, n)
                     others = index.sets[index.set_of[piece] : index.set_of[piece + 1]]
-                    if jaccard(keys, stops, start, stop, others) >= least:
+                    if jaccard(words, weights, start, stop, shingle, others) >= least:
                         rows = grown(rows, count)
                         rows[count, 0], rows[count, 1], rows[count, 2] = t, NEAR, piece
                         rows[count, 3], rows[count, 4] = begins[start], ends[stop - 1]

@@ -19,11 +19,14 @@ class Sizes(NamedTuple):
     """A Han character."""
     ngram: int
     """A run that counts by itself; pieces of this weight are long."""
+    seed: int
+    """A window that whatever is found begins with or holds."""
     shingle: int
+    """A window whose set is compared for near copies."""
     shortest: int
     """A short piece with its answer."""
     stock: int
-    """Pieces that may share an n-gram or a shingle; what more share is common wording."""
+    """Pieces that may share an n-gram or a shingle; what more of them share is common wording."""
 
 
 def build_index(
@@ -48,7 +51,7 @@ def build_index(
     short = (
         ~long
         & np.array(alone)
-        & (weight >= sizes.shingle)
+        & (weight >= sizes.seed)
         & (weight + _sums(answer_weights, answer_at) >= sizes.shortest)
     )
 
@@ -70,14 +73,15 @@ def build_index(
     answer_of = np.concatenate([[0], np.cumsum([len(row) for row in answer_rows])]).astype(np.int64)
     is_long = long[rows]
 
-    keys, there = overlap.windows(words, weights, starts, sizes.shingle)
+    keys, there = overlap.windows(words, weights, starts, sizes.seed)
+    shingles, full = overlap.windows(words, weights, starts, sizes.shingle)
     of_long = np.repeat(is_long, np.diff(starts))
     grams, whole = overlap.windows(words, weights, starts, sizes.ngram)
     owner = np.repeat(np.arange(len(rows)), np.diff(starts))
     ngrams, ngram_at, ngram_places = _postings(grams, whole, owner, sizes.stock)
     seeds, seed_at, seed_places = _postings(keys, there & of_long, owner, sizes.stock)
     sets = [
-        np.unique(keys[a:b][there[a:b]]) if wide else keys[:0]
+        np.unique(shingles[a:b][full[a:b]]) if wide else shingles[:0]
         for a, b, wide in zip(starts[:-1], starts[1:], is_long, strict=True)
     ]
     shorts = np.flatnonzero(~is_long)
