@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-RIDGES = tuple(10.0**k for k in range(-6, 1))
-"""Ridge over the mean square of the (standardised) features."""
+RIDGES = tuple(10.0**k for k in range(-6, 4))
+"""Over the mean square of the (standardised) features; the largest leave the mean alone."""
 FLOORS = tuple(2.0**k for k in range(-3, 7))
 """How far below the least loss c may lie, in standard deviations of the losses; far below, the law is linear."""
 
