@@ -9,6 +9,7 @@ from galenic.corpus import tokenizer as verb
 from galenic.corpus.chat_format import SPECIAL_TOKENS, SYSTEM_PROMPT, encode_conversation, encode_text
 from galenic.corpus.shards import read_meta, read_shard
 from galenic.corpus.tokenizer_config import TokenizerConfig
+from galenic.corpus.tokenizer_units import measure, plan_units, sample
 from galenic.runtime import UserError
 
 TEXTS = [
@@ -90,16 +91,26 @@ def test_training_is_deterministic(folder):
     assert json.loads(again.to_str())["model"] == json.loads((folder / "tokenizer.json").read_text())["model"]
 
 
-def test_training_sample_is_even_over_sources():
-    documents = {
-        ("big", "train"): [{"text": "b" * 100}] * 100,
-        ("small", "train"): [{"text": "s" * 100}] * 5,
-        ("small", "heldout"): [{"text": "h" * 100}] * 5,
-    }
-    texts = verb.training_sample(documents, 2000)
+def test_training_sample_is_even_over_sources(tmp_path):
+    rows = [{"text": "b" * 100, "source": "big", "split": "train"}] * 100
+    rows += [{"text": "s" * 100, "source": "small", "split": "train"}] * 5
+    rows += [{"text": "h" * 100, "source": "small", "split": "heldout"}] * 5
+    units = plan_units(write_parts(tmp_path / "documents.parquet", [rows]))
+    texts = sample(units, [measure(unit)["counts"] for unit in units], 2000)
     assert texts.count("s" * 100) == 5
     assert texts.count("b" * 100) == 15
     assert "h" * 100 not in texts
+
+
+def write_parts(path, parts, row_group_size=8192):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    path.mkdir()
+    for number, rows in enumerate(parts):
+        table = pa.Table.from_pylist([{"weight": 1.0} | row for row in rows])
+        parquet.write_table(table, path / f"{number:05d}.parquet", row_group_size=row_group_size)
+    return path
 
 
 def write_corpus(path, rows):

@@ -8,8 +8,7 @@ AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus.chat_format import BOS, EOS, PAD
-from galenic.corpus.shards import Shard, read_meta, read_shard
+from galenic.corpus.shards import Shard, read_meta, read_shard, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
 from galenic.runtime import (
     Plan,
@@ -31,7 +30,7 @@ def plan(config: PretrainConfig) -> Plan:
 
     meta = read_meta(config.tokenizer)
     with torch.device("meta"):
-        model = build_model(config.architecture, meta["vocab_size"], config.phases[0])
+        model = build_model(config.architecture, meta, config.phases[0])
     total = sum(parameter.numel() for parameter in model.parameters())
     matmul = total - model.get_input_embeddings().weight.numel()
     tokens = sum(phase.tokens for phase in config.phases)
@@ -55,7 +54,8 @@ def plan(config: PretrainConfig) -> Plan:
         end = phase.final_lr if phase.final_lr is not None else config.optim.lr
         facts[phase.name] = (
             f"{steps} steps of {phase.rows} x {phase.context} tokens, RoPE base {phase.rope_theta:g}, "
-            f"learning rate {config.optim.lr:g} to {end:g}; {', '.join(repeats)}"
+            f"learning rate {config.optim.lr:g} to {end:g}; {', '.join(repeats)}; "
+            f"{_packing(config, phase)}"
         )
     return Plan(
         reads=config.reads(),
@@ -67,13 +67,13 @@ def plan(config: PretrainConfig) -> Plan:
 # ---------------------------------------------------------------------------- model and data
 
 
-def build_model(architecture: ArchitectureConfig, vocab_size: int, phase: PhaseConfig) -> Any:
-    """Makes a randomly initialised network for a phase's context and RoPE base."""
+def build_model(architecture: ArchitectureConfig, meta: dict[str, Any], phase: PhaseConfig) -> Any:
+    """Makes a randomly initialised network for the shards' vocabulary and a phase's context and RoPE base."""
     from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 
-    layers = architecture.num_hidden_layers
+    layers, special = architecture.num_hidden_layers, special_tokens(meta)
     config = BaichuanM1Config(
-        vocab_size=vocab_size,
+        vocab_size=meta["vocab_size"],
         hidden_size=architecture.hidden_size,
         intermediate_size=architecture.intermediate_size,
         num_hidden_layers=layers,
@@ -87,9 +87,9 @@ def build_model(architecture: ArchitectureConfig, vocab_size: int, phase: PhaseC
         max_position_embeddings=phase.context,
         rope_theta=phase.rope_theta,
         initializer_range=architecture.initializer_range,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+        bos_token_id=special["bos"],
+        eos_token_id=special["eos"],
+        pad_token_id=special["pad"],
     )
     return BaichuanM1ForCausalLM(config)
 
@@ -100,13 +100,21 @@ def set_context(model: Any, phase: PhaseConfig) -> None:
     model.config.rope_theta = phase.rope_theta
 
 
-def phase_batches(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> tuple[int, Any]:
-    """Returns (steps, step -> batch) of a phase: a pure function of the seed, so a resume needs only the step."""
-    from galenic.pretrain.packing import collate, phase_rows
+def packed_rows(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> Any:
+    """Returns the rows of a phase in training order."""
+    from galenic.pretrain.packing import phase_rows
 
-    rows = phase_rows(
+    return phase_rows(
         shards, phase.mixture, tokens=phase.tokens, context=phase.context, seed=config.seed, name=phase.name
     )
+
+
+def phase_batches(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> tuple[int, Any]:
+    """Returns (steps, step -> batch) of a phase: a pure function of the seed, so a resume needs only the step."""
+    from galenic.pretrain.packing import collate
+
+    pad = special_tokens(read_meta(config.tokenizer))["pad"]
+    rows = packed_rows(config, phase, shards)
     steps = len(rows) // phase.rows
 
     def batch(step: int) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def phase_batches(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, 
                 ids = shards[piece.source].document(piece.document)[piece.start : piece.start + piece.length]
                 documents.append((ids, ids))
             laid.append(documents)
-        return collate(laid, phase.context, PAD)
+        return collate(laid, phase.context, pad)
 
     return steps, batch
 
@@ -145,6 +153,14 @@ def heldout_bits(model: Any, config: PretrainConfig, context: int) -> dict[str, 
     return scores
 
 
+def _packing(config: PretrainConfig, phase: PhaseConfig) -> str:
+    """Packs a phase as training will and tells what that costs."""
+    from galenic.pretrain.packing import packing_report
+
+    shards = {source: read_shard(config.tokenizer, source, "train") for source in phase.mixture}
+    return str(packing_report(packed_rows(config, phase, shards), phase.context))
+
+
 # ---------------------------------------------------------------------------- run
 
 
@@ -163,7 +179,7 @@ def run(config: PretrainConfig) -> None:
     if all((out / phase.name).exists() for phase in config.phases):
         return
 
-    model = build_model(config.architecture, meta["vocab_size"], config.phases[0])
+    model = build_model(config.architecture, meta, config.phases[0])
     trainer = Trainer(model, config.optim, config.guard, out, config.checkpoint_seconds)
     if not trainer.resume():
         trainer.save()  # the seeded start itself, so that a resume never draws weights again
