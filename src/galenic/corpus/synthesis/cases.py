@@ -28,7 +28,11 @@ async def works(seed: Seed, ask: Ask) -> list[dict[str, Any]]:
         if not all(isinstance(decision, str) and decision.strip() for decision in found["decisions"]):
             return Problem("missing field", "decisions (a list of texts)")
         invented = set(missing_numbers(found["presentation"], seed.text))
-        return Problem("numbers missing", f"{', '.join(sorted(invented))} (not in the case)") if invented else None
+        return (
+            Problem("numbers missing", f"{', '.join(sorted(invented))} (not in the case)")
+            if invented
+            else None
+        )
 
     found = await ask.json("decisions", {"presentation": str, "decisions": list}, check, text=seed.text)
     if not found["decisions"]:
@@ -47,7 +51,9 @@ async def draft(seed: Seed, work: dict[str, Any], ask: Ask) -> Draft:
             return Problem("missing field", f"evidence (one entry for each of {len(decisions)} decisions)")
         if not all(isinstance(side, list) and all(isinstance(q, str) for q in side) for side in sides):
             return Problem("missing field", "for, against (lists of texts)")
-        quote = foreign_quote((quote for side in sides if isinstance(side, list) for quote in side), seed.text)
+        quote = foreign_quote(
+            (quote for side in sides if isinstance(side, list) for quote in side), seed.text
+        )
         return Problem("quote not in the text", quote) if quote else None
 
     listed = "\n".join(f"{i}. {decision}" for i, decision in enumerate(decisions, start=1))

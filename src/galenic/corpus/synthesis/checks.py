@@ -8,7 +8,7 @@ A `Problem` goes back to the model as feedback, and into the ledger if that does
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def fields_problem(found: dict[str, Any], fields: dict[str, type | tuple[type, ...]]) -> Problem | None:
+def fields_problem(found: dict[str, Any], fields: Mapping[str, Any]) -> Problem | None:
     """Checks that fields are there, of their types, and texts not blank; a list may be empty."""
     for name, kind in fields.items():
         value = found.get(name)

@@ -13,10 +13,11 @@ import json
 import os
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+from galenic.corpus.synthesis.budget import Budget, Cost, Pace
 from galenic.corpus.synthesis.cache import Cache, digest
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
 from galenic.runtime import UserError, duration
@@ -27,16 +28,10 @@ LONGEST_WAIT = 3600.0
 """Seconds; an endpoint that asks to wait longer ends the run."""
 
 Message = dict[str, str]
-Cost = tuple[int, int, float]
-"""(requests, tokens, money)"""
 
 
 class RequestFailed(Exception):
     """The endpoint refused one request or failed it for good; the item goes to the ledger."""
-
-
-class BudgetSpent(Exception):
-    """The next request would not fit the budget."""
 
 
 class _Transient(Exception):
@@ -76,71 +71,6 @@ class Usage:
 def count_tokens(text: str) -> int:
     """Estimates tokens without a tokenizer: three bytes of UTF-8 each, a Chinese character or a short English word."""
     return len(text.encode("utf-8", "replace")) // 3 + 1
-
-
-# ---------------------------------------------------------------------------- budget and pace
-
-
-class Budget:
-    """Holds back the largest possible cost of a request before it is sent, and settles it afterwards."""
-
-    def __init__(self, limits: BudgetConfig) -> None:
-        self.limits = (limits.requests, limits.tokens, limits.money)
-        self.spent: list[float] = [0, 0, 0.0]
-        self._held: list[float] = [0, 0, 0.0]
-        self._underway = 0
-        self._changed = asyncio.Event()
-
-    def add(self, cost: Cost) -> None:
-        """Counts what was spent."""
-        self.spent = [a + b for a, b in zip(self.spent, cost, strict=True)]
-
-    async def hold(self, cost: Cost) -> None:
-        """Waits until the cost fits.
-
-        Raises:
-            BudgetSpent: it does not, and nothing is under way that could turn out cheaper.
-        """
-        while any(
-            limit is not None and spent + held + more > limit * (1 + 1e-9)
-            for limit, spent, held, more in zip(self.limits, self.spent, self._held, cost, strict=True)
-        ):
-            if not self._underway:
-                raise BudgetSpent("the budget is spent")
-            self._changed.clear()
-            await self._changed.wait()
-        self._held = [a + b for a, b in zip(self._held, cost, strict=True)]
-        self._underway += 1
-
-    def settle(self, held: Cost, actual: Cost) -> None:
-        """Gives back what was held and counts what it came to."""
-        self._held = [a - b for a, b in zip(self._held, held, strict=True)]
-        self._underway -= 1
-        self.add(actual)
-        self._changed.set()
-
-
-class Pace:
-    """Lets units through evenly, so many a minute."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self.seconds = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
-
-    async def wait(self, units: float) -> None:
-        """Waits for its turn."""
-        now = time.monotonic()
-        start = max(now, self._next)
-        self._next = start + units * self.seconds
-        if start > now:
-            await asyncio.sleep(start - now)
-
-    def correct(self, units: float) -> None:
-        """Takes back units that were let through but not used."""
-        self._next -= units * self.seconds
-
-
-# ---------------------------------------------------------------------------- client
 
 
 class Client:
@@ -209,13 +139,11 @@ class Client:
         if row is None:
             body = {"model": self.endpoint.model, "messages": messages, **settings}
             reply = await self._patiently(body, random.Random(name))
-            row = {"text": reply.text, "finish": reply.finish, "step": key}
-            row |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-            row["money"] = self._cost(reply.prompt_tokens, reply.completion_tokens)[2]
-            self.cache.put(name, row)
+            money = self._cost(reply.prompt_tokens, reply.completion_tokens)[2]
+            self.cache.put(name, {"step": key, **asdict(reply), "money": money})
         else:
+            reply = Reply(**{f.name: row[f.name] for f in fields(Reply)})
             self.usage.cached += 1
-        reply = Reply(**{name: row[name] for name in Reply.__dataclass_fields__})
         self.usage.answers += 1
         self.usage.prompt_tokens += reply.prompt_tokens
         self.usage.completion_tokens += reply.completion_tokens
@@ -226,6 +154,7 @@ class Client:
         asked = sum(count_tokens(message["content"]) for message in body["messages"])
         tokens = asked + body["max_tokens"]
         held = self._cost(asked, body["max_tokens"])
+        failure = _Transient("not sent")
         for attempt in range(self.endpoint.retries + 1):
             async with self._slots:
                 await self.budget.hold(held)
@@ -292,7 +221,9 @@ class Client:
             way = f"check the key in {self.endpoint.api_key_env}" if self._secret else "set api_key_env"
             raise UserError(f"{place}, the endpoint does not let us in; {way}: {said}")
         if status == 404:
-            raise UserError(f"{place}, no such address or no model '{self.endpoint.model}'; correct them: {said}")
+            raise UserError(
+                f"{place}, no such address or no model '{self.endpoint.model}'; correct them: {said}"
+            )
         if 300 <= status < 400:
             target = self._hide(response.headers.get("location", "elsewhere"))
             raise UserError(f"{place}, the endpoint sends us to {target}; give the final address as base_url")

@@ -3,12 +3,13 @@
     documents --parse--> entities --Tree--> siblings
     entity + siblings --endpoint--> genres; a question whose answer is the entity, siblings as the other options
 
-Source: Baichuan-M1 report, section 2.2.2 and figure 6. `corpus/render.py` writes the Markdown, and only of what training
-may see: an entity that was held out is in no document, so in no tree here.
+Source: Baichuan-M1 report, section 2.2.2 and figure 6. `corpus/render.py` writes the Markdown, and only of what
+training may see: an entity that was held out is in no document, so in no tree here.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from galenic.corpus.facts import STEM_WORDS, Fact, Tree, distractors, phrase_in, shorten
@@ -55,7 +56,9 @@ def parse(document: Mapping[str, Any]) -> Entity | None:
         codes=(code,) if code else (),
         synonyms=tuple(synonyms.split("; ")) if synonyms else (),
         parents=tuple(parents.split("; ")) if parents else (),
-        related=tuple((label.lower(), text) for label, items in related.items() for text in items.split("; ")),
+        related=tuple(
+            (label.lower(), text) for label, items in related.items() for text in items.split("; ")
+        ),
     )
 
 
@@ -80,7 +83,7 @@ def tree_of(documents: Iterable[Mapping[str, Any]]) -> Tree:
     for entity in found:
         names = entity.parents or tuple(text for label, text in entity.related if label in _GROUPS)
         parents = tuple(ids.get((entity.source, name), f"{entity.source}: {name}") for name in names)
-        linked.append(Entity(**{**entity.__dict__, "parents": parents}))
+        linked.append(replace(entity, parents=parents))
     return Tree(linked)
 
 
@@ -95,7 +98,10 @@ def description(entity: Entity) -> str:
         if label in _TELLING:
             told.setdefault(label, []).append(text)
     chinese = language_of(entity.name) == "zh"
-    lines = (f"{label}：{'、'.join(texts)}" if chinese else f"{label}: {', '.join(texts)}" for label, texts in told.items())
+    lines = (
+        f"{label}：{'、'.join(texts)}" if chinese else f"{label}: {', '.join(texts)}"
+        for label, texts in told.items()
+    )
     return ("；" if chinese else "; ").join(lines)
 
 
@@ -137,7 +143,9 @@ class KnowledgeGraph:
         entity = self.tree.entities[seed.id]
         if work["genre"] == "question":
             return await self._question(seed, entity, ask)
-        text = await ask.text(work["genre"], novel=seed.text, text=seed.text, neighbours=self._neighbours(entity))
+        text = await ask.text(
+            work["genre"], novel=seed.text, text=seed.text, neighbours=self._neighbours(entity)
+        )
         if not phrase_in(entity.name, text) and not names_itself(text, entity):
             raise Dropped("another subject", f"{entity.name} is not named", text)
         return Draft(question="", answer=text, reference=seed.text)
@@ -181,4 +189,3 @@ class KnowledgeGraph:
             answer=f"{found['explanation'].strip()}\n\n{ending}",
             reference=seed.text,
         )
-

@@ -1,13 +1,13 @@
-"""What the pipelines share: seeds, drafts, prompts, and one way to ask that sends unusable answers back.
+r"""What the pipelines share: seeds, drafts, prompts, and one way to ask that sends unusable answers back.
 
-    seed (document) --Pipeline.works--> works --Pipeline.draft--> Draft(question, answer, reference)
-                                 \\____ Ask ____/   prompt with an ID -> client -> checks -> feedback, again, or Dropped
+seed (document) --Pipeline.works--> works --Pipeline.draft--> Draft(question, answer, reference)
+                             \____ Ask ____/   prompt with an ID -> client -> checks -> feedback, again, or Dropped
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,12 +119,12 @@ class Ask:
 
     def about(self, item: str) -> "Ask":
         """The same for another item."""
-        return Ask(**{**self.__dict__, "item": item})
+        return replace(self, item=item)
 
     async def json(
         self,
         step: str,
-        fields: dict[str, type | tuple[type, ...]],
+        fields: Mapping[str, Any],
         check: Callable[[dict[str, Any]], Problem | None] = lambda _: None,
         **values: str,
     ) -> dict[str, Any]:
@@ -133,7 +133,9 @@ class Ask:
         Raises:
             Dropped: no usable answer in all attempts.
         """
-        return await self._ask(step, True, lambda found: fields_problem(found, fields) or check(found), values)
+        return await self._ask(
+            step, True, lambda found: fields_problem(found, fields) or check(found), values
+        )
 
     async def text(self, step: str, *, novel: str = "", question: str = "", **values: str) -> str:
         """Asks for a text.
@@ -153,7 +155,9 @@ class Ask:
 
         return await self._ask(step, False, check, values)
 
-    async def _ask(self, step: str, as_json: bool, check: Callable[[Any], Problem | None], values: Any) -> Any:
+    async def _ask(
+        self, step: str, as_json: bool, check: Callable[[Any], Problem | None], values: Any
+    ) -> Any:
         identity = hashlib.sha256(f"{self.item}\n{step}".encode()).hexdigest()[:8]
         prompt = fill(self.prompts[step], {**values, "id": identity})
         messages = [{"role": "user", "content": prompt}]

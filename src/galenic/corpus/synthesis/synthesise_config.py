@@ -53,7 +53,9 @@ class EndpointConfig:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"endpoint.base_url: '{self.base_url}' is not http://... or https://...")
         if parts.username or parts.password or parts.query:
-            raise UserError("endpoint.base_url: leave keys out of the address; name their variable in api_key_env")
+            raise UserError(
+                "endpoint.base_url: leave keys out of the address; name their variable in api_key_env"
+            )
         if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise UserError(
                 "endpoint.api_key_env: give the name of an environment variable, not the key itself"

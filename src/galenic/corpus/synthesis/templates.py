@@ -83,14 +83,22 @@ def offline(tree: Tree, key: str, genre: str, language: str, seed: int) -> Draft
         return _choice(tree, entity, given, language, seed)
     if genre == "term":
         stem = _stem("term", entity, given, language, seed)
-        return Draft(question=stem, answer=f"{entity.name}\n\n{_about(tree, entity, language, seed)}", reference="")
+        return Draft(
+            question=stem, answer=f"{entity.name}\n\n{_about(tree, entity, language, seed)}", reference=""
+        )
     words = _WORDS[language]
     if genre == "card":
-        text = words["card"].format(front=given, back=f"{entity.name}. {_about(tree, entity, language, seed)}")
+        text = words["card"].format(
+            front=given, back=f"{entity.name}. {_about(tree, entity, language, seed)}"
+        )
         return Draft(question="", answer=text, reference="")
     if genre == "comparison":
         return _comparison(tree, entity, given, language, seed)
-    return Draft(question="", answer=f"# {entity.name}\n\n{given}\n\n{_about(tree, entity, language, seed)}", reference="")
+    return Draft(
+        question="",
+        answer=f"# {entity.name}\n\n{given}\n\n{_about(tree, entity, language, seed)}",
+        reference="",
+    )
 
 
 def _stem(genre: str, entity: Entity, given: str, language: str, seed: int) -> str:
