@@ -1,6 +1,7 @@
 """A local endpoint that answers like a well-behaved model, and on demand fails, stalls, drops the line or lies."""
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -21,9 +22,7 @@ def prose(seed: str, language: str, count: int = 60) -> str:
     words = [dice.choice(WORDS[language]) for _ in range(count)]
     if language == "zh":
         return "，".join(words) + "。"
-    return " ".join(
-        f"the {a} of {b} is with {dice.randrange(99)}" for a, b in zip(words, words[1:], strict=False)
-    )
+    return " ".join(f"the {a} of {b} is with {dice.randrange(99)}" for a, b in itertools.pairwise(words))
 
 
 def part(prompt: str, tag: str) -> str:
@@ -54,7 +53,7 @@ def good(prompt: str, score: float = 9) -> str:
         return reply(presentation=first, decisions=[f"{short} {i}" for i in range(3)])
     if '"for"' in prompt:
         count = len(part(prompt, "decisions").split("\n"))
-        quote = part(prompt, "case")[:20]
+        quote = re.match(r"(\S+ ){3}\S+|\w+", part(prompt, "case"))[0]
         return reply(evidence=[{"for": [quote], "against": []} for _ in range(count)])
     if '"conclusions"' in prompt:
         lines = part(prompt, "paper").split("\n")
@@ -69,8 +68,8 @@ def good(prompt: str, score: float = 9) -> str:
 class Server:
     """Counts requests; `fault(number, body)` may return what to do instead of a good answer.
 
-    A fault is `("status", code, headers)`, `("text", text)`, `("raw", bytes)`, `("stall",)`, `("drop",)`, `("endless",)` or
-    `("finish", reason, text)`.
+    A fault is `("status", code, headers)`, `("text", text)`, `("raw", bytes)`, `("stall",)`, `("drop",)`,
+    `("endless",)` or `("finish", reason, text)`.
     """
 
     def __init__(self) -> None:

@@ -186,7 +186,7 @@ def test_prompts_of_the_users_own(tmp_path):
     )
     assert load_prompts(str(tmp_path))["papers", "en"]["findings"] == "{id} {text} mine"
     (tmp_path / "papers.en.md").write_text("# findings\n{id} mine\n")
-    with pytest.raises(UserError, match="findings.*{text}"):
+    with pytest.raises(UserError, match=r"findings.*\{text\}"):
         load_prompts(str(tmp_path))
     (tmp_path / "papers.fr.md").write_text("")
     (tmp_path / "papers.en.md").unlink()

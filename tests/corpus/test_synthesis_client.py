@@ -209,7 +209,8 @@ def test_tokens_are_paced(server, tmp_path):
     [({"requests": 4}, 4), ({"tokens": 620}, 4), ({"money": 0.0011}, 4)],
 )
 def test_a_budget_is_never_exceeded(server, tmp_path, limits, answers):
-    # An answer takes 100 + 50 tokens: 0.0001 + 0.00015 of money. The prompt is estimated at 102, the answer's limit is 60.
+    # An answer takes 100 + 50 tokens: 0.0001 + 0.00015 of money.
+    # The prompt is estimated at 102 tokens, the answer's limit is 60.
     config = endpoint(server, price_prompt=1.0, price_completion=3.0, max_tokens=60)
     server.delay = 0.02
     budget = Budget(BudgetConfig(**limits))
@@ -236,7 +237,8 @@ def test_a_cache_cut_anywhere_keeps_its_whole_lines(tmp_path):
     cache.close()
     content = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == 10]
-    for cut in range(len(content) + 1):
+    edges = {end + step for end in [0, *ends] for step in (-1, 0, 1)}
+    for cut in sorted(edges & set(range(len(content) + 1)) | set(range(0, len(content), 40))):
         part = tmp_path / "part.jsonl"
         part.write_bytes(content[:cut])
         cache = Cache(part)

@@ -54,9 +54,9 @@ async def draft(seed: Seed, work: dict[str, Any], ask: Ask) -> Draft:
     made = await ask.json("question", fields, question_problem, text=seed.text, point=work["point"])
     question = choice_text(made["question"].strip(), made["options"])
     stem = made["question"]
-    first = await ask.text("answer", question=stem, novel=question, problem=question)
+    first = await ask.text("answer", numbers_of=stem, novel=question, question=question)
     reference = f"{seed.text}\n\n{work['point']}\n{made['answer']}"
     answer = await ask.text(
-        "revise", question=stem, novel=seed.text, problem=question, answer=first, text=reference
+        "revise", numbers_of=stem, novel=seed.text, question=question, answer=first, text=reference
     )
     return Draft(question=question, answer=answer, reference=reference)

@@ -44,6 +44,6 @@ async def works(seed: Seed, ask: Ask) -> list[dict[str, Any]]:
 async def draft(seed: Seed, work: dict[str, Any], ask: Ask) -> Draft:
     """Answers, then revises with the original answer."""
     question, original = work["question"], work["original"]
-    first = await ask.text("answer", question=question, novel=question, problem=question)
-    answer = await ask.text("revise", question=question, problem=question, answer=first, original=original)
+    first = await ask.text("answer", numbers_of=question, novel=question, question=question)
+    answer = await ask.text("revise", numbers_of=question, question=question, answer=first, original=original)
     return Draft(question=question, answer=answer, reference=original)

@@ -68,14 +68,14 @@ def _read(
     datasets: list[tuple[str, Any]], columns: Iterable[str], keep: Any, ids: list[str] | None
 ) -> list[Row]:
     """Reads training rows that `keep` is true of, or those with the ids; texts only if asked for."""
-    from pyarrow import ArrowException, compute
+    from pyarrow import ArrowException, array, compute
 
     rows: list[Row] = []
     for path, one in datasets:
         names = [name for name in columns if name in one.schema.names]
         wanted = compute.field("split") == "train" if "split" in one.schema.names else None
         if ids is not None:
-            chosen = compute.field("id").isin(ids)
+            chosen = compute.field("id").isin(array(ids, one.schema.field("id").type))
             wanted = chosen if wanted is None else wanted & chosen
         try:
             for batch in one.to_batches(columns=names, filter=wanted):

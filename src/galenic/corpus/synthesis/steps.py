@@ -137,13 +137,13 @@ class Ask:
             step, True, lambda found: fields_problem(found, fields) or check(found), values
         )
 
-    async def text(self, step: str, *, novel: str = "", question: str = "", **values: str) -> str:
+    async def text(self, step: str, *, novel: str = "", numbers_of: str = "", **values: str) -> str:
         """Asks for a text.
 
         Args:
             step: of the prompt file.
             novel: text that the answer must not merely repeat.
-            question: whose numbers the answer has to use.
+            numbers_of: a question whose numbers the answer has to use.
             **values: of the prompt's places.
 
         Raises:
@@ -151,7 +151,7 @@ class Ask:
         """
 
         def check(text: str) -> Problem | None:
-            return text_problem(text, self.language, prompt=novel, question=question)
+            return text_problem(text, self.language, prompt=novel, question=numbers_of)
 
         return await self._ask(step, False, check, values)
 
