@@ -1,0 +1,185 @@
+"""Which documents become seeds: those of the training split, chosen by a stable shuffle, in the order of their ids."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from galenic.corpus.facts import Tree
+from galenic.corpus.holdout import stable_shuffle
+from galenic.corpus.synthesis.checks import language_of
+from galenic.corpus.synthesis.knowledge_graph import tree_of
+from galenic.corpus.synthesis.steps import Seed
+from galenic.corpus.synthesis.synthesise_config import PipelineConfig, SynthesiseConfig
+from galenic.runtime import UserError
+
+REQUIRED = ("id", "text", "source", "licence")
+OPTIONAL = ("language", "category", "department", "value")
+SPLIT_PASSAGES = ("encyclopaedia",)
+"""Pipelines whose documents may be cut into passages."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What one pipeline works on."""
+
+    pipeline: PipelineConfig
+    seeds: list[Seed]
+    too_long: list[Seed]
+    """Documents that no request could hold."""
+    tree: Tree | None
+    """Of a knowledge graph: every entity of its sources."""
+
+
+def select(config: SynthesiseConfig) -> list[Selection]:
+    """Chooses the seeds of every pipeline.
+
+    Raises:
+        UserError: a file is missing or lacks a column; nothing fits a pipeline; an id stands twice.
+    """
+    datasets = _datasets(config)
+    return [_select(config, pipeline, datasets) for pipeline in config.pipelines]
+
+
+def _datasets(config: SynthesiseConfig) -> list[tuple[str, Any]]:
+    from pyarrow import ArrowException, dataset
+
+    paths = [str(Path(config.corpus) / "documents.parquet")] if config.corpus else []
+    found = []
+    for path in [*paths, *config.documents]:
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder")
+        kind = "json" if Path(path).suffix in (".jsonl", ".json") else "parquet"
+        try:
+            one = dataset.dataset(path, format=kind)
+        except (ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{path}: no {kind} documents ({' '.join(str(error).split())[:200]})") from None
+        missing = [name for name in REQUIRED if name not in one.schema.names]
+        if missing:
+            raise UserError(f"{path}: lacks {', '.join(missing)}; documents need {', '.join(REQUIRED)}")
+        found.append((path, one))
+    return found
+
+
+def _read(
+    datasets: list[tuple[str, Any]], columns: Iterable[str], keep: Any, ids: list[str] | None
+) -> list[Row]:
+    """Reads training rows that `keep` is true of, or those with the ids; texts only if asked for."""
+    from pyarrow import ArrowException, array, compute
+
+    rows: list[Row] = []
+    for path, one in datasets:
+        names = [name for name in columns if name in one.schema.names]
+        wanted = compute.field("split") == "train" if "split" in one.schema.names else None
+        if ids is not None:
+            chosen = compute.field("id").isin(array(ids, one.schema.field("id").type))
+            wanted = chosen if wanted is None else wanted & chosen
+        try:
+            for batch in one.to_batches(columns=names, filter=wanted):
+                rows += [row for row in batch.to_pylist() if keep(row)]
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return rows
+
+
+def _select(config: SynthesiseConfig, pipeline: PipelineConfig, datasets: list[tuple[str, Any]]) -> Selection:
+    def keep(row: Row) -> bool:
+        own = row["source"] in pipeline.sources if pipeline.sources else not _synthetic(row["source"])
+        return own and (not pipeline.categories or row.get("category") in pipeline.categories)
+
+    light, whole = ("id", "source", "category"), (*REQUIRED, *OPTIONAL)
+    tree = None
+    if pipeline.name == "knowledge-graph":
+        # Siblings count too: the whole graph is read.
+        rows = {row["id"]: row for row in _unique(_read(datasets, whole, keep, None))}
+        tree = tree_of(rows.values())
+        chosen = _choose(list(tree.entities), pipeline, config.seed)
+        documents = [rows[key] for key in chosen]
+    else:
+        found = _unique(_read(datasets, light, keep, None))
+        chosen = _choose([row["id"] for row in found], pipeline, config.seed)
+        by_id = {row["id"]: row for row in _read(datasets, whole, keep, chosen)}
+        documents = [by_id[key] for key in chosen]
+    if not documents:
+        what = ", ".join([*pipeline.sources, *pipeline.categories]) or "the training split"
+        kind = "entities" if tree else "documents"
+        raise UserError(
+            f"pipelines: '{pipeline.name}' finds no {kind} in {what}; see its sources and categories"
+        )
+    seeds, too_long = [], []
+    left = pipeline.limit
+    for document in documents:
+        seed = _seed(document)
+        passages = [seed]
+        if len(seed.text) > config.passage and not pipeline.offline:
+            if pipeline.name not in SPLIT_PASSAGES:
+                too_long.append(seed)
+                continue
+            cut = passages_of(seed.text, config.passage)
+            passages = [replace(seed, id=f"{seed.id}#{i}", text=text) for i, text in enumerate(cut, start=1)]
+        for passage in passages:
+            most = pipeline.per_seed if pipeline.offline else min(pipeline.per_seed, left)
+            if most > 0:
+                seeds.append(replace(passage, most=most))
+                left -= most
+    seeds.sort(key=lambda seed: seed.id)
+    return Selection(pipeline=pipeline, seeds=seeds, too_long=sorted(too_long, key=lambda s: s.id), tree=tree)
+
+
+def _choose(ids: list[str], pipeline: PipelineConfig, seed: int) -> list[str]:
+    """Takes as many as the limit needs, in shuffled order; all where templates may find most unfit."""
+    shuffled = stable_shuffle(ids, str, seed, "seeds", pipeline.name)
+    return shuffled if pipeline.offline else shuffled[: math.ceil(pipeline.limit / pipeline.per_seed)]
+
+
+def _synthetic(source: str) -> bool:
+    return source.startswith("synthetic-")
+
+
+def _unique(rows: list[Row]) -> list[Row]:
+    seen: set[str] = set()
+    for row in rows:
+        if row["id"] in seen:
+            raise UserError(f"documents: the id '{row['id']}' stands twice")
+        seen.add(row["id"])
+    return rows
+
+
+def _seed(row: Row) -> Seed:
+    text = row["text"] or ""
+    language = row.get("language")
+    return Seed(
+        id=row["id"],
+        text=text,
+        source=row["source"],
+        licence=row["licence"] or "unknown",
+        language=language if language in ("en", "zh") else language_of(text),
+        category=row.get("category") or "",
+        department=row.get("department") or "",
+        value=float(row.get("value") or 0.0),
+        most=1,
+    )
+
+
+def passages_of(text: str, most: int) -> list[str]:
+    """Cuts a text into passages of at most `most` characters: between paragraphs, else lines, sentences, anywhere."""
+    return [passage for passage in _cut(text, most, ["\n\n", "\n", "。", ". "]) if passage.strip()]
+
+
+def _cut(text: str, most: int, marks: list[str]) -> list[str]:
+    if len(text) <= most:
+        return [text]
+    if not marks:
+        return [text[i : i + most] for i in range(0, len(text), most)]
+    mark, *finer = marks
+    passages: list[str] = [""]
+    parts = text.split(mark)
+    for part in [*(part + mark for part in parts[:-1]), parts[-1]]:
+        if len(passages[-1]) + len(part) <= most:
+            passages[-1] += part
+        else:
+            passages += _cut(part, most, finer)
+    return passages
