@@ -51,7 +51,7 @@ def test_every_unit_is_done_once(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_users_mistake_stays_one(tmp_path, workers):
-    with pytest.raises(UserError, match="^unit 0 names no file$"):
+    with pytest.raises(UserError, match=r"^unit 0 names no file$"):
         list(map_units(mistaken, units(tmp_path, 1) * 3, workers=workers))
 
 

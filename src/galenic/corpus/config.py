@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from galenic.corpus.clean_rules import Rules
-from galenic.corpus.decontaminate_config import Decontamination
-from galenic.corpus.deidentify_config import Deidentification
+from galenic.corpus.decontaminate import Decontamination
+from galenic.corpus.deidentify import Deidentification
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.sampling import Sampling
 from galenic.corpus.tokenizer_config import TokenizerConfig

@@ -47,7 +47,6 @@ FEWEST_FOR_FAILURE = 1000
 def plan(config: CorpusConfig) -> Plan:
     """What the verb would do; lists files, reads the heads of Parquet files only."""
     units = plan_units(config.sources, config.unit_bytes)
-    size = sum(unit["bytes"] for unit in units)
     facts = {"sources": ", ".join(sources(config))}
     reads = [source.path for source in config.sources]
     if config.starter is not None:

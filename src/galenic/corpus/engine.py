@@ -98,12 +98,16 @@ def _connect(address: str) -> None:
     try:
         import ray
     except ModuleNotFoundError:
-        raise UserError("address: a cluster needs Ray: pip install 'galenic[cluster]' (here and on its nodes)") from None
+        raise UserError(
+            "address: a cluster needs Ray: pip install 'galenic[cluster]' (here and on its nodes)"
+        ) from None
     try:
         ray.init(address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
     except (ConnectionError, ValueError) as error:
         told = " ".join(str(error).split())[:200]
-        raise UserError(f"address: no Ray cluster at '{address}' ({told}); start it with `ray start --head`") from None
+        raise UserError(
+            f"address: no Ray cluster at '{address}' ({told}); start it with `ray start --head`"
+        ) from None
     daft.set_runner_ray(noop_if_initialized=True)
 
 

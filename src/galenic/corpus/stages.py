@@ -379,7 +379,9 @@ def _dropped(
     with pyarrow.memory_map(str(work / "keepers.arrow")) as file:
         keepers = ipc.open_file(file).read_all()
         places = np.searchsorted(keepers["row"].to_numpy(), part["keeper"][gone])
-        known = pyarrow.array(places, mask=np.array(["duplicate" not in reason for reason in why], dtype=bool))
+        known = pyarrow.array(
+            places, mask=np.array(["duplicate" not in reason for reason in why], dtype=bool)
+        )
         detail = keepers["id"].take(known).fill_null("").to_pylist()
     text = pyarrow.large_string()
     return pyarrow.table(

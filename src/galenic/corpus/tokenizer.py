@@ -41,7 +41,9 @@ def plan(config: TokenizerConfig) -> Plan:
         additional = _additional(config, sources)
         facts["vocabulary"] = f"{config.vocab_size} entries"
         if additional:
-            facts["vocabulary"] += f", {config.additional_share:.0%} of the merges from {', '.join(additional)}"
+            facts["vocabulary"] += (
+                f", {config.additional_share:.0%} of the merges from {', '.join(additional)}"
+            )
         facts["learned from"] = f"{human(min(characters, config.train_characters))} characters"
     return Plan(reads=config.reads(), writes=[config.out], facts=facts)
 
@@ -68,7 +70,9 @@ def _additional(config: TokenizerConfig, sources: dict[str, Any]) -> list[str]:
             )
     found = [s for s in sorted(sources) if {s, sources[s]["group"]} & set(config.additional)]
     if len(found) == len(sources):
-        raise UserError("additional: it names every source, so nothing is left for the general BPE; name fewer")
+        raise UserError(
+            "additional: it names every source, so nothing is left for the general BPE; name fewer"
+        )
     return found
 
 

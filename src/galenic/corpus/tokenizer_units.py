@@ -80,7 +80,9 @@ def measure(unit: Unit) -> Unit:
     for batch in batches(unit, ("text", "source", "split")):
         lengths = compute.utf8_length(batch["text"])
         table = pyarrow.table({"source": batch["source"], "split": batch["split"], "length": lengths})
-        for row in table.group_by(["source", "split"]).aggregate([("length", "sum"), ([], "count_all")]).to_pylist():
+        for row in (
+            table.group_by(["source", "split"]).aggregate([("length", "sum"), ([], "count_all")]).to_pylist()
+        ):
             if row["split"] not in SPLITS:
                 raise UserError(f"{unit['file']}: split '{row['split']}' is neither train nor heldout")
             entry = counts.setdefault(row["source"], {}).setdefault(row["split"], [0, 0])
@@ -142,7 +144,9 @@ def shares(sizes: dict[str, int], characters: int) -> dict[str, float]:
 def _rows(batch: Any, source: str, split: str) -> Any:
     from pyarrow import compute
 
-    return batch.filter(compute.and_(compute.equal(batch["source"], source), compute.equal(batch["split"], split)))
+    return batch.filter(
+        compute.and_(compute.equal(batch["source"], source), compute.equal(batch["split"], split))
+    )
 
 
 # ---------------------------------------------------------------------------- encode
