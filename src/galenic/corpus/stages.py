@@ -29,8 +29,8 @@ from galenic.runtime import atomic_path, write_json
 
 LEDGER_TEXT = 2000
 """Characters of a dropped text that the ledger keeps."""
-SCORES = ("educational", "reasoning", "knowledge", "medical_quality")
-"""What a scorer adds to quality and value."""
+REPLACED = {"quality": "quality", "medical_value": "value"}
+"""Score -> the column it takes the place of: first guesses that rules and the source's trust make without a scorer."""
 FAILURES = ("unreadable file", "malformed record", "broken encoding")
 """Reasons that speak of a broken input rather than of a document that is not wanted."""
 
@@ -245,8 +245,9 @@ class _Tools:
         fields = [(key, text) for key in ("id", "text", "language", "category", "department")]
         fields += [("quality", number), ("value", number)]
         if self._scorer is not None:
-            fields += [("general", text), ("content", text)]
-            fields += [(key, number) for key in ("medical", *SCORES)]
+            fields += [(key, text) for key in ("general", "content") if key in self._scorer.classes]
+            fields += [("medical", number)] if "medical" in self._scorer.classes else []
+            fields += [(key, number) for key in self._scorer.scores if key not in REPLACED]
         if self._difficulty is not None:
             fields += [("difficulty", number)]
         return pyarrow.schema(fields)
@@ -264,21 +265,27 @@ class _Tools:
         columns["value"] = [source.trust if yes else 0.0 for yes in medical]
         if self._scorer is not None:
             found = self._scorer(table["text"])
-            columns |= {
-                key: found[key] for key in (*SCORES, "quality", "value", "medical", "general", "content")
-            }
-            category = _filled(category, found["content"])
-            guessed = np.where(found["medical"] >= 0.5, found["department"], "")
-            department = _filled(department, guessed)
+            columns |= {REPLACED.get(key, key): found[key].astype(np.float64) for key in self._scorer.scores}
+            names = {key: _names(labels, found[key]) for key, labels in self._scorer.classes.items()}
+            columns |= {key: names[key] for key in ("general", "content") if key in names}
+            likely = found.get("medical_probability", np.ones(length)).astype(np.float64)
+            columns["medical"] = likely
+            category = _filled(category, names.get("content", [""] * length))
+            guessed = np.where(likely >= 0.5, names.get("department", [""] * length), "")
+            department = _filled(department, guessed.tolist())
         if self._difficulty is not None:
             columns["difficulty"] = self._difficulty(table["text"].to_pylist())
         columns |= {"category": category, "department": department}
         return pyarrow.table(columns)
 
 
+def _names(labels: Sequence[str], chosen: np.ndarray) -> list[str]:
+    return np.asarray(labels, dtype=object)[chosen].tolist()
+
+
 def _filled(given: Sequence[str], otherwise: Sequence[str]) -> list[str]:
     """Returns what is given, and where nothing is, what else is known."""
-    return [one or str(other) for one, other in zip(given, otherwise, strict=True)]
+    return [one or other for one, other in zip(given, otherwise, strict=True)]
 
 
 @cache
