@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from timing import conditions
 
-from galenic.corpus import minhash
+from galenic.corpus import dedup_files, minhash
 from galenic.corpus.dedup import near_pairs
 from galenic.corpus.dedup_files import Columns, find_duplicates, write_signatures
 from galenic.corpus.texts import column
@@ -289,8 +289,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000, 1_000_000, 3_000_000])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="for signature files; a temporary one by default")
+    parser.add_argument(
+        "--always-workers", action="store_true", help="start workers however few rows there are"
+    )
     args = parser.parse_args()
     if args.what == "one":
+        dedup_files.FEW = 0 if args.always_workers else dedup_files.FEW
         corpus(args.rows[0], args.workers, args.folder)
         return
     print(conditions(1))
@@ -313,7 +317,8 @@ def main() -> None:
                     "--workers",
                     str(args.workers),
                 ]
-                subprocess.run([*command, "--folder", folder], check=True)
+                command += ["--folder", folder, *["--always-workers"] * args.always_workers]
+                subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

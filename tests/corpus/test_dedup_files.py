@@ -166,14 +166,16 @@ def test_empty_units(tmp_path):
     ids, texts = made()
     files = files_of(tmp_path, ids, texts, 40)
     empty = sign(column([]), column([]), threshold=THRESHOLD, seed=1)
-    for name in ("unit-00001", "unit-99999"):
-        write_signatures(tmp_path / f"{name}.npy", [empty])
-    everything = sorted([*files, tmp_path / "unit-00001.npy", tmp_path / "unit-99999.npy"])
+    others = [tmp_path / f"unit-{number}.npy" for number in ("-1", "00001", "99999")]
+    for other, parts in zip(others, ([], [empty], [empty, empty]), strict=True):
+        write_signatures(other, parts)
+    everything = sorted([*files, *others])
+    assert everything[0] == others[0]
     assert (verdicts(everything, tmp_path / "out") == verdicts(files, tmp_path / "alone")).all()
     assert len(np.load(tmp_path / "out" / "unit-99999.npy")) == 0
-    find_duplicates(everything[-1:], tmp_path / "none", threshold=THRESHOLD, workers=1)
+    find_duplicates(others, tmp_path / "none", threshold=THRESHOLD, workers=1)
     assert len(np.load(tmp_path / "none" / "unit-99999.npy")) == 0
-    assert first_rows(everything).tolist() == [0, 40, 40, *first_rows(files)[2:], len(ids)]
+    assert first_rows(everything).tolist() == [0, 0, 40, 40, *first_rows(files)[2:], len(ids)]
 
 
 def test_two_units_of_one_name_are_refused(tmp_path):
@@ -279,6 +281,18 @@ def test_chunks_hold_whole_buckets_or_begin_with_their_first_row(monkeypatch, ch
             assert set(part[a:b]) <= set(rows[starts[bucket] : starts[bucket + 1]])
             seen |= set(part[a:b])
     assert seen == set(rows)
+
+
+def test_every_row_is_in_one_range(tmp_path):
+    files = files_of(tmp_path, *made(), 40)
+    starts = first_rows(files)
+    rows = []
+    for part in range(4):
+        task = {"edges": "", "column": "exact", "range": part, "ranges": 4}
+        keys, here = dedup_files._keys(task, files, starts)
+        assert (keys >> np.uint64(62) == part).all()
+        rows += here.tolist()
+    assert sorted(rows) == list(range(starts[-1]))
 
 
 def test_buckets_against_a_dictionary():

@@ -105,18 +105,18 @@ def test_estimates_are_unbiased_and_vary_as_theory_says():
         assert 0.9 < np.std(values) / deviation < 1.1
 
 
+EXACT = ["8558a9e656a91478", "e7a9e135760a7616", "b94fc3de93405201", "ea86ad79b7c157c1"]
+HASHES = [[2053641102, 3445673157, 1272942171, 3146530082], [34355562, 762007004, 1356775449, 836602722]]
+BANDS = ["b7d673470072752c", "7c83d7b073317968", "369342cfbad22a6f", "6cd5b75c0a887381"]
+ID = ["a848ef435172a16c", "49eea5eb4591444f"]
+
+
 def test_bytes_are_the_same_on_every_machine():
     result = signed("Aspirin 阻断 COX-1.", "one two three four five six", permutations=4, seed=7)
     assert [f"{x:016x}" for x in result.exact.ravel()] == EXACT
     assert result.hashes.tolist() == HASHES
     assert [f"{x:016x}" for x in bands(result.hashes, 2).ravel()] == BANDS
     assert [f"{x:016x}" for x in hashed(column(["a/1"])).ravel()] == ID
-
-
-EXACT = ["8558a9e656a91478", "e7a9e135760a7616", "b94fc3de93405201", "ea86ad79b7c157c1"]
-HASHES = [[2053641102, 3445673157, 1272942171, 3146530082], [34355562, 762007004, 1356775449, 836602722]]
-BANDS = ["b7d673470072752c", "7c83d7b073317968", "369342cfbad22a6f", "6cd5b75c0a887381"]
-ID = ["a848ef435172a16c", "49eea5eb4591444f"]
 
 
 def test_broken_utf8_reads_no_byte_of_the_next_text():
@@ -127,6 +127,7 @@ def test_broken_utf8_reads_no_byte_of_the_next_text():
     a = signatures(texts(b"heart \xe5\xbf" + b"\x83 abc", (8, 13)), seed=1)
     b = signatures(texts(b"heart \xe5\xbf" + b"zzz", (8, 11)), seed=1)
     assert (a.hashes[0] == b.hashes[0]).all() and (a.exact[0] == b.exact[0]).all()
+    assert not (a.exact[0] == signed("heart").exact[0]).any()  # the broken word is one
 
 
 def test_hashes_of_ids_see_every_byte():

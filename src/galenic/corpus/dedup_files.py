@@ -41,6 +41,15 @@ class Columns(NamedTuple):
     """(n, permutations) uint8."""
 
 
+NOTHING = Columns(
+    ids=np.zeros((0, 2), np.uint64),
+    exact=np.zeros((0, 2), np.uint64),
+    bands=np.zeros((0, 0), np.uint64),
+    characters=np.zeros(0, np.int32),
+    sketches=np.zeros((0, 0), np.uint8),
+)
+
+
 def sign(ids: Any, texts: Any, *, threshold: float, seed: int) -> Columns:
     """Returns what documents are compared by.
 
@@ -61,7 +70,11 @@ def sign(ids: Any, texts: Any, *, threshold: float, seed: int) -> Columns:
 
 
 def write_signatures(path: Path, parts: Sequence[Columns]) -> None:
-    """Writes the columns of a unit, one part after another, into one .npy file whose columns can be mapped."""
+    """Writes the columns of a unit, one part after another, into one .npy file whose columns can be mapped.
+
+    A unit without parts is one without rows.
+    """
+    parts = parts or [NOTHING]
     joined = Columns(
         *(
             np.concatenate(column, axis=1 if name == "bands" else 0)
@@ -122,7 +135,8 @@ def find_duplicates(
     first[~eligible] = -1
     _save(edges / "distinct.npy", first == rows)
 
-    shapes = read_signatures(files[0])
+    # of one shape in every unit with rows
+    shapes = read_signatures(files[int(np.diff(starts).argmax())])
     common["least"] = minhash.least_agreement(threshold, shapes.sketches.shape[1])
     bands = [f"bands {band}" for band in range(len(shapes.bands))]
     if len(rows) < FEW:
@@ -189,6 +203,8 @@ def _keys(task: Unit, files: Sequence[Path], starts: np.ndarray) -> tuple[np.nda
     shift = np.uint64(65 - task["ranges"].bit_length())
     keys, rows = [], []
     for file, begin, end in zip(files, starts, starts[1:], strict=False):
+        if begin == end:
+            continue
         columns = read_signatures(file)
         column = columns.bands[int(band)] if band else getattr(columns, name)[:, 0]
         chosen = np.ones(end - begin, bool) if distinct is None else distinct[begin:end]

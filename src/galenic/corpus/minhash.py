@@ -12,8 +12,9 @@ share of equal minima under k orders estimates J with variance J (1 - J) / k. An
     h_i(x) = a_i high(x) + (low(x) xor b_i)   mod 2^32,   a_i odd, b_i random,
 
 where x is the 64-bit hash of a shingle. high and low are independent, so every h_i is as good as random on its own, at
-one multiplication for 8 or 16 permutations at a time. One permutation with densified bins (Shrivastava 2017) was 1.5
-times as fast and less exact on short texts: `benchmarks/dedup_speed.py` compares them.
+one multiplication for 8 or 16 permutations at a time: a fifth of the time is theirs, the rest is parsing. One
+permutation with densified bins (Shrivastava 2017) would save that fifth and is less exact on texts of fewer shingles
+than bins: `benchmarks/dedup_speed.py` compares them.
 """
 
 import functools
