@@ -138,7 +138,7 @@ def _notes(resource: Resource, place: str, note: Note) -> Iterator[Record]:
     kind = resource["resourceType"]
     key = f"{kind}/{resource.get('id') or place}"
     title = _concept(_dict(resource, "type" if kind == "DocumentReference" else "code"))
-    status = {resource.get("status"), resource.get("docStatus")}
+    status = [resource.get("status"), resource.get("docStatus")]
     if "entered-in-error" in status:
         note(key, "entered in error", "not so, by its status", title)
         return

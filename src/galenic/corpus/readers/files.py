@@ -316,11 +316,11 @@ def _walk_local(base: str) -> Iterator[tuple[str, int]]:
 # ---------------------------------------------------------------------------- file systems
 
 
-def _system(uri: str) -> tuple[Any, str]:
+def _system(uri: str) -> tuple[Any, Any]:
     """Returns (pyarrow file system, path in it)."""
     scheme, mark, path = uri.partition("://")
     if not mark:
-        return _local(), uri
+        return _local(), os.fsencode(uri)  # a name need not be UTF-8
     if scheme == "s3":
         user, at, rest = path.partition("@")
         if at and user == "anonymous":

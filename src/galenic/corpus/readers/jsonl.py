@@ -66,6 +66,7 @@ def jsonl_tables(file: File, source: SourceConfig, start: int, stop: int, note: 
             begin, head = _next_line(stream, start)
         elif head == b"\xef\xbb\xbf":
             begin, head = 3, b""
+            stop = stop if stop < 0 else max(stop, 4)  # the first line belongs to the first part
         for offset, block in line_blocks(_Pushed(stream, head), file.name, begin, stop, note):
             yield from _json_block(block, offset, file.name, source, note)
 

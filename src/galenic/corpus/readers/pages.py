@@ -83,7 +83,6 @@ def decoded(data: bytes, *, declared: bool) -> str:
 
 _FRONT = re.compile(r"\A---[ \t]*\r?\n.*?^(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _FENCE = re.compile(r"^ {0,3}(?:`{3,}|~{3,})", re.MULTILINE)
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _DEFINITION = re.compile(r"^ {0,3}\[[^\]\n]+\]:[ \t]*\S+.*\n?", re.MULTILINE)
 _LINK = re.compile(
     r"!?\[([^\[\]\n]*)\](?:\([^()\s]*(?:\([^()\s]*\)[^()\s]*)?(?:\s+[\"'][^\"'\n]*[\"'])?\)|\[[^\]\n]*\])"
@@ -110,9 +109,17 @@ def text_of_markdown(text: str) -> str:
 
 
 def _links(text: str) -> str:
-    text = _DEFINITION.sub("", _COMMENT.sub("", text))
+    text = _DEFINITION.sub("", _without_comments(text))
     text = _LINK.sub(r"\1", _LINK.sub(r"\1", text))  # twice: an image may be the text of a link
     return _AUTOLINK.sub(r"\1", text)
+
+
+def _without_comments(text: str) -> str:
+    parts, place = [], 0
+    while (start := text.find("<!--", place)) >= 0 and (end := text.find("-->", start + 4)) >= 0:
+        parts.append(text[place:start])
+        place = end + 3
+    return "".join(parts) + text[place:]
 
 
 # ---------------------------------------------------------------------------- HTML
