@@ -1,11 +1,12 @@
 """Cleaning: light repair, boilerplate lines out, rules that drop a document with a reason, language, a first quality.
 
-    texts --tidy--> repaired, boilerplate lines cut --measure--> counts --identify--> languages --rules--> kept | dropped
+    texts --tidy--> repaired, boilerplate cut --measure--> counts --identify--> languages --rules--> kept | dropped
 
 `tidy` and `measure` read bytes in compiled code, `clean_rules.Rules` holds the thresholds with their sources, and rules
-look at a whole batch at once; only what is dropped is touched one by one. The rules for running text are not asked of listings (dictionary and terminology text) and
-code, which are only checked for length, encoding and, listings, repeated lines. Nothing is normalised: the tokenizer
-does not, either; full-width letters and composed and decomposed accents stay as they are.
+look at a whole batch at once; only what is dropped is touched one by one. The rules for running text are not asked of
+listings (dictionary and terminology text) and code, which are only checked for length, encoding and, listings,
+repeated lines. Nothing is normalised: the tokenizer does not, either; full-width letters and composed and decomposed
+accents stay as they are.
 """
 
 import re
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from galenic.corpus.clean_rules import Rules
+from galenic.corpus.counting import HAN, LATIN, SCRIPTS
 from galenic.corpus.language import HARDLY_HAN, MOSTLY_HAN, identify
-from galenic.corpus.measure import HAN, LATIN, SCRIPTS, measure
+from galenic.corpus.measure import measure
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
 from galenic.corpus.texts import buffers, column
@@ -57,9 +59,9 @@ def clean_table(table: "pa.Table", *, form: Form, rules: Rules) -> "tuple[pa.Tab
         rules: their thresholds.
 
     Returns:
-        (kept documents: the same columns with the text repaired and the language filled in, and `quality` in [0, 1] and
-        `cut_lines`, how many lines of boilerplate went; dropped ones: `id`, `reason`, `detail`, `text` as it came), both
-        in the order of the table.
+        (kept documents: the same columns with the text repaired and the language filled in, and `quality` in [0, 1]
+        and `cut_lines`, how many lines of boilerplate went; dropped ones: `id`, `reason`, `detail`, `text` as it
+        came), both in the order of the table.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -93,7 +95,7 @@ def clean_table(table: "pa.Table", *, form: Form, rules: Rules) -> "tuple[pa.Tab
         kept = kept.set_column(table.column_names.index("language"), "language", language)
     else:
         kept = kept.append_column("language", language)
-    kept = kept.append_column("quality", pa.array(_quality(measures, form, rules)))
+    kept = kept.append_column("quality", pa.array(_quality(measures, form, rules), type=pa.float64()))
     kept = kept.append_column("cut_lines", pa.array(tidied["cut_lines"].astype(np.int32)))
     return kept.filter(pa.array(keep)), dropped
 

@@ -1,9 +1,9 @@
 """The thresholds of cleaning, each with its source; light to import. `clean.py` applies them.
 
-Sources: Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and table A1); C4 (Raffel et al. 2020, arXiv 1910.10683,
-section 2.2); FineWeb (Penedo et al. 2024, arXiv 2406.17557, values as in datatrove's FineWebQualityFilter); MAP-CC (Du et
-al. 2024, arXiv 2404.04167, values as in `filter/filter.py` of Chinese-Tiny-LLM), whose n-grams are of characters, as
-ours are in Chinese. "Ours" has no source but the reason given.
+Sources: Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1 and table A1); C4 (Raffel et al. 2020, arXiv
+1910.10683, section 2.2); FineWeb (Penedo et al. 2024, arXiv 2406.17557, values as in datatrove's FineWebQualityFilter);
+MAP-CC (Du et al. 2024, arXiv 2404.04167, values as in `filter/filter.py` of Chinese-Tiny-LLM), whose n-grams are of
+characters, as ours are in Chinese. "Ours" has no source but the reason given.
 """
 
 from dataclasses import dataclass, fields
@@ -63,7 +63,7 @@ class Rules:
     code_lines: float = 0.30
     """Greatest share of lines that end with a brace or a semicolon. Ours; C4 drops a page for one brace."""
     lines_from: int = 10
-    """Lines from which the four rules on lines above and this one's share mean something. Ours: headings and an address."""
+    """Lines from which the five rules on lines above hold. Ours: a few headings and an address say nothing."""
     urls: float = 0.20
     """Greatest share of characters in web addresses. Ours: a link list."""
     repeated_line_characters: float = 0.20

@@ -1,4 +1,4 @@
-"""Which language a text is in: by script where that settles it, else by py3langid's model (Latin, Cyrillic, Arabic ...).
+"""Which language a text is in: by script where that settles it, else by py3langid's model (Latin, Cyrillic ...).
 
 py3langid (Lui and Baldwin 2011, "Cross-domain Feature Selection for Language Identification", with newer tables) is a
 naive Bayes model over byte n-grams that an automaton finds. Its tables are walked here in compiled code, over the
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from galenic.corpus.measure import SCRIPTS
+from galenic.corpus.counting import SCRIPTS
 from galenic.merge.kernels import compiled
 
 SAMPLE = 500
 """Bytes at the beginning of a text that are looked at."""
 LANGUAGES = (
-    "af ar az be bg bn bs ca cs cy da de el en es et eu fa fi fr ga gu he hi hr hu hy id is it ja ka kk km kn ko ky lo "
-    "lt lv mk ml mn mr ms my ne nl no pa pl ps pt ro ru si sk sl sq sr sv sw ta te tg th tl tr uk ur uz vi zh"
+    "af ar az be bg bn bs ca cs cy da de el en es et eu fa fi fr ga gu he hi hr hu hy id is it ja ka kk km kn ko ky "
+    "lo lt lv mk ml mn mr ms my ne nl no pa pl ps pt ro ru si sk sl sq sr sv sw ta te tg th tl tr uk ur uz vi zh"
 ).split()
-"""Those that are told apart. The model knows 136; of the others, Latin and English-based pidgins took words of medicine."""
+"""Those that are told apart. The model knows more; of those, Latin, pidgins and Galician took words of medicine."""
 EVIDENT_WORDS, EVIDENT_SHARE = 6, 0.15
-"""A text of Latin letters with so many different stop words of `measure.STOP_WORDS`, which make up such a share of its
-words, is English without a look at the model. No other language has more than five of them (Dutch, Danish)."""
+"""A text of Latin letters with so many different ones of `characters.STOP_WORDS`, which make up such a share of its
+words, is English without a look at the model. Dutch and Danish have four or five of these words."""
 ONE_LANGUAGE = {"hangul": "ko", "thai": "th", "greek": "el", "hebrew": "he"}
 """Scripts that (all but) one language of the web is written in."""
 MOSTLY_HAN, HARDLY_HAN = 0.6, 0.05

@@ -2,7 +2,8 @@
 
 The lists are this project's own and short on purpose: each phrase is one that a page around a text says and a text on
 medicine does not. What a text may well say ("share", "cookies", "根治" as in 根治术, radical surgery) is only here as
-part of something longer. Letters count in either case. A line goes whole or stays whole.
+part of something longer; "来源：" (source) begins monographs of herbs, ICP is intracranial pressure. Letters count in
+either case. A line goes whole or stays whole.
 """
 
 import functools
@@ -12,36 +13,40 @@ import numpy as np
 
 ANYWHERE = (
     # rights and imprints
-    "all rights reserved", "copyright ©", "copyright (c)", "© copyright", "powered by wordpress", "terms of use |",
-    "privacy policy |", "| privacy policy", "terms of service and privacy policy", "版权所有", "版权归原作者", "未经授权不得转载",
-    "未经许可不得转载", "转载请注明", "本文来源于网络", "如有侵权", "责任编辑", "责编：", "icp备", "icp证", "公网安备",
-    "不代表本站立场", "不代表本网观点",
+    "all rights reserved", "copyright ©", "copyright (c)", "© copyright", "powered by wordpress",
+    "terms of use |", "privacy policy |", "| privacy policy", "terms of service and privacy policy",
+    "版权所有", "版权归原作者", "未经授权不得转载", "未经许可不得转载", "转载请注明", "本文来源于网络",
+    "如有侵权", "责任编辑", "责编：", "icp备", "公网安备", "不代表本站立场", "不代表本网观点",
     # cookies and scripts
-    "we use cookies", "uses cookies to", "accept all cookies", "cookie policy", "cookie settings", "manage cookies",
-    "enable javascript", "javascript is disabled", "javascript is required", "requires javascript",
-    "turn on javascript", "your browser does not support", "请启用javascript", "浏览器不支持", "浏览器版本过低",
+    "we use cookies", "uses cookies to", "accept all cookies", "cookie policy", "cookie settings",
+    "manage cookies", "enable javascript", "javascript is disabled", "javascript is required",
+    "requires javascript", "turn on javascript", "your browser does not support", "请启用javascript",
+    "浏览器不支持", "浏览器版本过低",
     # subscriptions and sharing
     "subscribe to our newsletter", "sign up for our newsletter", "sign up to our newsletter",
-    "join our mailing list", "unsubscribe at any time", "follow us on", "like us on facebook", "share this article",
-    "share on facebook", "share on twitter", "tweet this", "pin it on pinterest", "email this blogthis",
-    "扫码关注", "扫描二维码", "长按二维码", "识别二维码", "关注公众号", "关注微信公众号", "关注我们的微信", "分享到朋友圈", "分享到微信",
-    "点击下方名片", "点赞收藏", "点个在看", "一键三连",
+    "join our mailing list", "unsubscribe at any time", "follow us on", "like us on facebook",
+    "share this article", "share on facebook", "share on twitter", "tweet this", "pin it on pinterest",
+    "email this blogthis", "扫码关注", "扫描二维码关注", "扫描二维码下载", "长按二维码", "识别二维码", "关注公众号",
+    "关注微信公众号", "关注我们的微信", "分享到朋友圈", "分享到微信", "点击下方名片", "点赞收藏", "点个在看",
+    "一键三连",
     # navigation
     "skip to main content", "skip to content", "jump to navigation", "toggle navigation", "back to top",
     "click here to", "leave a comment", "leave a reply", "your email address will not be published",
-    "required fields are marked", "log in to post", "you must be logged in", "add to wishlist", "page not found",
-    "view all posts by", "当前位置：", "您的位置：", "您所在的位置", "返回首页", "返回顶部", "设为首页", "加入收藏", "点击查看",
-    "点击阅读全文", "阅读原文", "展开全文", "网站地图", "登录后发表评论", "发表评论", "网友评论", "相关阅读：", "相关推荐：", "友情链接",
+    "required fields are marked", "log in to post", "you must be logged in", "add to wishlist",
+    "page not found", "view all posts by", "当前位置：", "您的位置：", "您所在的位置", "返回首页", "返回顶部",
+    "设为首页", "加入收藏", "点击查看", "点击阅读全文", "阅读原文", "展开全文", "网站地图", "登录后发表评论",
+    "发表评论", "网友评论", "相关阅读：", "相关推荐：", "友情链接",
 )  # fmt: skip
 """In a line of at most `LONGEST_CONTAINING` bytes."""
 
 AT_THE_START = (
     "share on", "share this", "share:", "tags:", "filed under:", "posted in:", "posted by", "posted on",
-    "read more", "continue reading", "related posts", "related articles", "you may also like", "previous post",
-    "next post", "previous article", "next article", "« previous", "next »", "home >", "home »", "home /",
-    "home |", "advertisement", "sponsored content", "print this page", "email this", "loading...", "copyright ",
-    "newsletter sign", "© ", "上一篇", "下一篇", "上一页", "下一页", "相关文章", "热门文章", "推荐阅读", "延伸阅读", "猜你喜欢", "首页 >", "首页>",
-    "首页 »", "分享到", "标签：", "来源：", "作者：", "编辑：", "发布时间：", "浏览次数", "阅读次数", "点击数：", "上一条", "下一条", "广告",
+    "read more", "continue reading", "related posts", "related articles", "you may also like",
+    "previous post", "next post", "previous article", "next article", "« previous", "next »", "home >",
+    "home »", "home /", "home |", "advertisement", "sponsored content", "print this page", "email this",
+    "loading...", "copyright ", "newsletter sign", "© ", "上一篇", "下一篇", "上一页", "下一页", "相关文章",
+    "热门文章", "推荐阅读", "延伸阅读", "猜你喜欢", "首页 >", "首页>", "首页 »", "分享到", "标签：",
+    "作者：", "编辑：", "发布时间：", "浏览次数", "阅读次数", "点击数：", "上一条", "下一条",
 )  # fmt: skip
 """At the start of a line of at most `LONGEST_BEGINNING` bytes."""
 
@@ -50,13 +55,14 @@ PLACEHOLDERS = ("lorem ipsum",)
 
 ADVERTS = (
     "buy now", "order now", "order today", "shop now", "call now", "act now", "add to cart", "free shipping",
-    "money-back guarantee", "money back guarantee", "limited time offer", "limited-time offer", "special offer",
-    "promo code", "discount code", "coupon code", "% off", "try it risk-free",
-    "100% natural", "all-natural formula", "as seen on tv", "lose weight fast", "melt away fat", "boost your metabolism",
-    "miracle cure", "doctors hate", "results may vary", "while supplies last",
-    "立即购买", "立即订购", "立即抢购", "限时优惠", "限时特价", "优惠价", "原价", "包邮", "秒杀", "加微信", "添加微信", "免费咨询", "在线咨询",
-    "咨询热线", "订购热线", "免费热线", "货到付款", "无效退款", "假一赔十", "厂家直销", "祖传秘方", "彻底根治", "永不复发", "包治百病", "药到病除",
-    "无任何副作用", "一个疗程见效", "纯天然无", "名额有限", "招商加盟", "诚招代理", "点击领取", "免费领取", "专家在线",
+    "money-back guarantee", "money back guarantee", "limited time offer", "limited-time offer",
+    "special offer", "promo code", "discount code", "coupon code", "try it risk-free",
+    "100% natural", "all-natural formula", "as seen on tv", "lose weight fast", "melt away fat",
+    "boost your metabolism", "miracle cure", "doctors hate", "results may vary", "while supplies last",
+    "立即购买", "立即订购", "立即抢购", "限时优惠", "限时特价", "优惠价", "原价", "包邮", "秒杀", "加微信",
+    "添加微信", "免费咨询", "在线咨询", "咨询热线", "订购热线", "免费热线", "货到付款", "无效退款",
+    "假一赔十", "厂家直销", "祖传秘方", "彻底根治", "永不复发", "包治百病", "药到病除", "无任何副作用",
+    "一个疗程见效", "纯天然无", "名额有限", "招商加盟", "诚招代理", "点击领取", "免费领取", "专家在线",
 )  # fmt: skip
 """At most 64 of health and wellness advertising; one says nothing, several in a short text do."""
 

@@ -12,8 +12,8 @@ from galenic.corpus.phrases import ADVERT, BEGINS, CONTAINS, PLACEHOLDER, automa
 from galenic.merge.kernels import compiled
 
 FORBIDDEN = "\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffe\uffff"
-"""C0 and C1 controls except tab and newline, zero-width and direction marks, line separators, BOM, noncharacters, as in a
-regular expression. Line ends among them become newlines, the others go."""
+"""C0 and C1 controls except tab and newline, zero-width and direction marks, line separators, BOM, noncharacters, as
+in a regular expression. Line ends among them become newlines, the others go."""
 TIDIED = np.dtype(
     [
         (name, np.int64)
@@ -45,12 +45,13 @@ def tidy(data: np.ndarray, starts: np.ndarray, *, cut: bool) -> tuple[np.ndarray
     ends = np.zeros(len(starts), dtype=np.int64)
     rows = np.zeros(len(starts) - 1, dtype=TIDIED)
     _tidy(data, starts, _LOOK, automaton(), cut, out, ends, rows)
+    rows["adverts"] = np.bitwise_count(rows["adverts"].view(np.uint64))
     return out[: ends[-1]], ends, rows
 
 
 @compiled
 def _break(data: Any, p: int, end: int) -> tuple[int, int]:
-    """Returns (bytes, newlines) of what at p does not stay: a line end or a forbidden character; 0 bytes if it stays."""
+    """Returns (bytes, newlines) of a line end or forbidden character at p; 0 bytes if it is neither."""
     byte = data[p]
     if byte < 0x80:
         if byte == 10:
@@ -101,15 +102,6 @@ def _is_boilerplate(out: Any, begin: int, end: int, phrases: Any, row: Any) -> t
 
 
 @compiled
-def _bits(word: Any) -> int:
-    count = 0
-    while word:
-        word &= word - np.uint64(1)
-        count += 1
-    return count
-
-
-@compiled
 def _tidy(data: Any, starts: Any, look: Any, phrases: Any, cut: bool, out: Any, ends: Any, rows: Any) -> None:
     w = 0
     for text in range(len(rows)):
@@ -157,7 +149,7 @@ def _tidy(data: Any, starts: Any, look: Any, phrases: Any, cut: bool, out: Any, 
             p += max(size, 1)
         while w > begin_out and out[w - 1] == 10:
             w -= 1
-        row.adverts = _bits(adverts)
+        row.adverts = np.int64(adverts)
         ends[text + 1] = w
 
 
