@@ -1,0 +1,220 @@
+"""De-identification: recall and precision by category on made-up notes, English and Chinese.
+
+    python benchmarks/deidentification.py [--notes 400] [--clean CORPUS/documents.parquet] [--presidio PYTHON]
+
+The notes are templates filled at random: forms, where a label says what follows, and narrative, where little does.
+The names are not those of any list that the rules know (they know none but Chinese surnames). Templates and rules are
+of one hand, so real notes will be harder; there is no real note in this repository. An identifier counts as found if
+every letter of it is covered, whatever the tag. Intervals are Wilson's, 95%, as if notes were independent.
+
+With --presidio, an environment that has presidio-analyzer and en_core_web_sm reads the same English notes.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+from galenic.corpus.deidentify import CATEGORIES, Deidentifier
+
+COMMON = "James Mary Robert Patricia Michael Linda David Susan Karen Thomas|Smith Johnson Brown Davis Wilson Moore Taylor Clark Lewis Young"
+UNCOMMON = (
+    "Oluwaseun Priyanka Xiomara Thorbjørn Nguyet Aleksandra Kwabena Yesenia Dimitrios Siobhan Rashid Mei-Ling Tariq Ingeborg Jedediah"
+    "|Adeyemi Venkataraman Quispe Haraldsen Tran Wojciechowska O'Sullivan Okonkwo Papadopoulos MacGregor Al-Masri Ferreira Zhou Lindqvist Pettigrew"
+)
+GIVEN = "伟 秀英 建国 丽华 子涵 志强 雨桐 淑珍 国栋 欣怡 小红 浩然 晓东 桂兰 思远 明 芳 磊 佳慧 永福"
+SURNAMES = "王 李 张 刘 陈 杨 赵 黄 周 吴 徐 孙 胡 朱 高 林 何 郭 马 罗 于 白 温 方 欧阳 上官 司马 戚 缪 单"
+CITIES = "Worcester,Duluth,Tulsa,Chattanooga,Eugene,Fargo,Asheville,Bakersfield,Peoria,Santa Rosa".split(",")
+STREETS = "Elm Street,Washington Avenue,Old Mill Road,N. Lincoln Blvd,Sunset Drive,Pine Hollow Ln,5th Avenue,Maple Court".split(",")
+HOSPITALS = (
+    "St. Mary's Hospital,Riverside Medical Center,Cedar Valley Clinic,Good Samaritan Hospital,Mercy Health Center,Oak Hill Nursing Home,"
+    "Hospital of the Holy Cross,UCHealth"
+).split(",")
+HAN_PLACES = (
+    "北京市海淀区中关村大街27号院3号楼402室 广东省深圳市南山区科技园路8号 湖北省武汉市洪山区珞喻路1037号 四川省凉山彝族自治州昭觉县竹核乡木渣洛村2组 上海市徐汇区漕溪北路595弄12号 "
+    "青岛市市南区香港中路61号 南通市如皋市白蒲镇 安徽省阜阳市临泉县"
+).split()
+HAN_HOSPITALS = "北京协和医院 武汉同济医院 四川大学华西医院 中山大学附属第三医院 如皋市人民医院 上海长海医院 白蒲镇中心卫生院 惠民社区卫生服务中心".split()
+
+ENGLISH = {
+    "form": [
+        "DISCHARGE SUMMARY\nPatient Name: {NAME:caps}\nMRN: {ID:mrn}\nDOB: {DATE:num}\nAdmitted: {DATE:num}   Discharged: {DATE:num}\nAttending: {NAME:dr}\nPCP: {NAME:full}, MD\n"
+        "Diagnosis: community-acquired pneumonia, right lower lobe. History of Graves disease and Parkinson disease.\nPlan: amoxicillin 500 mg three times daily for 7 days. Call {PHONE} with questions.\n"
+        "Electronically signed by: {NAME:full} on {DATE:iso}",
+        "RADIOLOGY REPORT\nName: {NAME:full}  Acct #: {ID:mrn}  SSN: {ID:ssn}\nExam date: {DATE:num}\nReferring physician: {NAME:full}\nFacility: {HOSPITAL}\n"
+        "Findings: No focal consolidation. Heart size 12 x 8 cm. Foley catheter in place. Glasgow Coma Scale 15.\nImpression: Normal chest. Compared with {DATE:month}.",
+        "FACE SHEET\nPatient: {NAME:full}\nAddress: {ADDRESS:street}\nPhone: {PHONE}\nFax: {PHONE}\nEmail: {EMAIL}\nInsurance ID: {ID:policy}\nEmergency contact: {NAME:full} (daughter)\nDriver's license: {ID:policy}\n"
+        "Pacemaker serial number: {DEVICE}\nLicense plate: {VEHICLE}\nPortal: {URL}\nLast login from {IP}",
+    ],
+    "narrative": [
+        "{NAME:full} is a {AGE}-year-old woman who was brought from {HOSPITAL} after a fall on {DATE:month}. She lives alone in {ADDRESS:city}. Her daughter {NAME:first} noticed confusion. "
+        "Blood pressure 142/88, temperature 38.1, strength 4/5 in the left arm. Dr. {NAME:last} from Neurology was consulted and recommended MRI. Will follow up with {NAME:dr} on {DATE:short}.",
+        "Mr. {NAME:last} returned to clinic today. He was last seen on {DATE:num} by {NAME:full}, NP. He reports that his wife, {NAME:first}, manages his pills. "
+        "Troponin 0.04, platelets 250000, creatinine 1.2. Hodgkin lymphoma in remission since {DATE:month}. Spoke with {NAME:full} at {PHONE}; she will fax records from {HOSPITAL}.",
+        "Pt seen and examined. Case discussed with {NAME:full} and family. {NAME:last} tolerated the Whipple procedure on {DATE:short} well. Transferred from {ADDRESS:city} by ambulance. "
+        "No known drug allergies. Babinski sign absent. JVP 8 cm. The patient, formerly a teacher in {ADDRESS:city}, wishes to go home to {ADDRESS:street}.",
+        "Thank you for referring {NAME:full}, whom I saw on {DATE:long}. As you know, {NAME:first} has had Crohn disease since childhood, and mother {NAME:full} has type 2 diabetes. "
+        "Colonoscopy at {HOSPITAL} in {DATE:month} showed ulcers. I have asked {NAME:full} to see her. Sincerely, {NAME:full}, MD",
+        "nursing note: pt {NAME:lower} c/o pain 7/10, given morphine 2 mg iv. dr {NAME:lower} notified at 0430. daughter called from {PHONE}. room 412 bed b. next dose due {DATE:short}.",
+    ],
+}
+CHINESE = {
+    "form": [
+        "出院记录\n姓名：{NAME:zh}  性别：男  年龄：{AGE:zh}\n住院号：{ID:zhmrn}  身份证号：{ID:resident}\n入院日期：{DATE:zh}  出院日期：{DATE:zh}\n家庭住址：{ADDRESS:zh}\n联系电话：{PHONE:zh}\n"
+        "诊断：2型糖尿病，高血压病3级。出院医嘱：二甲双胍0.5g口服，每日3次。\n主治医师：{NAME:zh}  记录者：{NAME:zh}",
+        "检查报告单\n姓名：{NAME:zh}  性别：女  科室：心内科  检查号：{ID:zhmrn}\n医院：{HOSPITAL:zh}\n检查所见：双肺纹理清晰，心影不大，心胸比0.48。\n诊断意见：未见明显异常。\n报告医生：{NAME:zh}  审核医生：{NAME:zh}  报告日期：{DATE:iso}",
+        "知情同意书\n患者姓名：{NAME:zh}\n医保卡号：{ID:zhmrn}\n工作单位：{ADDRESS:zh}\n联系人：{NAME:zh}（女儿）手机：{PHONE:zh}\n电子邮箱：{EMAIL}\n起搏器序列号：{DEVICE}\n车牌：{VEHICLE:zh}\n家属签字：{NAME:zh}  {DATE:zh}",
+    ],
+    "narrative": [
+        "患者{NAME:zh}，男，{AGE:zh}，因“反复咳嗽、咳痰3年，加重1周”于{DATE:zh}入院。患者高热，最高39.2℃，伴黄疸。{DATE:zhshort}曾在{HOSPITAL:zh}就诊，予头孢曲松2.0g静滴。家住{ADDRESS:zh}，其女儿{NAME:zh}陪同。",
+        "{DATE:zhshort}查房：{NAME:zhlast}主任查房后指示：继续抗感染治疗，白细胞12.3×10^9/L，血压130/80mmHg。{NAME:zh}医师已与家属{NAME:zh}沟通病情，家属表示理解。必要时请{NAME:zh}会诊。",
+        "今接到{HOSPITAL:zh}电话，{NAME:zh}的病理结果为腺癌。患者自{DATE:zh}起无明显诱因出现腹痛，曾于外院就诊。联系电话{PHONE:zh}。既往体健，否认肝炎史，来自{ADDRESS:zh}。",
+        "{NAME:zh}，女，{AGE:zh}，退休教师，{DATE:zhhan}因跌倒致左髋部疼痛，由儿子{NAME:zh}送至{HOSPITAL:zh}。马上行CT检查，左股骨颈骨折。何时手术待定，高血压病史20年。",
+        "老{NAME:zhlast}说自己昨晚没睡好，女儿小{NAME:zhfirst}很担心。住在{ADDRESS:zh}，平时由邻居{NAME:zh}照看。查体：神清，腹软，无压痛。",
+    ],
+}
+
+
+def fill(category: str, form: str, rng: random.Random) -> str:
+    """One identifier; the forms are those that notes use."""
+    pick, number = rng.choice, lambda digits: "".join(rng.choice("0123456789") for _ in range(digits))
+    firsts, lasts = (part.split() for part in pick([COMMON, UNCOMMON]).split("|"))
+    first, last = pick(firsts), pick(lasts)
+    year, month, day = rng.randint(1998, 2024), rng.randint(1, 12), rng.randint(1, 28)
+    name = "January February March April May June July August September October November December".split()[month - 1]
+    surname, given = pick(SURNAMES.split()), pick(GIVEN.split())
+    if category == "NAME":
+        return {
+            "full": pick([f"{first} {last}", f"{first} {pick('ABCDEJKLM')}. {last}"]),
+            "caps": pick([f"{last.upper()}, {first.upper()}", f"{last}, {first}"]),
+            "dr": f"Dr. {pick([first + ' ' + last, last])}".removeprefix("Dr. ") if rng.random() < 0.3 else f"Dr. {last}".removeprefix("Dr. "),
+            "last": last, "first": first, "lower": last.lower(), "zh": surname + given, "zhlast": surname, "zhfirst": given,
+        }[form]  # fmt: skip
+    if category == "DATE":
+        return {
+            "num": pick([f"{month:02d}/{day:02d}/{year}", f"{month}/{day}/{year % 100:02d}", f"{month}-{day}-{year}"]),
+            "iso": f"{year}-{month:02d}-{day:02d}", "month": pick([f"{name} {year}", f"{name} {day}, {year}", f"{name[:3]} {day}"]),
+            "long": pick([f"{day} {name} {year}", f"{name} {day}, {year}", f"the {day}th of {name}"]), "short": pick([f"{month}/{day}", f"{name} {day}", f"{day}-{name[:3]}-{year}"]),
+            "zh": pick([f"{year}年{month}月{day}日", f"{year}-{month:02d}-{day:02d}", f"{year}.{month:02d}.{day:02d}", f"{year}年{month}月"]),
+            "zhshort": pick([f"{month}月{day}日", f"{year}年{month}月{day}日", f"{month}-{day}"]), "zhhan": pick(["二〇二三年三月五日", "二零一九年十二月二十八日", "农历正月初五"]),
+        }[form]  # fmt: skip
+    if category == "ID":
+        base = f"{pick(['110105', '420111', '510107'])}{rng.randint(1930, 2005)}{month:02d}{day:02d}{number(3)}"
+        check = "10X98765432"[sum(w * int(d) for w, d in zip((7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2), base, strict=True)) % 11]
+        return {"mrn": pick([number(7), number(8), f"H{number(6)}", f"{number(3)}-{number(2)}-{number(2)}"]), "ssn": f"{number(3)}-{number(2)}-{number(4)}",
+                "policy": pick([f"XK{number(9)}", f"W{number(8)}", f"{number(4)}{pick('ABC')}{number(5)}"]), "zhmrn": pick([number(8), number(10), f"ZY{number(7)}"]), "resident": base + check}[form]  # fmt: skip
+    mobile = f"1{pick('35789')}{number(9)}"
+    return {
+        "AGE": str(rng.randint(90, 102)) + ("岁" if form == "zh" else ""),
+        "PHONE": pick([mobile, f"{mobile[:3]}-{mobile[3:7]}-{mobile[7:]}", f"0{pick(['10', '21', '755'])}-{number(8)}"]) if form == "zh"
+        else pick([f"({number(3)}) 555-{number(4)}", f"{number(3)}-555-{number(4)}", f"{number(3)}.555.{number(4)}", f"+44 20 7946 {number(4)}"]),
+        "EMAIL": f"{first.lower()}.{number(2)}@{pick(['example.org', 'mail.example.com'])}".replace("ø", "o"),
+        "ADDRESS": pick(HAN_PLACES) if form == "zh" else pick(CITIES) if form == "city"
+        else pick([f"{rng.randint(1, 9999)} {pick(STREETS)}", f"{rng.randint(1, 999)} {pick(STREETS)}, {pick(CITIES)}, {pick(['MA', 'OR', 'TX'])} {number(5)}"]),
+        "HOSPITAL": pick(HAN_HOSPITALS) if form == "zh" else pick(HOSPITALS),
+        "DEVICE": f"{pick('PSL')}{pick('ABC')}{number(7)}", "VEHICLE": f"{pick('京沪粤川')}{pick('ABC')}{number(5)}" if form == "zh" else f"{pick('ABCD')}{pick('KLM')}{pick('XYZ')}-{number(4)}",
+        "URL": f"https://portal.example.org/u/{number(6)}", "IP": f"{rng.randint(11, 220)}.{rng.randint(0, 255)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}",
+    }[category]  # fmt: skip
+
+
+def note(template: str, rng: random.Random) -> tuple[str, list[tuple[int, int, str]]]:
+    """A filled template and where its identifiers are."""
+    text, spans, last = "", [], 0
+    for match in re.finditer(r"\{([A-Z]+)(?::(\w+))?\}", template):
+        text += template[last : match.start()]
+        value = fill(match.group(1), match.group(2) or "", rng)
+        spans.append((len(text), len(text) + len(value), match.group(1)))
+        text, last = text + value, match.end()
+    return text + template[last:], spans
+
+
+def wilson(hits: int, of: int) -> str:
+    """Share with Wilson's 95% interval (Wilson 1927)."""
+    if not of:
+        return ""
+    share, z = hits / of, 1.96
+    centre, spread = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    low, high = (centre - spread) / (1 + z * z / of), (centre + spread) / (1 + z * z / of)
+    return f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def covered(text: str, start: int, stop: int, finds: list[tuple[int, int, str]]) -> bool:
+    hidden = [any(a <= i < b for a, b, _ in finds) for i in range(start, stop)]
+    return all(h or not text[i].isalnum() for i, h in zip(range(start, stop), hidden, strict=True))
+
+
+def score(name: str, notes: list[tuple[str, list[tuple[int, int, str]]]], found: list[list[tuple[int, int, str]]]) -> Counter:
+    """Prints a table; returns what stands around what was missed."""
+    hits, total, right, said = Counter(), Counter(), Counter(), Counter()
+    missed: Counter = Counter()
+    for (text, spans), finds in zip(notes, found, strict=True):
+        for start, stop, category in spans:
+            hit = covered(text, start, stop, finds)
+            hits[category] += hit
+            total[category] += 1
+            if not hit:
+                missed[category, text[max(0, start - 14) : start] + "«...»" + text[stop : stop + 8]] += 1
+        for start, stop, category in finds:
+            said[category] += 1
+            right[category] += any(start < b and a < stop for a, b, _ in spans)
+    print(f"\n{name}, {len(notes)} notes\n\n| category | identifiers | recall | replaced | precision |\n|---|--:|---|--:|---|")
+    for category in [*CATEGORIES, *sorted(set(said) - set(CATEGORIES))]:
+        if total[category] or said[category]:
+            print(f"| {category} | {total[category]} | {wilson(hits[category], total[category])} | {said[category]} | {wilson(right[category], said[category])} |")
+    print(f"| all | {sum(total.values())} | {wilson(sum(hits.values()), sum(total.values()))} | {sum(said.values())} | {wilson(sum(right.values()), sum(said.values()))} |")
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--notes", type=int, default=400)
+    parser.add_argument("--missed", type=int, default=0, help="print so many of what was missed")
+    parser.add_argument("--clean", help="documents.parquet: what is replaced where there is nobody")
+    parser.add_argument("--presidio", help="python of an environment with presidio-analyzer")
+    given = parser.parse_args()
+    rules = Deidentifier()
+    for language, groups in (("English", ENGLISH), ("Chinese", CHINESE)):
+        for style, templates in groups.items():
+            rng = random.Random(f"{language} {style}")
+            notes = [note(templates[i % len(templates)], rng) for i in range(given.notes)]
+            started = time.process_time()
+            found = [[(f.start, f.stop, f.category) for f in rules.find(text)] for text, _ in notes]
+            spent = time.process_time() - started
+            missed = score(f"{language}, {style}", notes, found)
+            size = sum(len(text.encode()) for text, _ in notes) / 1e6
+            print(f"\n{size / spent:.2f} MB/s")
+            for (category, text), count in missed.most_common(given.missed):
+                print(f"  missed {count} {category}: {text!r}")
+            if given.presidio and language == "English":
+                worker = Path(__file__).with_name("presidio_worker.py")
+                lines = "".join(json.dumps(text) + "\n" for text, _ in notes)
+                started = time.monotonic()
+                answer = subprocess.run([given.presidio, worker], input=lines, capture_output=True, text=True, check=True).stdout
+                found = [[tuple(find) for find in json.loads(line)] for line in answer.splitlines()]
+                score(f"presidio-analyzer, {language}, {style}", notes, found)
+                print(f"\n{size / (time.monotonic() - started):.3f} MB/s, start included")
+    if given.clean:
+        clean(given.clean, rules)
+
+
+def clean(path: str, rules: Deidentifier) -> None:
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(path, columns=["source", "text"])
+    print("\n| source | words | replaced in 1,000 words | by category |\n|---|--:|--:|---|")
+    for source in ("radiology", "guidelines", "mesh", "hpo", "disease-tables"):
+        texts = [t for s, t in zip(table["source"].to_pylist(), table["text"].to_pylist(), strict=True) if s == source][:500]
+        counts: Counter = Counter()
+        for text in texts:
+            counts.update(rules.replace(text)[1])
+        words = sum(len(re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text)) for text in texts)
+        print(f"| {source} | {words} | {1000 * sum(counts.values()) / words:.2f} | {', '.join(f'{c} {n}' for c, n in counts.most_common())} |")
+
+
+if __name__ == "__main__":
+    main()
