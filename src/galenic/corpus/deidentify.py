@@ -7,13 +7,14 @@ many), so it is one layer: it does not make a text anonymous, and it is no deter
 """
 
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from galenic.corpus.identifiers import ANY, CHINESE, ENGLISH, HAN, NOT_NAMES
+from galenic.corpus.identifiers import ANY, CHINESE, ENGLISH, EPONYM, HAN, NOT_NAMES, SURNAME
 from galenic.corpus.texts import column
 from galenic.runtime import UserError
 
@@ -34,6 +35,9 @@ class Deidentification:
     """`tag` writes `[DATE]`; `year` keeps a year of four digits, `[DATE 2021]`, except in dates of birth."""
     names: tuple[str, ...] = ()
     """Text files with one name a line (patients, staff, towns): replaced wherever they stand. The best help there is."""
+    models: tuple[str, ...] = ()
+    """spaCy pipelines (installed packages or folders, such as `en_core_web_sm`) and `jieba`, whose names and places are
+    added: they find what no label or title announces."""
     keep: tuple[str, ...] = ()
     """Categories left as they are."""
 
@@ -61,10 +65,11 @@ class Deidentifier:
         """Reads the lists of names.
 
         Raises:
-            UserError: a list is missing, not UTF-8 or empty.
+            UserError: a list is missing, not UTF-8 or empty; a model is not installed.
         """
         self.config = config or Deidentification()
         self._known = _Known(name for file in self.config.names for name in _read_names(file))
+        self._models = [_jieba() if name == "jieba" else _spacy(name) for name in self.config.models]
 
     def find(self, text: str) -> list[Find]:
         """Returns what identifies somebody, in order, not overlapping."""
@@ -76,6 +81,8 @@ class Deidentifier:
                 if match.group(group) and (test is None or test(match.group(group))):
                     finds.append(Find(match.start(group), match.end(group), category))
         finds.extend(self._known.find(text))
+        for model in self._models:
+            finds.extend(model(text))
         names = {text[find.start : find.stop] for find in finds if find.category == "NAME"}
         finds.extend(_again(text, names))
         return _joined([find for find in finds if find.category not in self.config.keep])
@@ -111,6 +118,78 @@ def deidentify_table(table: Any, deidentifier: Deidentifier) -> tuple[Any, dict[
         counts.update(found)
     place = table.schema.get_field_index("text")
     return table.set_column(place, "text", column(texts)), {c: counts[c] for c in CATEGORIES if counts[c]}
+
+
+# ---------------------------------------------------------------------------- models
+
+_PERSON = frozenset(["nr", "nrt", "nrfg"])
+_GIVEN = _PERSON | {"nz", "ns"}
+"""Jieba's tags of persons; and those of given names that it takes for brands and places (永福, 建国)."""
+_LABELS = {"PERSON": "NAME", "GPE": "ADDRESS", "LOC": "ADDRESS", "FAC": "ADDRESS"}
+
+
+def _spacy(name: str) -> Callable[[str], Iterator[Find]]:
+    """Returns what finds persons and places by a spaCy pipeline."""
+    try:
+        import spacy
+
+        nlp = spacy.load(name, exclude=["parser", "tagger", "attribute_ruler", "lemmatizer", "senter"])
+    except ImportError:
+        raise UserError(f"models: '{name}' needs spaCy; pip install spacy, or leave it out") from None
+    except OSError:
+        raise UserError(
+            f"models: spaCy knows no pipeline '{name}'; install it, name its folder, or leave it out"
+        ) from None
+    nlp.max_length = 10**9  # that limit guards the parser's memory
+
+    def find(text: str) -> Iterator[Find]:
+        if (nlp.lang == "zh") != bool(HAN.search(text)):
+            return
+        for entity in nlp(text).ents:
+            category = _LABELS.get(entity.label_)
+            words = {word.lower() for word in _PART.findall(entity.text)}
+            eponym = category == "NAME" and EPONYM.match(text, entity.end_char)
+            if category and not eponym and (nlp.lang == "zh" or not words <= NOT_NAMES):
+                yield Find(entity.start_char, entity.end_char, category)
+
+    return find
+
+
+def _jieba() -> Callable[[str], Iterator[Find]]:
+    """Returns what finds Chinese names by jieba's tagger."""
+    try:
+        import jieba
+        import jieba.posseg
+    except ImportError:
+        raise UserError("models: 'jieba' is not installed; pip install jieba, or leave it out") from None
+    jieba.setLogLevel("ERROR")
+    # By default it would read what somebody else may have put in /tmp/jieba.cache.
+    with tempfile.TemporaryDirectory() as folder:
+        jieba.dt.tmp_dir = folder
+        jieba.initialize()
+
+    def find(text: str) -> Iterator[Find]:
+        yield from _tagged_names([tuple(pair) for pair in jieba.posseg.cut(text)] if HAN.search(text) else [])
+
+    return find
+
+
+def _tagged_names(words: list[tuple[str, str]]) -> Iterator[Find]:
+    """Finds names in (word, part of speech) pairs: a word tagged as one, or a surname and what was split off it."""
+    start = 0
+    for place, (word, flag) in enumerate(words):
+        # It takes much for a name that none is: 查体, 神清. They have no surname.
+        if flag in _PERSON and len(word) > 1 and SURNAME.match(word):
+            yield Find(start, start + len(word), "NAME")
+        if SURNAME.fullmatch(word):
+            given, flags = "", {flag}
+            for following, tag in words[place + 1 : place + 3]:
+                if len(given) + len(following) > 2 or not HAN.match(following):
+                    break
+                given, flags = given + following, flags | {tag}
+            if given and (len(word) == 2 or flags & _GIVEN):
+                yield Find(start, start + len(word) + len(given), "NAME")
+        start += len(word)
 
 
 # ---------------------------------------------------------------------------- names
@@ -183,7 +262,9 @@ def _joined(finds: list[Find]) -> list[Find]:
             last = joined[-1]
             longer = find.stop - find.start > length
             length = max(length, find.stop - find.start)
-            joined[-1] = Find(last.start, max(last.stop, find.stop), find.category if longer else last.category)
+            joined[-1] = Find(
+                last.start, max(last.stop, find.stop), find.category if longer else last.category
+            )
         else:
             joined.append(find)
             length = find.stop - find.start
