@@ -11,10 +11,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from galenic.corpus.identifiers import ANY, CHINESE, ENGLISH, EPONYM, HAN, NOT_NAMES, SURNAME
+from galenic.corpus.identifiers import ANY, HAN
+from galenic.corpus.identifiers_en import ENGLISH, EPONYM, NOT_NAMES
+from galenic.corpus.identifiers_zh import CHINESE, SURNAME
 from galenic.corpus.texts import column
 from galenic.runtime import UserError
 
@@ -34,7 +37,7 @@ class Deidentification:
     dates: Literal["tag", "year"] = "tag"
     """`tag` writes `[DATE]`; `year` keeps a year of four digits, `[DATE 2021]`, except in dates of birth."""
     names: tuple[str, ...] = ()
-    """Text files with one name a line (patients, staff, towns): replaced wherever they stand. The best help there is."""
+    """Text files with one name a line (patients, staff, towns), replaced wherever they stand: the best help."""
     models: tuple[str, ...] = ()
     """spaCy pipelines (installed packages or folders, such as `en_core_web_sm`) and `jieba`, whose names and places are
     added: they find what no label or title announces."""
@@ -131,9 +134,9 @@ _LABELS = {"PERSON": "NAME", "GPE": "ADDRESS", "LOC": "ADDRESS", "FAC": "ADDRESS
 def _spacy(name: str) -> Callable[[str], Iterator[Find]]:
     """Returns what finds persons and places by a spaCy pipeline."""
     try:
-        import spacy
-
-        nlp = spacy.load(name, exclude=["parser", "tagger", "attribute_ruler", "lemmatizer", "senter"])
+        nlp = import_module("spacy").load(
+            name, exclude=["parser", "tagger", "attribute_ruler", "lemmatizer", "senter"]
+        )
     except ImportError:
         raise UserError(f"models: '{name}' needs spaCy; pip install spacy, or leave it out") from None
     except OSError:
@@ -143,7 +146,8 @@ def _spacy(name: str) -> Callable[[str], Iterator[Find]]:
     nlp.max_length = 10**9  # that limit guards the parser's memory
 
     def find(text: str) -> Iterator[Find]:
-        if (nlp.lang == "zh") != bool(HAN.search(text)):
+        han = len(HAN.findall(text))
+        if han == 0 if nlp.lang == "zh" else 5 * han > len(text):
             return
         for entity in nlp(text).ents:
             category = _LABELS.get(entity.label_)
@@ -158,8 +162,7 @@ def _spacy(name: str) -> Callable[[str], Iterator[Find]]:
 def _jieba() -> Callable[[str], Iterator[Find]]:
     """Returns what finds Chinese names by jieba's tagger."""
     try:
-        import jieba
-        import jieba.posseg
+        jieba, tagger = import_module("jieba"), import_module("jieba.posseg")
     except ImportError:
         raise UserError("models: 'jieba' is not installed; pip install jieba, or leave it out") from None
     jieba.setLogLevel("ERROR")
@@ -169,7 +172,7 @@ def _jieba() -> Callable[[str], Iterator[Find]]:
         jieba.initialize()
 
     def find(text: str) -> Iterator[Find]:
-        yield from _tagged_names([tuple(pair) for pair in jieba.posseg.cut(text)] if HAN.search(text) else [])
+        yield from _tagged_names([tuple(pair) for pair in tagger.cut(text)] if HAN.search(text) else [])
 
     return find
 
