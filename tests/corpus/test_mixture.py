@@ -275,7 +275,10 @@ def test_two_workers_give_the_bytes_of_one(fitted, tokenizer_step, tmp_path):
 
 
 def test_the_plan_counts_what_would_be_trained(tokenizer_step, tmp_path):
-    facts = mixture.plan(make_config(tmp_path / "x", tokenizer_step)).facts
+    config = make_config(tmp_path / "x", tokenizer_step)
+    facts = mixture.plan(config).facts
     assert facts["runs"] == "8 to fit, 2 x 2 to check, 640 tokens each"
     assert facts["parts"] == "2 (general, medical)" and facts["caps"] == "none"
+    drawn = mixture.preview(dataclasses.replace(config, final_tokens=5000))
+    assert [line.split()[-7] for line in drawn[1:5]] == ["curriculum", "prior", "general", "general"]
     assert not (tmp_path / "x").exists()

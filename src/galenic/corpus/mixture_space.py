@@ -27,6 +27,14 @@ class Space:
     targets: np.ndarray
     """(domains,) weights, of sum 1."""
 
+    @property
+    def own(self) -> list[int]:
+        """For each domain the part that holds its own text, -1 if none does."""
+        return [
+            next((i for i, name in enumerate(self.names) if domain in self.within[name]), -1)
+            for domain in self.domains
+        ]
+
     def mixture(self, shares: np.ndarray) -> dict[str, float]:
         """Returns source -> share."""
         return {
