@@ -269,7 +269,7 @@ def fit_mixture(
     predicted = fit.cross_predict(shares, losses, space.own)
     target = losses @ space.targets
     # Laws are not trusted beyond what was tried: no share above the largest one of a run.
-    low, high = np.zeros(len(space.names)), np.minimum(space.cap, shares.max(axis=0))
+    low, high = space.least, np.minimum(space.cap, shares.max(axis=0))
     generator = np.random.Generator(np.random.Philox(key=[seed, 1]))
     fitted = laws.predict(shares)
     best, gains = [], []

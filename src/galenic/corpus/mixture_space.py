@@ -20,6 +20,8 @@ class Space:
     """Part -> source -> share of the part."""
     prior: np.ndarray
     """(d,)."""
+    least: np.ndarray
+    """(d,) least shares of the fitted mixture."""
     cap: np.ndarray
     """(d,) greatest shares."""
     domains: tuple[str, ...]
@@ -109,6 +111,7 @@ def make_space(config: MixtureConfig, sizes: dict[str, Size], heldout: dict[str,
         names=tuple(within),
         within=within,
         prior=start,
+        least=config.keep * start,
         cap=most,
         domains=domains,
         targets=weights / weights.sum(),
