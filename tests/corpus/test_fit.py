@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from galenic.corpus.fit import (
+    RIDGES,
+    Laws,
     agreement,
     cross_predict,
     fit,
@@ -77,7 +79,7 @@ def test_the_gradient_is_that_of_finite_differences():
     shares = mixtures(30, 3)
     losses = exponential_losses(shares)
     for law in ("exponential", "quadratic"):
-        laws, _ = fit(shares, losses, (law,))
+        laws, _ = fit(shares, losses, laws=(law,))
         point, targets = np.array([0.2, 0.5, 0.3]), np.array([0.5, 0.1, 0.4])
         numeric = [
             ((laws.predict((point + step)[None]) - laws.predict((point - step)[None])) @ targets)[0] / 2e-6
@@ -95,8 +97,32 @@ def test_pure_noise_is_predicted_no_better_than_by_its_mean():
 
 def test_losses_that_do_not_change_are_constant():
     shares = mixtures(8, 3)
-    fields, left_out = fit_law(shares, np.full(8, 2.0), "exponential")
-    assert fields["constant"] == 2.0 and (left_out == 2.0).all() and not fields["linear"].any()
+    for law in ("exponential", "quadratic"):
+        for fields, left_out in fit_law(shares, np.full(8, 2.0), law):
+            still = Laws(**{name: np.array([value]) for name, value in fields.items()})
+            assert still.predict(mixtures(9, 3, seed=2)) == pytest.approx(2.0, abs=1e-6)
+            assert left_out == pytest.approx(2.0, abs=1e-6)
+
+
+def test_its_own_part_is_penalised_less():
+    shares = mixtures(12, 6)
+    losses = 2 - shares[:, 2] + 0.01 * np.random.default_rng(0).standard_normal(12)
+    free, bound = fit_law(shares, losses, "quadratic", own=2), fit_law(shares, losses, "quadratic")
+    k = RIDGES.index(1.0)
+
+    def slope(fields):  # of the loss in the share, at a sixth
+        return fields["linear"][2] + fields["square"][2] / 3
+
+    assert abs(slope(free[k][0]) + 1) < abs(slope(bound[k][0]) + 1) / 2
+
+
+def test_one_law_and_one_ridge_serve_all_domains():
+    shares = mixtures(30, 3)
+    laws, left_out = fit(shares, exponential_losses(shares, noise=0.05))
+    tried = [[fit_law(shares, exponential_losses(shares, noise=0.05)[:, i], "exponential") for i in range(3)]]
+    assert laws.exponential.all() and any(
+        all((tried[0][i][k][1] == left_out[:, i]).all() for i in range(3)) for k in range(len(RIDGES))
+    )
 
 
 def test_agreement_against_enumeration():

@@ -120,7 +120,8 @@ def test_the_cap_is_ten_readings_of_a_source_in_the_final_training():
         ({"verify_seeds": 1}, "an interval needs two"),
         ({"tokens": 10}, "one batch"),
         ({"prior": {"web": 0}}, "above 0"),
-        ({"flatten": 2.0}, "not in"),
+        ({"flatten": 2.0}, "flatten: 2.0 is not in"),
+        ({"keep": -0.1}, "keep: -0.1 is not in"),
     ],
 )
 def test_mistakes_are_refused_before_any_work(changes, message):
@@ -171,6 +172,17 @@ def test_the_fitted_mixture_is_the_best_one_and_its_intervals_hold_it():
     for name, best in zip(space.names, grid[values.argmin()], strict=True):
         low, high = result["intervals"][name]
         assert low - 0.03 <= best <= high + 0.03
+
+
+def test_a_part_keeps_what_it_is_told_to_even_if_nothing_speaks_for_it():
+    for keep in (0.0, 0.3):
+        space = space_of(keep=keep, targets={"cases": 1})
+        shares, _, truth = simulated(space, noise=0.0)
+        chosen = fit_mixture(space, shares, truth(shares)[:, 2:], bootstraps=20, seed=0)["shares"]
+        rest = chosen["web"] + chosen["code"]
+        largest = shares[:, 2].max()  # beyond what was tried the laws are not followed
+        assert rest == pytest.approx(max(1 - largest, keep * 0.9), abs=0.02)
+        assert chosen["web"] >= keep * 0.6 - 1e-9 and chosen["code"] >= keep * 0.3 - 1e-9
 
 
 def test_noise_gives_wide_intervals_and_no_ranks():
@@ -275,7 +287,10 @@ def test_two_workers_give_the_bytes_of_one(fitted, tokenizer_step, tmp_path):
 
 
 def test_the_plan_counts_what_would_be_trained(tokenizer_step, tmp_path):
-    facts = mixture.plan(make_config(tmp_path / "x", tokenizer_step)).facts
+    config = make_config(tmp_path / "x", tokenizer_step)
+    facts = mixture.plan(config).facts
     assert facts["runs"] == "8 to fit, 2 x 2 to check, 640 tokens each"
     assert facts["parts"] == "2 (general, medical)" and facts["caps"] == "none"
+    drawn = mixture.preview(dataclasses.replace(config, final_tokens=5000))
+    assert [line.split()[-7] for line in drawn[1:5]] == ["curriculum", "prior", "general", "general"]
     assert not (tmp_path / "x").exists()

@@ -5,12 +5,13 @@ Two laws of a domain's loss, r the shares of the mixture's parts (on the simplex
     exponential   L(r) = c + exp(b + sum_j t_j r_j)         data mixing laws, Ye et al., arXiv 2403.16952, equation 6
     quadratic     L(r) = b + sum_j t_j r_j + sum_j q_j r_j^2
 
-Both are fitted by ridge regression (the first on log(L - c), for each c of a grid); c, the ridge and the law are
-chosen for each domain by leave-one-out error. Small runs as the regression's data, their mixtures drawn around a
-prior: RegMix, Liu et al., arXiv 2407.01492.
+Both are fitted by ridge regression (the first on log(L - c), for each c of a grid); c of each domain, and one ridge and
+one law for all, are chosen by leave-one-out error. Small runs as the regression's data, their mixtures drawn around a
+prior: RegMix, Liu et al., arXiv 2407.01492. That a domain's own part is penalised less is ours.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,11 @@ import numpy as np
 
 RIDGES = tuple(10.0**k for k in range(-6, 4))
 """Over the mean square of the (standardised) features; the largest leave the mean alone."""
-FLOORS = tuple(2.0**k for k in range(-3, 7))
+FLOORS = tuple(2.0 ** (k / 2) for k in range(-6, 13))
 """How far below the least loss c may lie, in standard deviations of the losses; far below, the law is linear."""
+
+OWN_PART = 10.0
+"""A domain's loss depends on the share of its own part most: that part's slopes are this much freer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,84 +86,98 @@ def ridge_fits(
     return coefficients, target - (target - fitted) / np.maximum(1 - leverage, 1e-6)
 
 
-def fit_law(shares: np.ndarray, losses: np.ndarray, law: str) -> tuple[dict[str, Any], np.ndarray]:
-    """Fits one law to one domain; the ridge (and c) with the least leave-one-out error win.
+def fit_law(
+    shares: np.ndarray, losses: np.ndarray, law: str, own: int = -1
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Fits one law to one domain with every ridge; for each, the c with the least leave-one-out error.
 
     Args:
         shares: (n, d) mixtures.
         losses: (n,).
         law: `exponential` or `quadratic`.
+        own: the part that holds the domain's own text, whose slopes are hardly penalised; -1 if none does.
 
     Returns:
-        Fields of `Laws` for this domain, and leave-one-out predictions (n,).
+        For each ridge: fields of `Laws` for this domain, and leave-one-out predictions (n,).
     """
-    spread = float(losses.std())
-    parts = shares.shape[1]
-    if spread < 1e-12:
-        still = {"floor": 0.0, "constant": float(losses.mean()), "linear": np.zeros(parts)}
-        return {**still, "exponential": False, "square": np.zeros(parts)}, losses.copy()
+    spread, parts = float(losses.std()), shares.shape[1]
     raw = shares if law == "exponential" else np.column_stack([shares, shares**2])
     centre, scale = raw.mean(axis=0), np.maximum(raw.std(axis=0), 1e-9)
+    if own >= 0:
+        scale[own::parts] /= OWN_PART
     features = (raw - centre) / scale
 
-    def attempt(below: float) -> tuple[float, dict[str, Any], np.ndarray]:
-        """Returns (leave-one-out error, fields, predictions) for a c that far below the least loss."""
-        floor = float(losses.min() - spread * below) if law == "exponential" else 0.0
+    def attempt(below: float) -> list[tuple[float, dict[str, Any], np.ndarray]]:
+        """Returns for each ridge (error, fields, predictions) with c that far below the least loss."""
+        floor = float(losses.min() - max(spread, 1e-9) * below) if law == "exponential" else 0.0
         above = losses - floor
         target = np.log(above) if law == "exponential" else losses
         # An error e in log(L - c) is one of about (L - c) e in L: weighted so, errors count in L.
         weights = above**2 if law == "exponential" else np.ones(len(losses))
         coefficients, left_out = ridge_fits(features, target, weights)
         predictions = floor + np.exp(np.minimum(left_out, 50.0)) if law == "exponential" else left_out
-        errors = ((predictions - losses) ** 2).mean(axis=1)
-        k = int(errors.argmin())
-        slopes = coefficients[k, 1:] / scale
-        fields = {
-            "exponential": law == "exponential",
-            "floor": floor,
-            "constant": float(coefficients[k, 0] - slopes @ centre),
-            "linear": slopes[:parts],
-            "square": slopes[parts:] if law == "quadratic" else np.zeros(parts),
-        }
-        return float(errors[k]), fields, predictions[k]
+        slopes = coefficients[:, 1:] / scale
+        return [
+            (
+                float(((predictions[k] - losses) ** 2).mean()),
+                {
+                    "exponential": law == "exponential",
+                    "floor": floor,
+                    "constant": float(coefficients[k, 0] - slopes[k] @ centre),
+                    "linear": slopes[k, :parts],
+                    "square": slopes[k, parts:] if law == "quadratic" else np.zeros(parts),
+                },
+                predictions[k],
+            )
+            for k in range(len(RIDGES))
+        ]
 
-    if law == "quadratic":
-        return attempt(0.0)[1:]
-    best = {below: attempt(below) for below in FLOORS}
-    for step in (0.5, 0.25, 0.125, 0.0625):  # between the points of the grid
-        around = min(best, key=lambda below: best[below][0])
-        best |= {below: attempt(below) for below in (around * 2**step, around / 2**step)}
-    return min(best.values(), key=lambda tried: tried[0])[1:]
+    tried = [attempt(below) for below in (FLOORS if law == "exponential" else (0.0,))]
+    return [min((at[k] for at in tried), key=lambda found: found[0])[1:] for k in range(len(RIDGES))]
 
 
 def fit(
-    shares: np.ndarray, losses: np.ndarray, laws: tuple[str, ...] = ("exponential", "quadratic")
+    shares: np.ndarray,
+    losses: np.ndarray,
+    own: Sequence[int] = (),
+    laws: Sequence[str] = ("exponential", "quadratic"),
 ) -> tuple[Laws, np.ndarray]:
-    """Fits every domain, each by the law with the least leave-one-out error.
+    """Fits all domains; one law and one ridge for all, those with the least leave-one-out error.
+
+    The error is the mean over domains of squared error / variance. One choice for all is made from more data than one
+    for each, and predicts better (docs/corpus-mixtures.md).
 
     Args:
         shares: (n, d) mixtures.
         losses: (n, m).
+        own: (m,) see `fit_law`; none by default.
         laws: to choose from.
 
     Returns:
         The laws, and leave-one-out predictions (n, m) of the chosen ones.
     """
-    fields, predictions = [], []
-    for column in losses.T:
-        tried = [fit_law(shares, column, law) for law in laws]
-        errors = [float(((left_out - column) ** 2).mean()) for _, left_out in tried]
-        chosen = tried[int(np.argmin(errors))]
-        fields.append(chosen[0])
-        predictions.append(chosen[1])
-    stacked = {name: np.array([domain[name] for domain in fields]) for name in fields[0]}
-    return Laws(**stacked), np.array(predictions).T
+    variance = np.maximum(losses.var(axis=0), 1e-12)
+    own = own or [-1] * losses.shape[1]
+    best: tuple[float, list[tuple[dict[str, Any], np.ndarray]]] | None = None
+    for law in laws:
+        domains = [fit_law(shares, losses[:, i], law, own[i]) for i in range(losses.shape[1])]
+        for k in range(len(RIDGES)):
+            chosen = [domain[k] for domain in domains]
+            left_out = np.array([predictions for _, predictions in chosen]).T
+            error = float((((left_out - losses) ** 2).mean(axis=0) / variance).mean())
+            if best is None or error < best[0]:
+                best = (error, chosen)
+    assert best is not None
+    stacked = {name: np.array([fields[name] for fields, _ in best[1]]) for name in best[1][0][0]}
+    return Laws(**stacked), np.array([predictions for _, predictions in best[1]]).T
 
 
-def cross_predict(shares: np.ndarray, losses: np.ndarray) -> np.ndarray:
+def cross_predict(shares: np.ndarray, losses: np.ndarray, own: Sequence[int] = ()) -> np.ndarray:
     """Returns predictions (n, m) of each run by laws fitted and chosen without it."""
     keep = ~np.eye(len(shares), dtype=bool)
-    return np.array([fit(shares[k], losses[k])[0].predict(shares[i : i + 1])[0] for i, k in enumerate(keep)])
+    return np.array(
+        [fit(shares[k], losses[k], own)[0].predict(shares[i : i + 1])[0] for i, k in enumerate(keep)]
+    )
 
 
 def agreement(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:

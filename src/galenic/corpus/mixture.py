@@ -23,7 +23,7 @@ from galenic.corpus.engine import map_units
 from galenic.corpus.mixture_config import MixtureConfig
 from galenic.corpus.mixture_space import Space, draw_mixtures, make_space
 from galenic.corpus.mixture_table import table_lines, verdict
-from galenic.corpus.mixture_tree import shard_sizes
+from galenic.corpus.mixture_tree import mixture_preview, shard_sizes
 from galenic.corpus.shards import read_meta, read_shard
 from galenic.pretrain.config import (
     ArchitectureConfig,
@@ -197,6 +197,19 @@ def plan(config: MixtureConfig) -> Plan:
     )
 
 
+def preview(config: MixtureConfig) -> list[str]:
+    """The prior as a tree: what the final training (or one small run) would read of it."""
+    space = read_space(config)
+    phase = PhaseConfig(
+        name="prior",
+        tokens=config.final_tokens or config.tokens,
+        mixture=space.mixture(space.prior),
+        context=1,
+        rows=1,
+    )
+    return mixture_preview(config.tokenizer, [phase])
+
+
 # ---------------------------------------------------------------------------- run
 
 
@@ -252,18 +265,18 @@ def fit_mixture(
         bootstraps: refits.
         seed: of the redrawn losses.
     """
-    laws, left_out = fit.fit(shares, losses)
-    predicted = fit.cross_predict(shares, losses)
+    laws, left_out = fit.fit(shares, losses, space.own)
+    predicted = fit.cross_predict(shares, losses, space.own)
     target = losses @ space.targets
     # Laws are not trusted beyond what was tried: no share above the largest one of a run.
-    low, high = np.zeros(len(space.names)), np.minimum(space.cap, shares.max(axis=0))
+    low, high = space.least, np.minimum(space.cap, shares.max(axis=0))
     generator = np.random.Generator(np.random.Philox(key=[seed, 1]))
     fitted = laws.predict(shares)
     best, gains = [], []
     drawn = []
     with progress(bootstraps, "bootstrap", "refits") as bar:
         for _ in range(bootstraps):
-            again, _ = fit.fit(shares, fit.wild_losses(fitted, losses - left_out, generator))
+            again, _ = fit.fit(shares, fit.wild_losses(fitted, losses - left_out, generator), space.own)
             best.append(fit.minimise(again, space.targets, low, high, shares))
             drawn.append(again)
             bar.update(1)
@@ -291,13 +304,13 @@ def fit_mixture(
         | fit.agreement(predicted @ space.targets, target),
         "domains": {
             domain: {
-                "law": "exponential" if laws.exponential[i] else "quadratic",
                 **fit.agreement(predicted[:, i], losses[:, i]),
                 "prior": float(expected[0, i]),
                 "fitted": float(expected[1, i]),
             }
             for i, domain in enumerate(space.domains)
         },
+        "law": "exponential" if laws.exponential[0] else "quadratic",
         "laws": {name: value.tolist() for name, value in asdict(laws).items()},
     }
 

@@ -61,6 +61,8 @@ class MixtureConfig:
     """Tokens of the training the mixture is for: it reads no source more than `most_repeats` times. 0: no cap."""
     most_repeats: float = 10.0
     """See `final_tokens` (report, section 2.1.2)."""
+    keep: float = 0.1
+    """Least part of its share in the prior that a part keeps, in [0, 1]: laws know least where a share is near 0."""
     bootstraps: int = 200
     """Refits on redrawn losses; the mixture is the mean of their best ones, the intervals are their spread."""
     verify_seeds: int = 5
@@ -83,8 +85,9 @@ class MixtureConfig:
         for name in ("concentration", "most_repeats"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: {getattr(self, name)} is not above 0")
-        if not 0 <= self.flatten <= 1:
-            raise UserError(f"flatten: {self.flatten} is not in [0, 1]")
+        for name in ("flatten", "keep"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not in [0, 1]")
         if self.final_tokens < 0:
             raise UserError(f"final_tokens: {self.final_tokens} is negative")
         for name in ("prior", "targets"):

@@ -20,12 +20,22 @@ class Space:
     """Part -> source -> share of the part."""
     prior: np.ndarray
     """(d,)."""
+    least: np.ndarray
+    """(d,) least shares of the fitted mixture."""
     cap: np.ndarray
     """(d,) greatest shares."""
     domains: tuple[str, ...]
     """Held-out domains that are scored."""
     targets: np.ndarray
     """(domains,) weights, of sum 1."""
+
+    @property
+    def own(self) -> list[int]:
+        """For each domain the part that holds its own text, -1 if none does."""
+        return [
+            next((i for i, name in enumerate(self.names) if domain in self.within[name]), -1)
+            for domain in self.domains
+        ]
 
     def mixture(self, shares: np.ndarray) -> dict[str, float]:
         """Returns source -> share."""
@@ -101,6 +111,7 @@ def make_space(config: MixtureConfig, sizes: dict[str, Size], heldout: dict[str,
         names=tuple(within),
         within=within,
         prior=start,
+        least=config.keep * start,
         cap=most,
         domains=domains,
         targets=weights / weights.sum(),

@@ -36,9 +36,7 @@ def table_lines(space: Space, result: dict[str, Any]) -> list[str]:
                 f"{cap:.1%}" if cap < 1 else "",
             )
         )
-    domains = [
-        ("held-out domain", "weight", "law", "error", "R2", "Spearman", "predicted gain", "measured gain")
-    ]
+    domains = [("held-out domain", "weight", "error", "R2", "Spearman", "predicted gain", "measured gain")]
     for name, found in [*result["domains"].items(), ("all, weighted", result["target"])]:
         total = name == "all, weighted"
         expected = result["predicted_gain"]["mean"] if total else found["prior"] - found["fitted"]
@@ -47,7 +45,6 @@ def table_lines(space: Space, result: dict[str, Any]) -> list[str]:
             (
                 name,
                 "" if total else f"{result['targets'][name]:.1%}",
-                "" if total else found["law"],
                 f"{found['rmse']:.4f}",
                 f"{found['r2']:.2f}",
                 f"{found['spearman']:.2f}",
@@ -59,7 +56,8 @@ def table_lines(space: Space, result: dict[str, Any]) -> list[str]:
     return [
         result["verdict"],
         "",
-        f"Predicted from {result['runs']} runs: {gain['mean']:+.4f} (95% {gain['low']:+.4f} to {gain['high']:+.4f}).",
+        f"Predicted by the {result['law']} law from {result['runs']} runs: {gain['mean']:+.4f} "
+        f"(95% {gain['low']:+.4f} to {gain['high']:+.4f}).",
         "",
         *_markdown(shares),
         "",
