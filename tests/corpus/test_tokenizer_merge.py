@@ -1,6 +1,7 @@
 import argparse
 import doctest
 import inspect
+import itertools
 import mailbox
 import pdb
 import random
@@ -22,7 +23,11 @@ GENERAL = [
     "def merge(left, right):\n    return left + right\n",
     "a theory of everything that the heart can hear",
 ] * 10
-MEDICAL = ["hepatitis and hepatomegaly; the hepatic artery", "糖尿病患者应控制血糖", "hypertension, heart failure"] * 10
+MEDICAL = [
+    "hepatitis and hepatomegaly; the hepatic artery",
+    "糖尿病患者应控制血糖",
+    "hypertension, heart failure",
+] * 10
 SETTINGS = {"character_coverage": 0.9999, "max_characters": 200}
 
 
@@ -79,7 +84,9 @@ def test_no_kind_of_text_grows_by_much():
     alone = [trained([t for i, t in enumerate(texts) if i % 5], 1500) for texts in kinds]
     both = verb.merged(*alone, share=0.5, vocab_size=1500)
     for own, texts in enumerate(kinds):
-        mine, other, merged = (lengths(tokenizer, texts[::5]) for tokenizer in (alone[own], alone[1 - own], both))
+        mine, other, merged = (
+            lengths(tokenizer, texts[::5]) for tokenizer in (alone[own], alone[1 - own], both)
+        )
         assert mine < merged < other and merged < 1.12 * mine
 
 
@@ -99,7 +106,7 @@ def learn(seed, merges=40):
     for _ in range(merges):
         counts = {}
         for word in parts:
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 counts[pair] = counts.get(pair, 0) + 1
         if not counts:
             break

@@ -106,7 +106,10 @@ def test_shards_hold_the_documents_in_their_order(whole):
         for split in ("train", "heldout"):
             rows = [row for row in documents() if (row["source"], row["split"]) == (source, split)]
             shard = read_shard(whole, source, split)
-            texts = [tokenizer.decode(shard.document(i)[1:-1], skip_special_tokens=False) for i in range(len(shard))]
+            texts = [
+                tokenizer.decode(shard.document(i)[1:-1], skip_special_tokens=False)
+                for i in range(len(shard))
+            ]
             assert texts == [row["text"] for row in rows]
             assert shard.weights.tolist() == pytest.approx([row["weight"] for row in rows])
 
@@ -125,7 +128,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, whole):
     )
     there = out / ".tokens.partial" / "parts"
     for target in (2, 5):
-        process = subprocess.Popen([sys.executable, "-c", code, str(corpus), str(out)], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(corpus), str(out)], stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and len(list(there.glob("0*"))) < target:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -165,7 +170,12 @@ def test_what_was_encoded_otherwise_is_not_gone_on_with(tmp_path, monkeypatch):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=5), st.integers(0, 9), st.floats(0, 4))), max_size=4))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=5), st.integers(0, 9), st.floats(0, 4))),
+        max_size=4,
+    )
+)
 def test_joined_shards_are_those_of_all_documents(tmp_path_factory, parts):
     root = tmp_path_factory.mktemp("join")
     folders = [root / str(number) for number in range(len(parts))]
@@ -188,7 +198,9 @@ def test_joined_shards_are_those_of_all_documents(tmp_path_factory, parts):
 def test_an_additional_bpe_is_merged_in(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", [documents()])
     chosen = {"vocab_size": 560, "additional": ["medical", "hsk"], "additional_share": 0.6}
-    assert "60% of the merges from cardio, hsk" in verb.plan(config(corpus, "x", **chosen)).facts["vocabulary"]
+    assert (
+        "60% of the merges from cardio, hsk" in verb.plan(config(corpus, "x", **chosen)).facts["vocabulary"]
+    )
     verb.run(config(corpus, tmp_path / "out", **chosen))
     verb.run(config(corpus, tmp_path / "again", **chosen))
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
@@ -198,7 +210,10 @@ def test_an_additional_bpe_is_merged_in(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"additional": ["medica"]}, r"'medica' is neither a group nor a source \(did you mean 'medical'\?\)"),
+        (
+            {"additional": ["medica"]},
+            r"'medica' is neither a group nor a source \(did you mean 'medical'\?\)",
+        ),
         ({"additional": ["medical", "general"]}, "names every source"),
         ({"additional_share": 1.0}, r"additional_share: 1.0 is not in \(0, 1\)"),
         ({"additional": ["hsk"], "tokenizer": "x"}, "not both"),
@@ -223,11 +238,18 @@ def test_shards_for_a_model_that_has_a_tokenizer(tmp_path, llama_folder):
     corpus = write_corpus(tmp_path / "corpus", [rows])
     verb.plan(config(corpus, "x", tokenizer=str(llama_folder)))
     verb.run(config(corpus, tmp_path / "out", tokenizer=str(llama_folder)))
-    theirs, ours = AutoTokenizer.from_pretrained(llama_folder), AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(llama_folder),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
     assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
     meta = read_meta(tmp_path / "out")
     assert meta["vocab_size"] == len(theirs)
-    assert meta["special"] == {"bos": theirs.bos_token_id, "eos": theirs.eos_token_id, "pad": theirs.eos_token_id}
+    assert meta["special"] == {
+        "bos": theirs.bos_token_id,
+        "eos": theirs.eos_token_id,
+        "pad": theirs.eos_token_id,
+    }
     kept = [row for row in rows if (row["source"], row["split"]) == ("cardio", "train")]
     assert rows[1] in kept
     shard = read_shard(tmp_path / "out", "cardio", "train")
@@ -261,7 +283,11 @@ def test_tokenizers_that_do_not_do_are_refused(tmp_path, llama_folder):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "tokenizer.json").write_text("{}")
-    for place, says in ((endless, "which token ends a text"), (broken, "not a usable tokenizer"), (tmp_path, "no tokenizer.json")):
+    for place, says in (
+        (endless, "which token ends a text"),
+        (broken, "not a usable tokenizer"),
+        (tmp_path, "no tokenizer.json"),
+    ):
         with pytest.raises(UserError, match=says):
             verb.run(config(corpus, tmp_path / "out", tokenizer=str(place)))
     assert not (tmp_path / "out").exists()

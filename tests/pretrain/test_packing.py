@@ -49,7 +49,9 @@ def fill_slowly(lengths, capacity, most):
         row = [left.pop(0)]
         free = capacity - lengths[row[0]]
         while True:
-            sets = [c for n in range(1, most + 1) for c in itertools.combinations([lengths[i] for i in left], n)]
+            sets = [
+                c for n in range(1, most + 1) for c in itertools.combinations([lengths[i] for i in left], n)
+            ]
             fitting = [chosen for chosen in sets if sum(chosen) <= free]
             if not fitting:
                 break

@@ -66,9 +66,7 @@ def write_shard(
     return {"documents": len(ids), "tokens": int(lengths.sum()), "bytes": int(sum(sizes))}
 
 
-def join_shards(
-    parts: Sequence[Path], folder: Path, source: str, split: str, dtype: str
-) -> dict[str, int]:
+def join_shards(parts: Sequence[Path], folder: Path, source: str, split: str, dtype: str) -> dict[str, int]:
     """Joins the shards of one source and split that stand in several folders, in their order.
 
     The files are those that `write_shard` would write of all the documents at once, but only a buffer of them is

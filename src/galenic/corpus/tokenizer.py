@@ -41,7 +41,9 @@ def plan(config: TokenizerConfig) -> Plan:
         additional = _additional(config, sources)
         facts["vocabulary"] = f"{config.vocab_size} entries"
         if additional:
-            facts["vocabulary"] += f", {config.additional_share:.0%} of the merges from {', '.join(additional)}"
+            facts["vocabulary"] += (
+                f", {config.additional_share:.0%} of the merges from {', '.join(additional)}"
+            )
         facts["learned from"] = f"{human(min(characters, config.train_characters))} characters"
     return Plan(reads=config.reads(), writes=[config.out], facts=facts)
 
@@ -68,7 +70,9 @@ def _additional(config: TokenizerConfig, sources: dict[str, Any]) -> list[str]:
             )
     found = [s for s in sorted(sources) if {s, sources[s]["group"]} & set(config.additional)]
     if len(found) == len(sources):
-        raise UserError("additional: it names every source, so nothing is left for the general BPE; name fewer")
+        raise UserError(
+            "additional: it names every source, so nothing is left for the general BPE; name fewer"
+        )
     return found
 
 
@@ -98,10 +102,11 @@ def run(config: TokenizerConfig) -> None:
         parts = [folder / "parts" / f"{unit['number']:08d}" for unit in units]
         common = {"tokenizer": str(out / "tokenizer.json"), "key": key, "dtype": dtype}
         common |= {"begin": special["bos"], "end": special["eos"]}
-        todo = [unit | common | {"out": str(part)} for unit, part in zip(units, parts, strict=True)]
+        pairs = zip(units, parts, strict=True)
+        todo: list[Unit] = [unit | common | {"out": str(part)} for unit, part in pairs if not part.exists()]
         total = sum(n for count in counts for splits in count.values() for _, n in splits.values())
         with progress(total, "encode", "characters") as bar:
-            for done in map_units(encode, [unit for unit in todo if not Path(unit["out"]).exists()], **where):
+            for done in map_units(encode, todo, **where):
                 bar.update(done["characters"])
         meta: dict[str, Any] = {"dtype": dtype, "vocab_size": size, "special": special, "sources": {}}
         for source in sorted(sources):
@@ -187,7 +192,8 @@ def merged(first: Any, second: Any, *, share: float, vocab_size: int) -> Any:
     both = merge_bpe(_bpe(first), _bpe(second), share=share, pieces=vocab_size - len(fixed))
     if len(fixed) + len(both.characters) > vocab_size:
         raise UserError(
-            f"vocab_size: {vocab_size} is too small for {len(both.characters)} characters; raise it or lower max_characters"
+            f"vocab_size: {vocab_size} is too small for {len(both.characters)} characters; "
+            "raise it or lower max_characters"
         )
     pieces = [*fixed, *both.characters, *(left + right for left, right in both.merges)]
     state["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}

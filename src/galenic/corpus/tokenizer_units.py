@@ -78,9 +78,11 @@ def measure(unit: Unit) -> Unit:
 
     counts: Counts = {}
     for batch in batches(unit, ("text", "source", "split")):
-        lengths = compute.utf8_length(batch["text"])
+        lengths = compute.call_function("utf8_length", [batch["text"]])
         table = pyarrow.table({"source": batch["source"], "split": batch["split"], "length": lengths})
-        for row in table.group_by(["source", "split"]).aggregate([("length", "sum"), ([], "count_all")]).to_pylist():
+        for row in (
+            table.group_by(["source", "split"]).aggregate([("length", "sum"), ([], "count_all")]).to_pylist()
+        ):
             if row["split"] not in SPLITS:
                 raise UserError(f"{unit['file']}: split '{row['split']}' is neither train nor heldout")
             entry = counts.setdefault(row["source"], {}).setdefault(row["split"], [0, 0])
@@ -128,7 +130,7 @@ def sample(units: list[Unit], counts: list[Counts], characters: int) -> list[str
 
 
 def shares(sizes: dict[str, int], characters: int) -> dict[str, float]:
-    """Divides a budget over the sources by water-filling: equal shares, and what small ones leave goes to the others."""
+    """Divides a budget by water-filling: every source an equal share, and what small ones leave goes to the others."""
     filled: dict[str, float] = {}
     left, waiting = float(characters), sorted(sizes, key=lambda source: (sizes[source], source))
     while waiting:
@@ -140,9 +142,9 @@ def shares(sizes: dict[str, int], characters: int) -> dict[str, float]:
 
 
 def _rows(batch: Any, source: str, split: str) -> Any:
-    from pyarrow import compute
-
-    return batch.filter(compute.and_(compute.equal(batch["source"], source), compute.equal(batch["split"], split)))
+    """Returns the rows of a batch that are of a source and split."""
+    sources, splits = (batch[name].to_numpy(zero_copy_only=False) for name in ("source", "split"))
+    return batch.filter((sources == source) & (splits == split))
 
 
 # ---------------------------------------------------------------------------- encode
