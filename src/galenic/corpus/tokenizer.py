@@ -99,9 +99,12 @@ def run(config: TokenizerConfig) -> None:
     dtype = "uint16" if size <= 2**16 else "uint32"
     key = _key(out / "tokenizer.json", units, special)
     with resumable_folder(out / "tokens", key, "parts") as folder:
-        parts = [folder / "parts" / f"{unit['number']:08d}" for unit in units]
-        common = {"tokenizer": str(out / "tokenizer.json"), "key": key, "dtype": dtype}
+        parts = [folder.absolute() / "parts" / f"{unit['number']:08d}" for unit in units]
+        common = {"tokenizer": str((out / "tokenizer.json").absolute()), "key": key, "dtype": dtype}
         common |= {"begin": special["bos"], "end": special["eos"]}
+        common["threads"] = (
+            config.workers == 1 and not config.address
+        )  # several workers keep to one core each
         pairs = zip(units, parts, strict=True)
         todo: list[Unit] = [unit | common | {"out": str(part)} for unit, part in pairs if not part.exists()]
         total = sum(n for count in counts for splits in count.values() for _, n in splits.values())

@@ -28,7 +28,7 @@ def merge_bpe(first: Bpe, second: Bpe, *, share: float, pieces: int) -> Bpe:
     added if it is new. It is encoded with the merges so far: if two pieces are left, their merge is added, later than
     all before it. So the piece stays reachable whatever comes after: earlier merges work on it as they did, and a
     later one never comes first. If more than two are left, no merge of two pieces makes it, and it is left out (one
-    in fifty on the starter's text).
+    in eighty on the starter's text).
 
     Args:
         first: learned from general text.

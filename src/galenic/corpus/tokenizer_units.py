@@ -5,6 +5,7 @@
 Only a batch of a unit's texts is in memory; what has been encoded is held until the unit is written.
 """
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -50,11 +51,12 @@ def plan_units(path: Path) -> list[Unit]:
         missing = sorted(set(COLUMNS) - set(metadata.schema.names))
         if missing:
             raise UserError(f"{file}: not a documents file, it has no column {', '.join(missing)}")
+        place = str(file.absolute())  # a worker of a cluster may stand in another folder
         first, size = 0, 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= UNIT_BYTES or group + 1 == metadata.num_row_groups:
-                units.append({"number": len(units), "file": str(file), "first": first, "last": group + 1})
+                units.append({"number": len(units), "file": place, "first": first, "last": group + 1})
                 first, size = group + 1, 0
     return units
 
@@ -154,11 +156,13 @@ def encode(unit: Unit) -> Unit:
     """Encodes a unit and writes its shards as a folder of their own, whole or not at all.
 
     Args:
-        unit: with `tokenizer` (path of a tokenizer.json), `begin` and `end` (ids around each text), `dtype` and `out`.
+        unit: with `tokenizer` (path of a tokenizer.json), `key` (of the run), `begin` and `end` (ids around each
+            text), `dtype`, `out`, and `threads`: whether to use all cores.
 
     Returns:
         {"characters": encoded}.
     """
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if unit["threads"] else "false"
     tokenizer = _tokenizer(unit["tokenizer"], unit["key"])
     found: dict[tuple[str, str], list[tuple[np.ndarray, int, float]]] = {}
     characters = 0
