@@ -1,6 +1,7 @@
 import argparse
 import doctest
 import inspect
+import itertools
 import mailbox
 import pdb
 import random
@@ -105,7 +106,7 @@ def learn(seed, merges=40):
     for _ in range(merges):
         counts = {}
         for word in parts:
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 counts[pair] = counts.get(pair, 0) + 1
         if not counts:
             break

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,9 @@ def test_plan_counts_what_training_does(trained, tokenizer_step, tmp_path):
 
     assert facts["parameters"].startswith(f"{human(total)} ")
     assert facts["phase-1"].startswith("18 steps of 2 x 32 tokens")
+    assert re.search(
+        r"truncated 0 documents, split [\d.]+% \([\d.]+% of tokens\), padding [\d.]+%$", facts["phase-1"]
+    )
     assert os.listdir(tmp_path / "x") == []
 
 

@@ -99,13 +99,17 @@ def run(config: TokenizerConfig) -> None:
     dtype = "uint16" if size <= 2**16 else "uint32"
     key = _key(out / "tokenizer.json", units, special)
     with resumable_folder(out / "tokens", key, "parts") as folder:
-        parts = [folder / "parts" / f"{unit['number']:08d}" for unit in units]
-        common = {"tokenizer": str(out / "tokenizer.json"), "key": key, "dtype": dtype}
+        parts = [folder.absolute() / "parts" / f"{unit['number']:08d}" for unit in units]
+        common = {"tokenizer": str((out / "tokenizer.json").absolute()), "key": key, "dtype": dtype}
         common |= {"begin": special["bos"], "end": special["eos"]}
-        todo = [unit | common | {"out": str(part)} for unit, part in zip(units, parts, strict=True)]
+        common["threads"] = (
+            config.workers == 1 and not config.address
+        )  # several workers keep to one core each
+        pairs = zip(units, parts, strict=True)
+        todo: list[Unit] = [unit | common | {"out": str(part)} for unit, part in pairs if not part.exists()]
         total = sum(n for count in counts for splits in count.values() for _, n in splits.values())
         with progress(total, "encode", "characters") as bar:
-            for done in map_units(encode, [unit for unit in todo if not Path(unit["out"]).exists()], **where):
+            for done in map_units(encode, todo, **where):
                 bar.update(done["characters"])
         meta: dict[str, Any] = {"dtype": dtype, "vocab_size": size, "special": special, "sources": {}}
         for source in sorted(sources):
@@ -191,7 +195,8 @@ def merged(first: Any, second: Any, *, share: float, vocab_size: int) -> Any:
     both = merge_bpe(_bpe(first), _bpe(second), share=share, pieces=vocab_size - len(fixed))
     if len(fixed) + len(both.characters) > vocab_size:
         raise UserError(
-            f"vocab_size: {vocab_size} is too small for {len(both.characters)} characters; raise it or lower max_characters"
+            f"vocab_size: {vocab_size} is too small for {len(both.characters)} characters; "
+            "raise it or lower max_characters"
         )
     pieces = [*fixed, *both.characters, *(left + right for left, right in both.merges)]
     state["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}

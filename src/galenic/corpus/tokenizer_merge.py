@@ -5,7 +5,7 @@ merges are read side by side, as far as the vocabulary lasts, and what the secon
 that are there by then.
 """
 
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 Merge = tuple[str, str]
@@ -28,7 +28,7 @@ def merge_bpe(first: Bpe, second: Bpe, *, share: float, pieces: int) -> Bpe:
     added if it is new. It is encoded with the merges so far: if two pieces are left, their merge is added, later than
     all before it. So the piece stays reachable whatever comes after: earlier merges work on it as they did, and a
     later one never comes first. If more than two are left, no merge of two pieces makes it, and it is left out (one
-    in fifty on the starter's text).
+    in eighty on the starter's text).
 
     Args:
         first: learned from general text.
@@ -58,11 +58,11 @@ def merge_bpe(first: Bpe, second: Bpe, *, share: float, pieces: int) -> Bpe:
     return Bpe(characters, list(ranks))
 
 
-def encode(text: str, ranks: dict[Merge, int]) -> Sequence[str]:
-    """Splits a text into pieces: the merge of the lowest rank first, the leftmost of equals, as long as there is one."""
-    parts: list[str] = list(text)
+def encode(text: str, ranks: dict[Merge, int]) -> list[str]:
+    """Splits a text into pieces: the merge of the lowest rank first, the leftmost of equals, until there is none."""
+    parts = list(text)
     while len(parts) > 1:
-        found = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]
+        found = [(ranks[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in ranks]
         if not found:
             break
         _, place = min(found)

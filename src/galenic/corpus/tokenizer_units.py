@@ -5,6 +5,7 @@
 Only a batch of a unit's texts is in memory; what has been encoded is held until the unit is written.
 """
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -50,11 +51,12 @@ def plan_units(path: Path) -> list[Unit]:
         missing = sorted(set(COLUMNS) - set(metadata.schema.names))
         if missing:
             raise UserError(f"{file}: not a documents file, it has no column {', '.join(missing)}")
+        place = str(file.absolute())  # a worker of a cluster may stand in another folder
         first, size = 0, 0
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= UNIT_BYTES or group + 1 == metadata.num_row_groups:
-                units.append({"number": len(units), "file": str(file), "first": first, "last": group + 1})
+                units.append({"number": len(units), "file": place, "first": first, "last": group + 1})
                 first, size = group + 1, 0
     return units
 
@@ -78,7 +80,7 @@ def measure(unit: Unit) -> Unit:
 
     counts: Counts = {}
     for batch in batches(unit, ("text", "source", "split")):
-        lengths = compute.utf8_length(batch["text"])
+        lengths = compute.call_function("utf8_length", [batch["text"]])
         table = pyarrow.table({"source": batch["source"], "split": batch["split"], "length": lengths})
         for row in (
             table.group_by(["source", "split"]).aggregate([("length", "sum"), ([], "count_all")]).to_pylist()
@@ -130,7 +132,7 @@ def sample(units: list[Unit], counts: list[Counts], characters: int) -> list[str
 
 
 def shares(sizes: dict[str, int], characters: int) -> dict[str, float]:
-    """Divides a budget over the sources by water-filling: equal shares, and what small ones leave goes to the others."""
+    """Divides a budget by water-filling: every source an equal share, and what small ones leave goes to the others."""
     filled: dict[str, float] = {}
     left, waiting = float(characters), sorted(sizes, key=lambda source: (sizes[source], source))
     while waiting:
@@ -142,11 +144,9 @@ def shares(sizes: dict[str, int], characters: int) -> dict[str, float]:
 
 
 def _rows(batch: Any, source: str, split: str) -> Any:
-    from pyarrow import compute
-
-    return batch.filter(
-        compute.and_(compute.equal(batch["source"], source), compute.equal(batch["split"], split))
-    )
+    """Returns the rows of a batch that are of a source and split."""
+    sources, splits = (batch[name].to_numpy(zero_copy_only=False) for name in ("source", "split"))
+    return batch.filter((sources == source) & (splits == split))
 
 
 # ---------------------------------------------------------------------------- encode
@@ -156,11 +156,13 @@ def encode(unit: Unit) -> Unit:
     """Encodes a unit and writes its shards as a folder of their own, whole or not at all.
 
     Args:
-        unit: with `tokenizer` (path of a tokenizer.json), `begin` and `end` (ids around each text), `dtype` and `out`.
+        unit: with `tokenizer` (path of a tokenizer.json), `key` (of the run), `begin` and `end` (ids around each
+            text), `dtype`, `out`, and `threads`: whether to use all cores.
 
     Returns:
         {"characters": encoded}.
     """
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if unit["threads"] else "false"
     tokenizer = _tokenizer(unit["tokenizer"], unit["key"])
     found: dict[tuple[str, str], list[tuple[np.ndarray, int, float]]] = {}
     characters = 0

@@ -17,9 +17,9 @@ def compiled(function: Any) -> Any:
 def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Fills one bin after another: the longest piece that is left, then what fills the rest of the bin best.
 
-    That is a piece, or a pair of pieces, of the largest sum that fits; of equal sums the one with the longest piece, and
-    a single piece before a pair. It goes on until nothing that is left fits. With single pieces only, this is first-fit
-    decreasing; to look one piece ahead left half of its padding or less on the starter's documents
+    That is a piece, or a pair of pieces, of the largest sum that fits; of equal sums the one with the longest
+    piece, and a single piece before a pair. It goes on until nothing that is left fits. With single pieces only, this
+    is first-fit decreasing; to look one piece ahead left half of its padding or less on the starter's documents
     (benchmarks/tokens.py), but can do harm where most pieces are a third of a bin or longer. Both are tried.
 
     Pieces are counted by length, so that this takes O(pieces x lengths that occur) at worst, and O(pieces) where there
@@ -49,9 +49,11 @@ def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 def _fill(counts, pieces, capacity, ahead):
     """Returns places in the order of lengths, where bins begin, and how many bins there are."""
     waiting = counts.copy()
-    place = np.zeros(capacity + 2, dtype=np.int64)  # length -> where its next piece stands among all by length
+    # length -> where its next piece stands among all by length
+    place = np.zeros(capacity + 2, dtype=np.int64)
     place[1:] = np.cumsum(counts)
-    shorter = np.arange(capacity + 1)  # length -> itself while it waits, else one further down the way to such
+    # length -> itself while pieces of it wait, else a shorter one on the way to the next that does
+    shorter = np.arange(capacity + 1)
     chosen = np.empty(pieces, dtype=np.int64)
     bounds = np.zeros(pieces + 1, dtype=np.int64)
     done, bins = 0, 0

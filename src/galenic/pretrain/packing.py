@@ -25,7 +25,7 @@ class Piece:
     length: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rows(Sequence[list[Piece]]):
     """Packed rows, kept as arrays: a phase of millions of documents takes some tens of bytes for each."""
 
@@ -248,8 +248,8 @@ def packing_report(rows: Rows, context: int) -> PackingReport:
     split = {}
     for number, source in enumerate(rows.sources):
         mine = rows.source == number
-        counts = (first & mine).sum(), (first & mine & long).sum(), rows.length[mine & long].sum()
-        split[source] = tuple(int(count) for count in counts)
+        tokens = int(rows.length[mine & long].sum())
+        split[source] = int((first & mine).sum()), int((first & mine & long).sum()), tokens
     return PackingReport(
         context=context,
         rows=len(rows),
