@@ -161,10 +161,13 @@ class Ask:
         identity = hashlib.sha256(f"{self.item}\n{step}".encode()).hexdigest()[:8]
         prompt = fill(self.prompts[step], {**values, "id": identity})
         messages = [{"role": "user", "content": prompt}]
+        sampling = dict(self.sampling)
+        if as_json and self.client.endpoint.json_mode:
+            sampling["response_format"] = {"type": "json_object"}
         problem, last = Problem("empty"), ""
         for attempt in range(1, self.attempts + 1):
             key = f"{self.item}/{step}/{attempt}"
-            reply = await self.client.complete(messages, key=key, **self.sampling)
+            reply = await self.client.complete(messages, key=key, **sampling)
             content, found = read_reply(reply.text, reply.finish, identity, as_json)
             found = found or check(content)
             if found is None:
