@@ -85,6 +85,10 @@ def test_other_settings_are_another_question(server, tmp_path):
         (("raw", b'{"choices": []}'), "an answer that is no chat completion"),
         (("raw", b'{"choices": [{"message": {"content": 7}}]}'), "an answer that is no chat completion"),
         (("raw", b"[" * 100_000), "an answer that is no chat completion"),
+        (
+            ("raw", b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": Infinity}}'),
+            "an answer that is no chat completion",
+        ),
         (("endless",), "an answer without end"),
     ],
 )

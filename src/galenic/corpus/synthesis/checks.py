@@ -17,7 +17,7 @@ from galenic.corpus.holdout import tokens
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 _LETTER = re.compile(r"[^\W\d_]")
 _THINKING = re.compile(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
-_ID_LINE = re.compile(r"\A\W*(?:ID|编号)\W*\s*[:：]\W*([0-9A-Za-z]+)\W*?(?:\n|\Z)", re.IGNORECASE)
+_ID_LINE = re.compile(r"\A\W*(?:ID|编号)\W*\s*[:：]\W*([0-9a-f]{8})\b[ \t*_`.,;，。]*\n?", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _ENGLISH = frozenset("the of and is with that for this are be to was by an not which as or from has".split())
 _REFUSAL = re.compile(

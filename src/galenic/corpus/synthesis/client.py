@@ -250,7 +250,7 @@ class Client:
                 prompt_tokens=max(0, int(usage.get("prompt_tokens") or asked)),
                 completion_tokens=max(0, int(usage.get("completion_tokens") or count_tokens(text))),
             )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise _Transient("an answer that is no chat completion") from None
 
     def _hide(self, text: str) -> str:

@@ -77,7 +77,7 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
         folder: its files replace those of the same name here.
 
     Raises:
-        UserError: a file there has another name, or lacks a step or a `{place}`.
+        UserError: a file there has another name, or a section other `{places}`.
     """
     own = {path.name: _sections(path) for path in sorted((Path(__file__).parent / "prompts").glob("*.md"))}
     for path in sorted(Path(folder).glob("*.md")) if folder else []:
@@ -85,9 +85,10 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
             raise UserError(f"{path}: no such prompt file; there are {', '.join(own)}")
         given = _sections(path)
         for step, text in own[path.name].items():
-            missing = set(_PLACE.findall(text)) - set(_PLACE.findall(given.get(step, "")))
-            if missing:
-                raise UserError(f"{path}: section '# {step}' lacks {{{'}, {'.join(sorted(missing))}}}")
+            wanted, there = set(_PLACE.findall(text)), set(_PLACE.findall(given.get(step, "")))
+            for places, verb in ((wanted - there, "lacks"), (there - wanted, "cannot have")):
+                if places:
+                    raise UserError(f"{path}: section '# {step}' {verb} {{{'}, {'.join(sorted(places))}}}")
         own[path.name] = given
     return {(name.split(".")[0], name.split(".")[1]): steps for name, steps in own.items()}
 
