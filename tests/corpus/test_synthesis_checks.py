@@ -37,12 +37,19 @@ def test_json_is_found(text):
     assert read_reply(text, "stop", ID, as_json=True) == ({"points": ["a"]}, None)
 
 
+def test_markdown_after_the_id_stays():
+    assert read_reply("ID: 0a1b2c3d\n# Title\n- a", "stop", ID, as_json=False) == ("# Title\n- a", None)
+    assert read_reply("ID: 0a1b2c3d (a) is", "stop", ID, as_json=False) == ("(a) is", None)
+
+
 def test_line_breaks_inside_json_strings_are_forgiven():
     content, problem = read_reply('{"id": "0a1b2c3d", "x": "one\ntwo"}', "stop", ID, as_json=True)
     assert problem is None and content == {"x": "one\ntwo"}
 
 
-@pytest.mark.parametrize("line", ["ID: 0a1b2c3d", "**ID:** `0a1b2c3d`", "编号：0a1b2c3d", "id：0A1B2C3D."])
+@pytest.mark.parametrize(
+    "line", ["ID: 0a1b2c3d", "**ID:** `0a1b2c3d`", "编号：0a1b2c3d", "id：0A1B2C3D.", "ID: 0a1b2c3d "]
+)
 def test_text_after_its_id(line):
     assert read_reply(f"{line}\n\nThe answer.", "stop", ID, as_json=False) == ("The answer.", None)
 
@@ -69,6 +76,7 @@ def test_text_after_its_id(line):
         ('{"points": ["a"]}', "stop", True, "no id"),
         ("The answer.", "stop", False, "no id"),
         ('{"id": "ffffffff", "points": ["a"]}', "stop", True, "another item's answer"),
+        ("ID: the one asked for\nThe answer.", "stop", False, "no id"),
         ("ID: ffffffff\nThe answer.", "stop", False, "another item's answer"),
     ],
 )
@@ -187,6 +195,9 @@ def test_prompts_of_the_users_own(tmp_path):
     assert load_prompts(str(tmp_path))["papers", "en"]["findings"] == "{id} {text} mine"
     (tmp_path / "papers.en.md").write_text("# findings\n{id} mine\n")
     with pytest.raises(UserError, match=r"findings.*\{text\}"):
+        load_prompts(str(tmp_path))
+    (tmp_path / "papers.en.md").write_text("# findings\n{id} {text} {more}\n")
+    with pytest.raises(UserError, match=r"findings.*cannot have \{more\}"):
         load_prompts(str(tmp_path))
     (tmp_path / "papers.fr.md").write_text("")
     (tmp_path / "papers.en.md").unlink()

@@ -85,6 +85,10 @@ def test_other_settings_are_another_question(server, tmp_path):
         (("raw", b'{"choices": []}'), "an answer that is no chat completion"),
         (("raw", b'{"choices": [{"message": {"content": 7}}]}'), "an answer that is no chat completion"),
         (("raw", b"[" * 100_000), "an answer that is no chat completion"),
+        (
+            ("raw", b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": Infinity}}'),
+            "an answer that is no chat completion",
+        ),
         (("endless",), "an answer without end"),
     ],
 )
@@ -308,3 +312,10 @@ def test_contradictions_are_refused(changes, words):
     with pytest.raises(UserError, match=words) as error:
         EndpointConfig(**{"base_url": "http://host/v1", "model": "m"} | changes)
     assert "secret" not in str(error.value) and "sk-123" not in str(error.value)
+
+
+def test_what_is_sent(server, tmp_path):
+    config = endpoint(server, temperature=None, max_tokens_name="max_completion_tokens", extra={"top_p": 0.5})
+    ask(config, tmp_path, "a")
+    expected = {"model": "m", "messages": message("ID: a"), "max_completion_tokens": 64, "top_p": 0.5}
+    assert server.bodies == [expected]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -25,7 +26,7 @@ from galenic.corpus.synthesis.synthesise_config import (
     PipelineConfig,
     SynthesiseConfig,
 )
-from galenic.runtime import UserError, read_json, read_jsonl
+from galenic.runtime import UserError, load_yaml, read_json, read_jsonl
 
 FILES = ("documents.parquet", "sft.jsonl", "ledger.jsonl")
 NAMES = ("encyclopaedia", "cases", "knowledge-graph", "papers", "online-qa")
@@ -559,3 +560,45 @@ def test_pipeline_contradictions():
     with pytest.raises(UserError, match=r"budget\.tokens"):
         BudgetConfig(tokens=0)
     assert "endpoint.base_url" in option_names(SynthesiseConfig)
+
+
+def test_the_configuration_in_the_docs(monkeypatch):
+    """The YAML of docs/corpus-synthesis.md is understood, and a typing mistake in it is told."""
+    from galenic import cli
+
+    package = "galenic.corpus.synthesis"
+    verb = (f"{package}.synthesise_config:SynthesiseConfig", f"{package}.synthesise", "synthesise")
+    monkeypatch.setitem(cli.VERBS, "synthesise", verb)
+    text = (Path(__file__).parents[2] / "docs/corpus-synthesis.md").read_text(encoding="utf-8")
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    values = load_yaml(yaml) | {"out": "x"}
+    read, _ = cli.parse_config("synthesise", values)
+    assert {p.name for p in read.pipelines} == set(NAMES) and read.judge.model and read.budget.money
+    values["endpoint"]["max_token"] = 7
+    with pytest.raises(UserError, match="did you mean 'max_tokens'"):
+        cli.parse_config("synthesise", values)
+
+
+def test_json_mode_where_json_is_wanted(server, corpus, tmp_path):
+    endpoint = EndpointConfig(base_url=server.url, model="m", json_mode=True, temperature=None)
+    run(config(server, corpus, tmp_path, ["papers"], {"limit": 1}, endpoint=endpoint))
+    assert [body.get("response_format") for body in server.bodies] == [
+        {"type": "json_object"},
+        None,
+        {"type": "json_object"},
+    ]
+    assert not any("temperature" in body for body in server.bodies)
+
+
+def test_a_presentation_with_numbers_of_its_own(server, corpus, tmp_path):
+    def invent(prompt):
+        reply = good(prompt)
+        return (
+            reply.replace('"presentation": "', '"presentation": "Aged 4711. ')
+            if '"presentation"' in prompt
+            else reply
+        )
+
+    server.answer = invent
+    run(config(server, corpus, tmp_path, ["cases"], {"limit": 2}))
+    assert reasons(tmp_path) == {"invented numbers": 2}

@@ -7,7 +7,7 @@ Source: Baichuan-M1 report, figure 6. Evidence has to stand in the case word for
 
 from typing import Any
 
-from galenic.corpus.synthesis.checks import Problem, foreign_quote, missing_numbers
+from galenic.corpus.synthesis.checks import Problem, foreign_quote, numbers
 from galenic.corpus.synthesis.steps import Ask, Draft, Dropped, Seed
 
 TASK = {
@@ -27,12 +27,8 @@ async def works(seed: Seed, ask: Ask) -> list[dict[str, Any]]:
     def check(found: dict[str, Any]) -> Problem | None:
         if not all(isinstance(decision, str) and decision.strip() for decision in found["decisions"]):
             return Problem("missing field", "decisions (a list of texts)")
-        invented = set(missing_numbers(found["presentation"], seed.text))
-        return (
-            Problem("numbers missing", f"{', '.join(sorted(invented))} (not in the case)")
-            if invented
-            else None
-        )
+        invented = numbers(found["presentation"]) - numbers(seed.text)
+        return Problem("invented numbers", ", ".join(sorted(invented))) if invented else None
 
     found = await ask.json("decisions", {"presentation": str, "decisions": list}, check, text=seed.text)
     if not found["decisions"]:

@@ -1,7 +1,7 @@
 """What an answer is refused for: pure functions on text, none of them asks anybody.
 
     answer --form--> empty, cut off, refusal, no id, another item's answer, not JSON, missing field
-           --text--> another language, repeats itself, repeats the prompt, numbers missing, quote not in the text
+           --text--> another language, repeats itself, repeats the prompt, numbers missing or invented, foreign quotes
 
 A `Problem` goes back to the model as feedback, and into the ledger if that does not help.
 """
@@ -17,7 +17,7 @@ from galenic.corpus.holdout import tokens
 _HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 _LETTER = re.compile(r"[^\W\d_]")
 _THINKING = re.compile(r"\A\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
-_ID_LINE = re.compile(r"\A\W*(?:ID|编号)\W*\s*[:：]\W*([0-9A-Za-z]+)\W*?(?:\n|\Z)", re.IGNORECASE)
+_ID_LINE = re.compile(r"\A\W*(?:ID|编号)\W*\s*[:：]\W*([0-9a-f]{8})\b[ \t*_`.,;，。]*\n?", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _ENGLISH = frozenset("the of and is with that for this are be to was by an not which as or from has".split())
 _REFUSAL = re.compile(
@@ -60,6 +60,7 @@ FEEDBACK = {
         "repeats itself": "Your answer repeats itself. Answer again, each thing once.",
         "repeats the prompt": "Your answer only repeats the task. Answer again in your own words.",
         "numbers missing": "Your answer does not use these numbers of the question: {detail}. Answer again.",
+        "invented numbers": "These numbers are not in the text: {detail}. Answer with those of the text only.",
         "quote not in the text": 'This is not in the text word for word: "{detail}". Quote the text exactly.',
     },
     "zh": {
@@ -75,6 +76,7 @@ FEEDBACK = {
         "repeats itself": "你的回答不断重复。请重新回答，每件事只说一次。",
         "repeats the prompt": "你的回答只是重复题目。请用自己的话重新回答。",
         "numbers missing": "你的回答没有用到题目中的这些数字：{detail}。请重新回答。",
+        "invented numbers": "这些数字不在原文中：{detail}。请只用原文中的数字重新回答。",
         "quote not in the text": "原文中没有这句话：“{detail}”。请逐字引用原文。",
     },
 }

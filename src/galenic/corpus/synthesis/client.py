@@ -128,12 +128,8 @@ class Client:
             RequestFailed: the request was refused, or failed after all retries.
             BudgetSpent: nothing more may be spent.
         """
-        settings = {
-            "temperature": self.endpoint.temperature,
-            "max_tokens": self.endpoint.max_tokens,
-            **self.endpoint.extra,
-            **sampling,
-        }
+        settings = {"temperature": self.endpoint.temperature, "max_tokens": self.endpoint.max_tokens}
+        settings |= self.endpoint.extra | sampling
         name = digest(self.endpoint.model, messages, settings, key)
         row = self.cache.get(name)
         if row is None:
@@ -150,7 +146,9 @@ class Client:
         return reply
 
     async def _patiently(self, body: dict[str, Any], dice: random.Random) -> Reply:
-        content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        sent = {name: value for name, value in body.items() if value is not None}
+        sent[self.endpoint.max_tokens_name] = sent.pop("max_tokens")
+        content = json.dumps(sent, ensure_ascii=False).encode("utf-8", "replace")
         asked = sum(count_tokens(message["content"]) for message in body["messages"])
         tokens = asked + body["max_tokens"]
         held = self._cost(asked, body["max_tokens"])
@@ -252,7 +250,7 @@ class Client:
                 prompt_tokens=max(0, int(usage.get("prompt_tokens") or asked)),
                 completion_tokens=max(0, int(usage.get("completion_tokens") or count_tokens(text))),
             )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise _Transient("an answer that is no chat completion") from None
 
     def _hide(self, text: str) -> str:

@@ -99,7 +99,7 @@ def description(entity: Entity) -> str:
             told.setdefault(label, []).append(text)
     chinese = language_of(entity.name) == "zh"
     lines = (
-        f"{label}：{'、'.join(texts)}" if chinese else f"{label}: {', '.join(texts)}"
+        f"{label}：{'、'.join(texts)}" if chinese else f"{label.title()}: {', '.join(texts)}"
         for label, texts in told.items()
     )
     return ("；" if chinese else "; ").join(lines)

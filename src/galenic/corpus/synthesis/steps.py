@@ -77,7 +77,7 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
         folder: its files replace those of the same name here.
 
     Raises:
-        UserError: a file there has another name, or lacks a step or a `{place}`.
+        UserError: a file there has another name, or a section other `{places}`.
     """
     own = {path.name: _sections(path) for path in sorted((Path(__file__).parent / "prompts").glob("*.md"))}
     for path in sorted(Path(folder).glob("*.md")) if folder else []:
@@ -85,9 +85,10 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
             raise UserError(f"{path}: no such prompt file; there are {', '.join(own)}")
         given = _sections(path)
         for step, text in own[path.name].items():
-            missing = set(_PLACE.findall(text)) - set(_PLACE.findall(given.get(step, "")))
-            if missing:
-                raise UserError(f"{path}: section '# {step}' lacks {{{'}, {'.join(sorted(missing))}}}")
+            wanted, there = set(_PLACE.findall(text)), set(_PLACE.findall(given.get(step, "")))
+            for places, verb in ((wanted - there, "lacks"), (there - wanted, "cannot have")):
+                if places:
+                    raise UserError(f"{path}: section '# {step}' {verb} {{{'}, {'.join(sorted(places))}}}")
         own[path.name] = given
     return {(name.split(".")[0], name.split(".")[1]): steps for name, steps in own.items()}
 
@@ -161,10 +162,13 @@ class Ask:
         identity = hashlib.sha256(f"{self.item}\n{step}".encode()).hexdigest()[:8]
         prompt = fill(self.prompts[step], {**values, "id": identity})
         messages = [{"role": "user", "content": prompt}]
+        sampling = dict(self.sampling)
+        if as_json and self.client.endpoint.json_mode:
+            sampling["response_format"] = {"type": "json_object"}
         problem, last = Problem("empty"), ""
         for attempt in range(1, self.attempts + 1):
             key = f"{self.item}/{step}/{attempt}"
-            reply = await self.client.complete(messages, key=key, **self.sampling)
+            reply = await self.client.complete(messages, key=key, **sampling)
             content, found = read_reply(reply.text, reply.finish, identity, as_json)
             found = found or check(content)
             if found is None:

@@ -11,8 +11,8 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -138,16 +138,19 @@ async def _run(config: SynthesiseConfig) -> None:
                 assert writer is not None and judge is not None
                 work = _Work(config, selection, prompts, writer, judge, watch)
                 many = _LOOK_AHEAD * writer.endpoint.concurrency
-                async for outcomes in in_order(work.seed, selection.seeds, many):
-                    for outcome in outcomes:
-                        tally.note(output.write(outcome))
-                    bar.update(1, f"{sum(t.passed for t in tallies)} items")
+                async with aclosing(in_order(work.seed, selection.seeds, many)) as results:
+                    async for outcomes in results:
+                        for outcome in outcomes:
+                            tally.note(output.write(outcome))
+                        bar.update(1, f"{sum(t.passed for t in tallies)} items")
             counts = statistics(tallies, writer, judge, budget, time.monotonic() - started)
         write_json(out / "stats.json", counts)
     _say(counts)
 
 
-async def in_order(function: Callable[[T], Awaitable[R]], items: Iterable[T], many: int) -> AsyncIterator[R]:
+async def in_order(
+    function: Callable[[T], Awaitable[R]], items: Iterable[T], many: int
+) -> AsyncGenerator[R, None]:
     """Yields `function(item)` in the order of the items, `many` of them under way; an error cancels the rest."""
     underway: deque[asyncio.Task[R]] = deque()
     try:
@@ -208,11 +211,12 @@ class _Work:
         works, outcome = await self._guarded(name, module.works(seed, ask))
         if outcome is not None or works is None:
             return [outcome] if outcome else []
-        items = [
-            self._item(module, seed, work, ask.about(f"{name}/{number}"))
-            for number, work in enumerate(works, start=1)
-        ]
-        return list(await asyncio.gather(*items))
+
+        async def item(numbered: tuple[int, Row]) -> Outcome:
+            return await self._item(module, seed, numbered[1], ask.about(f"{name}/{numbered[0]}"))
+
+        async with aclosing(in_order(item, enumerate(works, start=1), len(works) + 1)) as items:
+            return [outcome async for outcome in items]
 
     async def _item(self, module: Pipeline, seed: Seed, work: Row, ask: Ask) -> Outcome:
         async def make() -> Outcome:
@@ -230,7 +234,8 @@ class _Work:
         """Judges and revises until the draft passes; returns it with its score in [0, 1] and the round."""
         if not self.config.rounds:
             return draft, 1.0, 0
-        judge = self._ask("judge", seed, ask.item, self.judge, temperature=0)
+        strict = {} if self.judge.endpoint.temperature is None else {"temperature": 0}
+        judge = self._ask("judge", seed, ask.item, self.judge, **strict)
         improve = self._ask("judge", seed, ask.item, self.writer)
         told: Row = {}
 

@@ -23,10 +23,14 @@ class EndpointConfig:
     """The name the endpoint knows the model by."""
     api_key_env: str = ""
     """Environment variable that holds the key; none is sent if empty. The key is never written anywhere."""
-    temperature: float = 0.7
-    """Of sampling; the judge is asked at 0."""
+    temperature: float | None = 0.7
+    """Of sampling; the judge is asked at 0. `null`: not sent, for models that allow none."""
     max_tokens: int = 2048
     """Most tokens of an answer."""
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the endpoint calls this limit."""
+    json_mode: bool = False
+    """Ask for `response_format: json_object` wherever JSON is wanted."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further fields of each request, such as `top_p` or `chat_template_kwargs`."""
     concurrency: int = 8
@@ -65,9 +69,17 @@ class EndpointConfig:
             if value is not None and not value > 0:
                 raise UserError(f"endpoint.{name}: {value} is not above 0")
         for name in ("retries", "backoff", "price_prompt", "price_completion", "temperature"):
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise UserError(f"endpoint.{name}: {getattr(self, name)} is negative")
-        taken = {"model", "messages", "stream", "n", "temperature", "max_tokens"} & set(self.extra)
+        taken = {
+            "model",
+            "messages",
+            "stream",
+            "n",
+            "temperature",
+            "max_tokens",
+            "max_completion_tokens",
+        } & set(self.extra)
         if taken:
             raise UserError(f"endpoint.extra: {', '.join(sorted(taken))} cannot be set here")
 

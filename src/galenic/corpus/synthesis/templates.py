@@ -39,7 +39,7 @@ _WORDS = {
         "code": "Its code is {code}.",
         "siblings": "Related but different: {siblings}.",
         "fits": "{name} fits: {given}",
-        "other": "{name} does not: {given}",
+        "other": "{name} does not fit; of it one would say: {given}",
         "plain": "{name} is another entry of the same group.",
         "answer": "Answer: {letter}. {name}",
         "card": "Front: {front}\nBack: {back}",
