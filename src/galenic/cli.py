@@ -25,6 +25,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.corpus.corpus",
         "read, clean, deduplicate and label documents; make questions and conversations",
     ),
+    "ledger": (
+        "galenic.corpus.config:LedgerConfig",
+        "galenic.corpus.ledger",
+        "tell why documents of a corpus were dropped, with examples",
+    ),
     "scorer": (
         "galenic.corpus.scores.scorer_config:ScorerConfig",
         "galenic.corpus.scores.scorer",
@@ -86,6 +91,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "talk to a model in the terminal",
     ),
 }
+
+PLACE = {"chat": "--model", "ledger": "--corpus"}
+"""Verb -> the option that a first word without dashes means."""
 
 SPELLED = {("corpus", "fit-mixture"): "mixture"}
 """Two words -> the verb that they mean."""
@@ -237,8 +245,8 @@ def _run(argv: list[str]) -> int:
         return build.main(rest)
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, [*VERBS, 'build'])}; see galenic --help")
-    if verb == "chat" and rest and not rest[0].startswith("-"):
-        rest = ["--model", *rest]
+    if verb in PLACE and rest and not rest[0].startswith("-"):
+        rest = [PLACE[verb], *rest]
     if "-h" in rest or "--help" in rest:
         make_parser(verb).print_help()
         return 0

@@ -183,3 +183,21 @@ class CorpusConfig:
         paths += [*self.decontamination.evaluations]
         paths += [path for path in (self.scorer, self.difficulty_model) if path]
         return paths + ([self.starter.requirements, self.starter.wheels] if self.starter else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerConfig:
+    """Tell why documents of a corpus were dropped, with examples."""
+
+    corpus: str
+    """Folder of the corpus step."""
+    reason: str = ""
+    """Only this one."""
+    source: str = ""
+    """Only what came from this one."""
+    examples: int = 3
+    """Of each reason."""
+
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise UserError(f"examples: {self.examples} is negative")

@@ -1,6 +1,6 @@
 """Verb `corpus`: from what people have to documents that a model can learn from.
 
-    sources --units--> read, clean, decontaminate, score --> duplicates --> decide --> write        (each --> in workers)
+    sources --units--> read, clean, decontaminate, score --> duplicates --> decide --> write    (each --> in workers)
 
 Every unit of work leaves its files in the hidden folder `.work`, so a killed run goes on where it stopped and ends
 with the same bytes, on one machine or on a cluster. Everything that goes in is in `documents.parquet` or, with its
@@ -20,7 +20,14 @@ from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.decisions import decide
 from galenic.corpus.dedup_files import find_duplicates
 from galenic.corpus.engine import Unit, map_units
-from galenic.corpus.output import write_ledger, write_made, write_notices, write_sources, write_statistics
+from galenic.corpus.output import (
+    write_contamination,
+    write_ledger,
+    write_made,
+    write_notices,
+    write_sources,
+    write_statistics,
+)
 from galenic.corpus.readers.sources import PACKAGES, SOURCES
 from galenic.corpus.records import Document
 from galenic.corpus.stages import (
@@ -60,10 +67,8 @@ def plan(config: CorpusConfig) -> Plan:
             f"{config.starter.pair_share:.0%} of translation pairs"
         )
     if units:
-        facts["input"] = f"{human_bytes(size)} in {human(len({f for u in units for f in u['files']}))} files"
-        facts["units"] = (
-            f"{len(units)} of at most {human_bytes(config.unit_bytes)}, {_workers(config)} at once"
-        )
+        files = {file for unit in units for file in unit["files"]}
+        facts["input"] = f"{human(len(files))} files in {len(units)} units of about {human_bytes(config.unit_bytes)}"
     steps = [
         "de-identify" if any(source.deidentify for source in config.sources) else "",
         "clean",
@@ -186,7 +191,8 @@ def _prepare_tools(config: CorpusConfig, work: Path) -> None:
     if config.decontamination.evaluations:
         from galenic.corpus.decontaminate import Evaluations
 
-        Evaluations.read(config.decontamination.evaluations).save(work / "evaluations.npz")
+        policy = config.decontamination
+        Evaluations.read(policy.evaluations, policy).save(work / "evaluations.npz")
 
 
 def _stage(
@@ -279,6 +285,8 @@ def _assemble(
     write_sources(folder, config, sources(config), earlier, results, finished)
     write_statistics(folder, earlier, results, finished, made, prepared)
     write_notices(folder, sources(config), finished)
+    if config.decontamination.evaluations:
+        write_contamination(folder, work, results)
     (work / ASSEMBLED).touch()
 
 

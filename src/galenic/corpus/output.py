@@ -158,3 +158,22 @@ def write_notices(out: Path, sources: Mapping[str, SourceConfig], finished: Iter
             )
     with atomic_path(out / "NOTICES.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_contamination(out: Path, work: Path, results: Iterable[Unit]) -> None:
+    """Writes `contamination.parquet`, every span that was taken out, and their sums in `contamination.json`."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from galenic.corpus.contamination import contamination_report, span_schema
+    from galenic.corpus.decontaminate import Evaluations
+
+    searched: Counter[str] = Counter()
+    for result in results:
+        searched[result["source"]] += result["searched"]
+    found = [parquet.read_table(path) for path in sorted((work / "spans").glob("*.parquet"))]
+    spans = pyarrow.concat_tables([span_schema().empty_table(), *found])
+    with atomic_path(out / "contamination.parquet") as temporary:
+        parquet.write_table(spans, temporary, compression="zstd")
+    evaluations = Evaluations.load(work / "evaluations.npz")
+    write_json(out / "contamination.json", contamination_report(spans, searched, evaluations, examples=0))

@@ -13,7 +13,7 @@ from galenic.corpus.holdout import stable_key
 from galenic.corpus.readers import Line
 from galenic.corpus.records import Document, Entity
 
-LINES_PER_DOCUMENT = {"hsk": (8, "\n\n"), "cedict": (20, "\n")}
+LINES_PER_DOCUMENT = {"hsk": (8, "\n\n"), "cedict": (12, "\n")}
 """Source -> (dictionary entries or sentences in one document, what stands between them)."""
 
 

@@ -123,7 +123,7 @@ def clean_unit(unit: Unit) -> Unit:
     tools = _tools(unit["work"])
     ledger = _Ledger(source.name)
     facts: list[dict[str, np.ndarray]] = [_facts(pyarrow.table({"id": []}), source, config.seed)]
-    signed, spans, read = [_signed(tools.schema().empty_table(), config)], [], 0
+    signed, spans, searched = [_signed(tools.schema().empty_table(), config)], [], 0
     masked: Counter[str] = Counter()
     schema = tools.schema()
     with (
@@ -131,14 +131,14 @@ def clean_unit(unit: Unit) -> Unit:
         parquet.ParquetWriter(temporary, schema, compression="lz4") as writer,
     ):
         for table in _tables(unit, source, ledger):
-            read += len(table)
             if source.deidentify:
                 table, counts = tools.deidentify(table)
                 masked.update(counts)
             table, dropped = clean_table(table, form=source.form, rules=config.rules)
             ledger.add(dropped)
+            searched += len(table)
             if tools.evaluations is not None:
-                table, dropped, found = tools.decontaminate(table)
+                table, dropped, found = tools.decontaminate(table, source)
                 ledger.add(dropped)
                 spans.append(found)
             if not len(table):
@@ -159,6 +159,7 @@ def clean_unit(unit: Unit) -> Unit:
         "number": unit["number"],
         "source": source.name,
         "read": kept + len(ledger.rows),
+        "searched": searched,
         "kept": kept,
         "dropped": dict(sorted(ledger.reasons.items())),
         "failed": sum(ledger.reasons[reason] for reason in FAILURES),
@@ -204,7 +205,6 @@ class _Tools:
     def __init__(self, work: str) -> None:
         config = _config(work)
         self.evaluations: Any = None
-        self._policy = config.decontamination
         self._scorer: Any = None
         self._difficulty: Any = None
         self._identities: Any = None
@@ -231,11 +231,13 @@ class _Tools:
 
         return deidentify_table(table, self._identities)
 
-    def decontaminate(self, table: Any) -> tuple[Any, Any, Any]:
+    def decontaminate(self, table: Any, source: SourceConfig) -> tuple[Any, Any, Any]:
         """Takes evaluation items out; returns (kept, dropped, spans)."""
         from galenic.corpus.decontaminate import decontaminate_table
 
-        return decontaminate_table(table, self.evaluations, self._policy)
+        named = _with(table, "source", source.name)
+        kept, dropped, spans = decontaminate_table(named, self.evaluations)
+        return kept.select(table.column_names), _with(dropped, "reason", "contaminated"), spans
 
     def schema(self) -> Any:
         """Returns the columns of a cleaned unit: the same for every source of a run."""
@@ -277,6 +279,13 @@ class _Tools:
             columns["difficulty"] = self._difficulty(table["text"].to_pylist())
         columns |= {"category": category, "department": department}
         return pyarrow.table(columns)
+
+
+def _with(table: Any, name: str, value: str) -> Any:
+    """Returns a table with one more column, the same value in each row."""
+    import pyarrow
+
+    return table.append_column(name, pyarrow.array([value] * len(table), pyarrow.large_string()))
 
 
 def _names(labels: Sequence[str], chosen: np.ndarray) -> list[str]:
