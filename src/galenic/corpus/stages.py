@@ -348,7 +348,8 @@ def write_prepared(documents: list[Document], path: Path) -> None:
 
     text = pyarrow.large_string()
     columns = {key: [getattr(d, key) for d in documents] for key in ("id", "text", "category", "department")}
-    columns["language"] = [""] * len(documents)
+    # Listings of names look like many languages; where two are mixed, the script of each text tells.
+    columns["language"] = ["en" if d.language == "en" else "" for d in documents]
     table = pyarrow.table({key: pyarrow.array(column, text) for key, column in columns.items()})
     with atomic_path(path) as temporary:
         parquet.write_table(table, temporary)
