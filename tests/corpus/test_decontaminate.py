@@ -404,6 +404,7 @@ def test_every_published_shape_is_read(tmp_path):
         ("a.jsonl", '{"text": "x"}\nnope\n', "a.jsonl:2: not valid JSON"),
         ("a.jsonl", '{"query": "x"}\n', "a.jsonl:1: has the fields query"),
         ("a.jsonl", '{"text": " "}\n', "a.jsonl:1: an item without text"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1: a lone surrogate"),
         ("a.jsonl", '{"question": 3}\n', "a.jsonl:1: question is int, not a text"),
         ("a.jsonl", '{"question": "x", "options": ["a"], "answer": 4}\n', "answer 4 of 1 options"),
         ("a.jsonl", '{"messages": "x"}\n', "a.jsonl:1: messages is not a list"),

@@ -90,6 +90,7 @@ STAYS = [
     "Platelets 250000, viral load 12000000 copies/mL, ratio 1.25, 89-year-old woman, grade 3/6 murmur.",
     "Discussed with Cardiology. Admission Date of Discharge. The Emergency Department called Radiology.",
     "Take amoxicillin 500 mg three times daily for 7 days; follow up in 2 weeks. Hodgkin lymphoma, stage II.",
+    "Changes seen in Alzheimer's disease; pain similar to Crohn disease.",
     "患者高热，伴黄疸，于今日行CT检查，白细胞12.3×10^9/L，血压130/80mmHg，予头孢曲松2.0g静滴，每日3次。",
     "曾于外院就诊，当地医院予以抗感染治疗，我院急诊以肺炎收住。家属表示理解。89岁。",
     "高年资医师查房后指示继续治疗。何时手术待定。马上行急诊手术。常规消毒，方案同前。",

@@ -47,6 +47,10 @@ def read_items(files: Sequence[str]) -> Iterator[Item]:
             if not pieces:
                 raise UserError(f"{file}:{number}: an item without text")
             key = row.get("id")
+            try:
+                "".join(text for pair in pieces for text in pair).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{file}:{number}: a lone surrogate; write the file anew as UTF-8") from None
             answers = tuple(dict.fromkeys(answer for _, answer in pieces if answer.strip()))
             yield Item(
                 name=f"{name}:{number if key is None else key}", file=name, pieces=pieces, answers=answers

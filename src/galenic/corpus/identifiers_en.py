@@ -222,7 +222,7 @@ ENGLISH = [
     *rules("ADDRESS", [rf"{_LIVES}[ \t]+(?P<x>{_TOWN}(?:,[ \t]+{_TOWN})?)"], is_name),
     *rules(
         "ADDRESS",
-        [rf"\b(?:in|from|to|near|outside|at)[ \t]+(?P<x>{_TOWN})(?!['’]s|[ \t]+{_EPONYM})"],
+        [rf"\b(?:in|from|to|near|outside|at)[ \t]+(?P<x>(?>{_TOWN}))(?!['’]s|[ \t]+{_EPONYM})"],
         is_place,
     ),
     *rules(
