@@ -144,8 +144,8 @@ def fit(
 ) -> tuple[Laws, np.ndarray]:
     """Fits all domains; one law and one ridge for all, those with the least leave-one-out error.
 
-    The error is the mean over domains of squared error / variance. One choice for all is made from more data than one
-    for each, and predicts better (docs/corpus-mixtures.md).
+    The error is the mean over domains of squared error / variance. One choice for all rests on more data than one for
+    each: few runs tempt a domain's own choice into what fits by chance.
 
     Args:
         shares: (n, d) mixtures.
