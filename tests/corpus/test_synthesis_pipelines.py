@@ -1,5 +1,6 @@
 """The five pipelines against a local endpoint that does as it is told, fails, or lies."""
 
+import asyncio
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from test_synthesis_templates import rows as graph_rows
 from galenic.cli import option_names
 from galenic.corpus.records import Document
 from galenic.corpus.synthesis.online_qa import question_and_answer
-from galenic.corpus.synthesis.synthesise import plan, run
+from galenic.corpus.synthesis.synthesise import in_order, plan, run
 from galenic.corpus.synthesis.synthesise_config import (
     BudgetConfig,
     EndpointConfig,
@@ -340,9 +341,8 @@ def test_an_endpoint_that_mostly_fails_stops_the_run(server, corpus, tmp_path):
 
 
 def test_a_few_failures_are_in_the_ledger(server, corpus, tmp_path):
-    server.fault = lambda number, body: (
-        ("status", 400) if "papers" in str(number % 7) or number == 1 else None
-    )
+    paper = next(text for source, _, text in texts("en") if source == "papers")
+    server.fault = lambda number, body: ("status", 400) if paper in body["messages"][0]["content"] else None
     run(config(server, corpus, tmp_path, ["papers"], {"limit": 6}, failed_minimum=3))
     made, _, ledger, _ = results(tmp_path)
     assert len(made) == 5 and [row["reason"] for row in ledger] == ["request failed"]
@@ -374,7 +374,7 @@ def test_a_spent_budget_keeps_what_is_whole(server, corpus, tmp_path):
         ["papers"],
         {"limit": 6},
         budget=BudgetConfig(requests=18),
-        cache=str(tmp_path / "a/cache"),
+        cache=str(tmp_path / "a.cache"),
     )
     run(again)
     assert len(results(tmp_path / "b")[0]) == 6 and len(server.bodies) == 18
@@ -390,7 +390,7 @@ def test_the_key_is_in_no_file(server, corpus, tmp_path, monkeypatch, capfd):
     )
     run(one)
     assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 5 and any(b"***" in path.read_bytes() for path in files)
     assert not any(b"sk-very-secret" in path.read_bytes() for path in files)
     told = capfd.readouterr()
@@ -433,8 +433,8 @@ def test_killed_and_run_again(server, corpus, tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
     asked = len(server.bodies)
-    assert not (cut / "documents.parquet").exists() and (cut / "cache/answers.jsonl").exists()
-    with open(cut / "cache/answers.jsonl", "ab") as file:
+    assert not (cut / "documents.parquet").exists() and (tmp_path / "cut.cache/answers.jsonl").exists()
+    with open(tmp_path / "cut.cache/answers.jsonl", "ab") as file:
         file.write(b'{"name": "half a li')
     server.delay = 0.0
     run(
@@ -602,3 +602,53 @@ def test_a_presentation_with_numbers_of_its_own(server, corpus, tmp_path):
     server.answer = invent
     run(config(server, corpus, tmp_path, ["cases"], {"limit": 2}))
     assert reasons(tmp_path) == {"invented numbers": 2}
+
+
+def test_in_order_so_many_at_once():
+    underway, most, cancelled = set(), [0], []
+
+    async def work(number):
+        underway.add(number)
+        most[0] = max(most[0], len(underway))
+        try:
+            await asyncio.sleep(0 if number == 30 else 0.01 * (5 - number % 5))
+            if number == 30:
+                raise ValueError
+            return number
+        except asyncio.CancelledError:
+            cancelled.append(number)
+            raise
+        finally:
+            underway.remove(number)
+
+    async def collect(numbers):
+        async for number in in_order(work, numbers, 4):
+            got.append(number)
+
+    got = []
+    asyncio.run(collect(range(20)))
+    assert got == list(range(20)) and most == [4]
+    got = []
+    with pytest.raises(ValueError):
+        asyncio.run(collect(range(28, 40)))
+    assert got == [28, 29] and cancelled and not underway
+
+
+def test_a_changed_step_keeps_its_answers(server, corpus, tmp_path, monkeypatch):
+    """`build` empties the folder of a step whose configuration changed; what was paid for must not be in it."""
+    from galenic import build, cli
+
+    package = "galenic.corpus.synthesis"
+    verb = (f"{package}.synthesise_config:SynthesiseConfig", f"{package}.synthesise", "synthesise")
+    monkeypatch.setitem(cli.VERBS, "synthesise", verb)
+    recipe = tmp_path / "recipe"
+    recipe.mkdir()
+    text = f"corpus: {corpus}\nendpoint: {{base_url: {server.url}, model: m}}\n"
+    text += "pipelines: [{name: papers, sources: [papers]}]\n"
+    (recipe / "10-synthesise.yaml").write_text(text)
+    build.build(recipe, tmp_path / "run")
+    asked = len(server.bodies)
+    (recipe / "10-synthesise.yaml").write_text(text + "pass_score: 6.5\n")
+    build.build(recipe, tmp_path / "run")
+    assert asked == 18 and len(server.bodies) == asked
+    assert read_json(tmp_path / "run/10-synthesise/stats.json")["this_run"]["cache_hit_rate"] == 1

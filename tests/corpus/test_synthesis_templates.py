@@ -161,7 +161,7 @@ def test_the_verb_needs_no_endpoint(corpus, tmp_path):
     assert {row["id"].split("/")[-1] for row in talks} == {"choice", "term"}
     everything = (tmp_path / "out/sft.jsonl").read_text() + "".join(row["text"] for row in table)
     assert "begins in the eye" not in everything and "持续8周" not in everything  # held out
-    assert not (tmp_path / "out/cache").exists()
+    assert not (tmp_path / "out.cache").exists()
     again = tmp_path / "again"
     run(config(corpus, again, limit=40))
     for name in ("documents.parquet", "sft.jsonl", "ledger.jsonl"):

@@ -176,7 +176,7 @@ class SynthesiseConfig:
     failed_minimum: int = 20
     """... and at least so many items are over."""
     cache: str = ""
-    """Folder of answers, so that nothing is paid twice; OUT/cache by default."""
+    """Folder of answers, so that nothing is paid twice; by default OUT.cache, beside OUT, which `build` may empty."""
     prompts: str = ""
     """Folder whose files replace the prompts of the same name."""
     seed: int = 1
@@ -205,4 +205,4 @@ class SynthesiseConfig:
     @property
     def cache_folder(self) -> str:
         """Where answers are kept."""
-        return self.cache or f"{self.out}/cache"
+        return self.cache or f"{self.out.rstrip('/')}.cache"

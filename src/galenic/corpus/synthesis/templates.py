@@ -45,7 +45,7 @@ _WORDS = {
         "card": "Front: {front}\nBack: {back}",
         "compared": "# How to tell apart: {names}",
         "columns": ("Term", "What it is"),
-        "comma": ", ",
+        "comma": "; ",
     },
     "zh": {
         "is": "{name}属于{kind}。",
