@@ -18,6 +18,9 @@ MOST_ROWS = 2000
 """Rows of a table; its texts have `LONGEST` bytes together at most."""
 
 
+_BUFFER = 8 * 2**20
+
+
 class Record(NamedTuple):
     """What a reader finds: a text and what its format says about it."""
 
@@ -191,7 +194,7 @@ def parquet_tables(file: File, source: SourceConfig, start: int, stop: int, note
 
     with file.open_raw() as raw:
         try:
-            found = parquet.ParquetFile(raw)
+            found = parquet.ParquetFile(raw, buffer_size=_BUFFER)  # else it reads a row group whole
         except (pyarrow.ArrowException, OSError) as error:
             raise Unreadable(f"no whole Parquet file ({reason_of(error)})") from None
         _check_columns(found.schema_arrow, source, file)
