@@ -130,6 +130,16 @@ def test_a_named_file_with_an_ending_that_says_nothing_is_taken_at_its_word(tmp_
     assert len(read(tmp_path / "notes", "jsonl")[0]) == 1
 
 
+def test_json_beside_json_lines_is_something_else(tmp_path):
+    (tmp_path / "info.json").write_text('{\n"text": "no"\n}')
+    assert names(tmp_path, "jsonl") == ["info.json"]
+    (tmp_path / "data.jsonl").write_text('{"text": "yes"}')
+    assert [row["text"] for row in read(tmp_path, "jsonl")[0]] == ["yes"]
+    (tmp_path / "data.jsonl").write_text('[{"text": "a"},\n{"text": "b"}]')
+    with pytest.raises(UserError, match="one JSON list, not JSON lines"):
+        read(tmp_path, "jsonl")
+
+
 def test_a_folder_that_may_not_be_entered_is_told(tmp_path):
     tree(tmp_path, "a/x.txt", "b/y.txt")
     (tmp_path / "a").chmod(0)
@@ -346,6 +356,19 @@ def test_damaged_archives(tmp_path):
         ("s/c.tar", "unreadable file"),
     ]
     assert ("s/d.tar.gz", "unreadable file") in reasons(drops)
+
+
+def test_a_full_disk_is_no_fault_of_the_archive(tmp_path, monkeypatch):
+    from galenic.corpus.readers import archives
+
+    class Full(archives.SpooledTemporaryFile):
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    zipped(tmp_path / "a.zip", {"a.txt": b"text"})
+    monkeypatch.setattr(archives, "SpooledTemporaryFile", Full)
+    with pytest.raises(UserError, match="No space left on device; let TMPDIR"):
+        read(tmp_path, "text")
 
 
 def test_a_locked_member_is_dropped_by_name(tmp_path):

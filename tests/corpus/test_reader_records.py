@@ -344,7 +344,22 @@ def test_bad_lines_of_an_export(tmp_path):
 
 def test_odd_values_do_no_harm(tmp_path):
     """Whatever stands in the place of an object, a list or a text, is passed over."""
-    odd = [None, 1, "x", [], {}, [None], ["x"], {"coding": 5}, {"coding": ["x"]}, {"text": 7}, True]
+    odd = [
+        "\ud800",
+        {"text": "\udc00"},
+        {"reference": "\ud800"},
+        None,
+        1,
+        "x",
+        [],
+        {},
+        [None],
+        ["x"],
+        {"coding": 5},
+        {"coding": ["x"]},
+        {"text": 7},
+        True,
+    ]
     rng = random.Random(0)
     resources = []
     for _ in range(2000):
@@ -353,5 +368,6 @@ def test_odd_values_do_no_harm(tmp_path):
             resource[key] = rng.choice(odd)
         resources.append(resource)
     (tmp_path / "a.json").write_text(json.dumps(bundle(resources)))
-    rows, _ = read(tmp_path, "fhir")
-    assert rows
+    rows, drops = read(tmp_path, "fhir")
+    assert rows and "broken encoding" in {drop[1] for drop in drops}
+    assert json.dumps(drops, ensure_ascii=False).encode()  # the ledger can be written

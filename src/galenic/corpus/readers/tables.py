@@ -36,15 +36,14 @@ class Record(NamedTuple):
 
 
 def record_tables(records: Iterable[Record], source: SourceConfig, note: Note) -> Iterator[Any]:
-    """Gathers records into tables; a text that UTF-8 cannot hold is dropped."""
+    """Gathers records into tables; a record that UTF-8 cannot hold is dropped."""
     rows: list[Record] = []
     size = 0
     for record in records:
         try:
-            size += len(record.text.encode())
+            size += len("".join((record.text, record.key, *record[2:])).encode())
         except UnicodeEncodeError as error:
-            text = record.text.encode("utf-8", "backslashreplace").decode()
-            note(record.key, "broken encoding", f"lone surrogate at character {error.start}", text)
+            note(record.key, "broken encoding", f"lone surrogate at character {error.start}", record.text)
             continue
         rows.append(record)
         if len(rows) == MOST_ROWS or size >= LONGEST:
