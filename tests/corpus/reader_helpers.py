@@ -1,8 +1,12 @@
 """What the tests of readers share: a source, and reading all of it."""
 
 import json
+import re
+import sys
+from contextlib import contextmanager
 
 import pyarrow as pa
+import pytest
 
 from galenic.corpus.config import SourceConfig
 from galenic.corpus.units import plan_units, read_unit
@@ -30,6 +34,24 @@ def read(path, format, unit_bytes=2**26, **changes):
             table.validate(full=True)
             rows += table.to_pylist()
     return rows, drops
+
+
+@contextmanager
+def memory_within(most):
+    """Fails if the resident memory of this process grows by more than `most` bytes at any moment inside."""
+    if sys.platform != "linux":
+        pytest.skip("the peak of memory is reset on Linux only")
+
+    def resident(name):
+        with open("/proc/self/status") as file:
+            return int(re.search(rf"{name}:\s+(\d+) kB", file.read())[1]) * 1024
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    before = resident("VmRSS")
+    yield
+    grown = resident("VmHWM") - before
+    assert grown <= most, f"{grown / 2**20:.0f} MiB more"
 
 
 def texts(rows):

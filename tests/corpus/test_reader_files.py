@@ -30,7 +30,17 @@ def tree(root, *paths):
 
 
 def test_a_folder_gives_what_fits_and_passes_over_the_rest(tmp_path):
-    tree(tmp_path, "b.txt", "a/z.TXT", "a/y.text", "readme.md", ".hidden.txt", ".git/x.txt", "c.txt.gz", "d.zip")
+    tree(
+        tmp_path,
+        "b.txt",
+        "a/z.TXT",
+        "a/y.text",
+        "readme.md",
+        ".hidden.txt",
+        ".git/x.txt",
+        "c.txt.gz",
+        "d.zip",
+    )
     assert names(tmp_path) == ["a/y.text", "a/z.TXT", "b.txt", "c.txt.gz", "d.zip"]
     assert names(tmp_path / "b.txt") == ["b.txt"] and names(f"{tmp_path}/") == names(tmp_path)
 
@@ -96,7 +106,11 @@ def test_names_that_are_not_utf8(tmp_path):
         ("none/*.txt", "text", "matches no file"),
         ("*.html", "html", "matches no file"),
         ("empty", "text", "an empty folder"),
-        ("a.jsonl", "parquet", r"no file of format 'parquet' \(.parquet or .pq .*a.jsonl; set format to 'jsonl'\?"),
+        (
+            "a.jsonl",
+            "parquet",
+            r"no file of format 'parquet' \(.parquet or .pq .*a.jsonl; set format to 'jsonl'\?",
+        ),
         (".", "parquet", r"no file of format 'parquet'"),
         ("a.txt", "umls", "set format to 'text'"),
         ("ftp://x/a.txt", "text", "begin with s3:// or hf://"),
@@ -114,6 +128,16 @@ def test_a_named_file_with_an_ending_that_says_nothing_is_taken_at_its_word(tmp_
     assert texts(read(tmp_path / "notes.dat", "text")[0]) == {"s/notes.dat": "a note"}
     (tmp_path / "notes").write_text('{"text": "a"}')
     assert len(read(tmp_path / "notes", "jsonl")[0]) == 1
+
+
+def test_json_beside_json_lines_is_something_else(tmp_path):
+    (tmp_path / "info.json").write_text('{\n"text": "no"\n}')
+    assert names(tmp_path, "jsonl") == ["info.json"]
+    (tmp_path / "data.jsonl").write_text('{"text": "yes"}')
+    assert [row["text"] for row in read(tmp_path, "jsonl")[0]] == ["yes"]
+    (tmp_path / "data.jsonl").write_text('[{"text": "a"},\n{"text": "b"}]')
+    with pytest.raises(UserError, match="one JSON list, not JSON lines"):
+        read(tmp_path, "jsonl")
 
 
 def test_a_folder_that_may_not_be_entered_is_told(tmp_path):
@@ -152,7 +176,9 @@ def test_the_hub_is_read_through_its_own_file_system(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     parquet.write_table(pa.table({"text": ["a", "b"]}), folder / "train-0.parquet")
     (folder / "more.jsonl").write_text('{"text": "c"}\n' * 9)
-    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: DirFileSystem(str(tmp_path), LocalFileSystem()))
+    monkeypatch.setattr(
+        "huggingface_hub.HfFileSystem", lambda: DirFileSystem(str(tmp_path), LocalFileSystem())
+    )
     files._hub.cache_clear()
     try:
         rows, drops = read("hf://datasets/owner/name", "parquet")
@@ -171,7 +197,9 @@ def test_what_lies_elsewhere_and_cannot_be_had_stops_the_run(tmp_path, monkeypat
 
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "a.txt").write_text("text")
-    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: DirFileSystem(str(tmp_path), LocalFileSystem()))
+    monkeypatch.setattr(
+        "huggingface_hub.HfFileSystem", lambda: DirFileSystem(str(tmp_path), LocalFileSystem())
+    )
     files._hub.cache_clear()
     try:
         config = source("hf://datasets", "text")
@@ -207,9 +235,7 @@ def tarred(path, members, mode="w"):
 MEMBERS = {"b.txt": b"second", "a/a.txt": b"first", "x.png": b"picture", "c.txt.gz": gzip.compress(b"third")}
 
 
-@pytest.mark.parametrize(
-    "name", ["m.zip", "m.tar", "m.tar.gz", "m.tgz", "m.tar.zst"]
-)
+@pytest.mark.parametrize("name", ["m.zip", "m.tar", "m.tar.gz", "m.tgz", "m.tar.zst"])
 def test_members_are_read_in_the_archives_own_order(tmp_path, name):
     path = tmp_path / name
     if name.endswith(".zip"):
@@ -239,7 +265,9 @@ def test_parquet_and_json_lines_in_an_archive(tmp_path):
         read(path, "parquet", text_column="content")
     path = zipped(tmp_path / "j.zip", {"j.jsonl": b'{"text": "a"}\n{"text": 1}\n'})
     rows, drops = read(path, "jsonl")
-    assert texts(rows) == {"s/j.zip/j.jsonl:0": "a"} and reasons(drops) == [("s/j.zip/j.jsonl:14", "malformed record")]
+    assert texts(rows) == {"s/j.zip/j.jsonl:0": "a"} and reasons(drops) == [
+        ("s/j.zip/j.jsonl:14", "malformed record")
+    ]
 
 
 def test_paths_in_an_archive_lead_nowhere(tmp_path):
@@ -258,7 +286,11 @@ def test_paths_in_an_archive_lead_nowhere(tmp_path):
 
 def test_links_and_devices_in_a_tar_are_no_documents(tmp_path):
     with tarfile.open(tmp_path / "m.tar", "w") as archive:
-        for name, kind in (("link.txt", tarfile.SYMTYPE), ("hard.txt", tarfile.LNKTYPE), ("fifo.txt", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("link.txt", tarfile.SYMTYPE),
+            ("hard.txt", tarfile.LNKTYPE),
+            ("fifo.txt", tarfile.FIFOTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
@@ -268,7 +300,10 @@ def test_links_and_devices_in_a_tar_are_no_documents(tmp_path):
 def test_archives_in_archives_are_opened_once(tmp_path):
     innermost = zipped(tmp_path / "3", {"c.txt": b"third"}).read_bytes()
     inner = zipped(tmp_path / "2", {"b.txt": b"second", "deep.zip": innermost}).read_bytes()
-    path = zipped(tmp_path / "m.zip", {"a.txt": b"first", "in.zip": inner, "bad.tar.gz": b"no archive", "z.txt": b"last"})
+    path = zipped(
+        tmp_path / "m.zip",
+        {"a.txt": b"first", "in.zip": inner, "bad.tar.gz": b"no archive", "z.txt": b"last"},
+    )
     rows, drops = read(path, "text")
     assert [row["text"] for row in rows] == ["first", "second", "last"]
     assert reasons(drops) == [
@@ -278,7 +313,9 @@ def test_archives_in_archives_are_opened_once(tmp_path):
 
 
 def test_a_zip_bomb_is_refused(tmp_path):
-    bomb = zipped(tmp_path / "a.zip", {"small.txt": b"text", "zeros.txt": bytes(100 * 2**20), "after.txt": b"text"})
+    bomb = zipped(
+        tmp_path / "a.zip", {"small.txt": b"text", "zeros.txt": bytes(100 * 2**20), "after.txt": b"text"}
+    )
     (tmp_path / "b.txt").write_text("next")
     rows, drops = read(tmp_path, "text")
     assert [row["text"] for row in rows] == ["text", "next"]
@@ -321,10 +358,25 @@ def test_damaged_archives(tmp_path):
     assert ("s/d.tar.gz", "unreadable file") in reasons(drops)
 
 
+def test_a_full_disk_is_no_fault_of_the_archive(tmp_path, monkeypatch):
+    from galenic.corpus.readers import archives
+
+    class Full(archives.SpooledTemporaryFile):
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    zipped(tmp_path / "a.zip", {"a.txt": b"text"})
+    monkeypatch.setattr(archives, "SpooledTemporaryFile", Full)
+    with pytest.raises(UserError, match="No space left on device; let TMPDIR"):
+        read(tmp_path, "text")
+
+
 def test_a_locked_member_is_dropped_by_name(tmp_path):
     data = bytearray(zipped(tmp_path / "a.zip", {"a.txt": b"text"}).read_bytes())
     for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the bit that says: encrypted
         data[data.find(mark) + at] |= 1
     (tmp_path / "a.zip").write_bytes(data)
     rows, drops = read(tmp_path, "text")
-    assert not rows and reasons(drops) == [("s/a.zip/a.txt", "unreadable file")] and "encrypted" in drops[0][2]
+    assert (
+        not rows and reasons(drops) == [("s/a.zip/a.txt", "unreadable file")] and "encrypted" in drops[0][2]
+    )

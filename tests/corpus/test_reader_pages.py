@@ -63,7 +63,9 @@ Rest with [open](.
 
 
 def test_markdown_keeps_what_a_reader_sees():
-    assert text_of_markdown(MARKDOWN) == """# Asthma
+    assert (
+        text_of_markdown(MARKDOWN)
+        == """# Asthma
 
 See the guide, ref and a lung.
 badge https://gina.org a[1]  Dose: [0, 5] mg.
@@ -76,6 +78,7 @@ x = [a](b)
 ---
 
 Rest with [open](."""
+    )
 
 
 def test_markdown_files(tmp_path):
@@ -87,7 +90,9 @@ def test_markdown_files(tmp_path):
     assert reasons(drops) == [("s/c.md", "empty")]
 
 
-@pytest.mark.parametrize("piece", ["[", "[a](", "![", "<!--", "---\n", "```\n", "[a]: ", "<http:", "[a](b(", "~~~\n```\n"])
+@pytest.mark.parametrize(
+    "piece", ["[", "[a](", "![", "<!--", "---\n", "```\n", "[a]: ", "<http:", "[a](b(", "~~~\n```\n"]
+)
 def test_markdown_of_broken_marks_takes_no_hours(piece):
     started = time.process_time()
     text_of_markdown(piece * (200_000 // len(piece)))
@@ -122,7 +127,9 @@ PAGE = """<!DOCTYPE html>
 
 
 def test_html_keeps_the_running_text():
-    assert text_of_html(PAGE) == """# Asthma
+    assert (
+        text_of_html(PAGE)
+        == """# Asthma
 
 Asthma is a chronic disease of the airways (FEV1 < 80 %, p < 0.05).
 
@@ -141,12 +148,15 @@ line 1
     line 2
 
 Inhaled corticosteroids are the mainstay of treatment, and reliever inhalers are used as needed for symptoms."""
+    )
 
 
 def test_html_without_a_main_part_or_a_heading():
     page = "<title>Dengue</title><div id=menu>Menu</div><div>Dengue is a <i>viral</i> infection.</div>"
     assert text_of_html(page) == "# Dengue\n\nDengue is a viral infection."
-    assert text_of_html("<p>a<p class=share>b<p>c") == "a\n\nb\n\nc"  # its end is left out, so nothing is passed over
+    assert (
+        text_of_html("<p>a<p class=share>b<p>c") == "a\n\nb\n\nc"
+    )  # its end is left out, so nothing is passed over
     assert text_of_html("plain text & more") == "plain text & more"
     assert text_of_html("") == "" and text_of_html("<nav>only</nav>") == ""
 
@@ -176,8 +186,21 @@ def test_html_that_lies_about_its_charset(tmp_path):
     assert "unknown encoding: klingon" in drops[1][2]
 
 
-BROKEN = ["<", "<a ", "<a b='", '<a b="', "<a b=c ", "<!--", "<!", "<?", "</", "<script>", "<div class=nav>", "&#", "<td>x",
-          "<nav>", "<p>", "<title>", "<a b=\"c\" ", "<li><ul>", "a<b=", "<pre>", "<a\n"]  # fmt: skip
+BROKEN = [
+    "<",
+    "<a ",
+    "<a b='",
+    '<a b="',
+    "<a b=c ",
+    "<!--",
+    "<!",
+    "<?",
+    "</",
+    "<script>",
+    "<div class=nav>",
+    "&#",
+]
+BROKEN += ["<td>x", "<nav>", "<p>", "<title>", '<a b="c" ', "<li><ul>", "a<b=", "<pre>", "<a\n"]
 
 
 @pytest.mark.parametrize("piece", BROKEN)

@@ -42,7 +42,11 @@ def server(tmp_path, monkeypatch):
     address = f"http://127.0.0.1:{port}"
     command = [executable("moto", "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(
-        command, env=surroundings(tmp_path), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=surroundings(tmp_path),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     for name, value in {
         "AWS_ENDPOINT_URL": address,

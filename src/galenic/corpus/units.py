@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from galenic.corpus.config import SourceConfig
+from galenic.corpus.engine import Unit
 from galenic.corpus.readers import fhir, umls
 from galenic.corpus.readers.archives import members
 from galenic.corpus.readers.files import (
@@ -22,6 +23,7 @@ from galenic.corpus.readers.files import (
     Unreadable,
     is_archive,
     listing,
+    plain,
     reason_of,
     relative_name,
 )
@@ -32,10 +34,6 @@ from galenic.corpus.readers.obo import obo_records
 from galenic.corpus.readers.pages import page_records
 from galenic.corpus.readers.tables import Record, parquet_tables, record_tables, row_group_sizes
 from galenic.runtime import UserError
-
-Unit = dict[str, Any]
-"""{"number", "source": name, "files": [uri, ...], "start", "stop"}. Start and stop count row groups of Parquet, bytes
-of JSON lines, CUI numbers of UMLS; a negative stop is the end."""
 
 Slice = tuple[list[File], int, int]
 
@@ -49,6 +47,9 @@ _LEDGER_TEXT = 2000  # characters
 
 def plan_units(sources: Sequence[SourceConfig], unit_bytes: int) -> list[Unit]:
     """Cuts the sources into units of about `unit_bytes` of content, in the order of sources and file names.
+
+    A unit is {"number", "source": name, "files": [uri, ...], "start", "stop"}. Start and stop count row groups of
+    Parquet, bytes of JSON lines, CUI numbers of UMLS; a negative stop is the end.
 
     Raises:
         UserError: a path matches nothing, files are of another format, or lack the named columns.
@@ -160,7 +161,7 @@ def read_unit(unit: Unit, source: SourceConfig, drop: Callable[[str, str, str, s
     """
 
     def note(key: str, reason: str, detail: str, text: str) -> None:
-        drop(f"{source.name}/{key}", reason, detail, text[:_LEDGER_TEXT])
+        drop(f"{source.name}/{plain(key)}", reason, plain(detail), plain(text[:_LEDGER_TEXT]))
 
     files = [File(relative_name(uri, source.path), uri) for uri in unit["files"]]
     start, stop = unit["start"], unit["stop"]

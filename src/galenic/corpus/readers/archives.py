@@ -10,7 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from tempfile import SpooledTemporaryFile
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any
 
 from galenic.corpus.readers.files import (
@@ -21,9 +21,10 @@ from galenic.corpus.readers.files import (
     fits,
     is_archive,
     is_hidden,
-    plain_name,
+    plain,
     reason_of,
 )
+from galenic.runtime import UserError
 
 _CHUNK = 2**20
 _IN_MEMORY = 16 * 2**20  # a larger member goes to disk
@@ -67,7 +68,7 @@ def members(archive: File, format: str, note: Note) -> Iterator[File]:
 def _members(archive: File, format: str, note: Note, left: _Allowance, *, nested: bool) -> Iterator[File]:
     entries = _zip_entries if archive.name.lower().endswith(".zip") else _tar_entries
     for name, opener in entries(archive, left):
-        name = f"{archive.name}/{plain_name(name)}"
+        name = f"{archive.name}/{plain(name)}"
         inner = is_archive(name)
         if inner and nested:
             note(name, "nested archive", "an archive in an archive in an archive is not opened", "")
@@ -77,6 +78,8 @@ def _members(archive: File, format: str, note: Note, left: _Allowance, *, nested
         with SpooledTemporaryFile(max_size=_IN_MEMORY) as spool:
             try:
                 size = _copy(opener, spool, left)
+            except UserError:
+                raise
             except _DAMAGE as error:
                 archive.check_connection()
                 note(name, "unreadable file", reason_of(error), "")
@@ -99,7 +102,10 @@ def _copy(opener: Any, spool: Any, left: _Allowance) -> int:
         while data := content.read(_CHUNK):
             left.spend(len(data))
             size += len(data)
-            spool.write(data)
+            try:
+                spool.write(data)
+            except OSError as error:  # our disk is full: no fault of the archive
+                raise UserError(f"{gettempdir()}: {error.strerror}; let TMPDIR name a larger disk") from None
     return size
 
 

@@ -89,7 +89,10 @@ def _resource(resource: Resource, place: str, database: sqlite3.Connection, note
             note(key, untrue.replace("-", " "), "not so, by its status", text)
         elif text:
             values = (_group(resource, key), _ORDER.index(kind), text)
-            database.execute("INSERT INTO line (key, kind, text) VALUES (?, ?, ?)", values)
+            try:
+                database.execute("INSERT INTO line (key, kind, text) VALUES (?, ?, ?)", values)
+            except UnicodeEncodeError:
+                note(key, "broken encoding", "lone surrogate", text)
         elif kind != "Encounter":
             note(key, "empty", "nothing coded", "")
 

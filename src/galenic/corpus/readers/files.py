@@ -139,8 +139,8 @@ def reason_of(error: Exception) -> str:
     return _line(error) or type(error).__name__
 
 
-def plain_name(name: str) -> str:
-    """Returns a file name that UTF-8 can hold; undecodable bytes of it become escapes."""
+def plain(name: str) -> str:
+    """Returns a name that UTF-8 can hold; undecodable bytes of a file name, and lone surrogates, become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -203,11 +203,13 @@ def relative_name(uri: str, path: str) -> str:
     """Returns what ids call a file: its path below the fixed part of the source's path, or its name."""
     base, _ = _split(path)
     root = base.rpartition("/")[0] if uri == base else base.rstrip("/")
-    return plain_name(uri.removeprefix(root + "/"))
+    return plain(uri.removeprefix(root + "/"))
 
 
 def _of_format(files: list[File], path: str, format: str, *, one: bool) -> list[File]:
     fitting = [file for file in files if fits(file.name, format) or is_archive(file.name)]
+    if format == "jsonl":  # `.json` beside JSON lines is something else, such as a description of them
+        fitting = [file for file in fitting if not _bare(file.name).endswith(".json")] or fitting
     if fitting:
         return fitting
     strangers = [file for file in files if others(file.name, format)]

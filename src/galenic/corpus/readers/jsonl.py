@@ -21,7 +21,7 @@ def check_fields(file: File, source: SourceConfig) -> None:
     """Looks at the first lines of a file, so that a misspelt field does not drop everything.
 
     Raises:
-        UserError: none of them has the field for the text, or the one for the id.
+        UserError: none of them has the field for the text, or the one for the id; or they are one list.
     """
     try:
         with file.open_stream() as stream:
@@ -29,6 +29,8 @@ def check_fields(file: File, source: SourceConfig) -> None:
     except (OSError, Unreadable):
         return
     rows = [row for line in head.split(b"\n")[:20] if isinstance(row := _parsed(line), dict)]
+    if not rows and head.lstrip().startswith(b"["):
+        raise UserError(f"{file.uri}: one JSON list, not JSON lines; `jq -c '.[]'` makes lines of it")
     for field, name in (("text_column", source.text_column), ("id_column", source.id_column)):
         if name and rows and not any(name in row for row in rows):
             hint = f"{nearest(name, rows[0])}; the first record has {', '.join(map(str, rows[0]))}"

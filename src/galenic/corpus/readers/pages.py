@@ -1,8 +1,8 @@
 """Folders of documents, a file each: plain text, Markdown, HTML.
 
-HTML is taken apart by a small scanner of our own. Programs that do it better are heavy (the best known brings twelve
-packages) and change with their versions, and with them would the corpus; the parser of the standard library takes
-hours for a few megabytes of unclosed tags, this one is linear in the size of the page.
+HTML is taken apart by a small scanner of our own. The best known program for it brings more than a dozen packages and
+changes with its versions, and with it would the corpus; the parser of the standard library takes hours for a few
+megabytes of unclosed tags, this one is linear in the size of the page.
 """
 
 import codecs

@@ -18,6 +18,9 @@ MOST_ROWS = 2000
 """Rows of a table; its texts have `LONGEST` bytes together at most."""
 
 
+_BUFFER = 8 * 2**20
+
+
 class Record(NamedTuple):
     """What a reader finds: a text and what its format says about it."""
 
@@ -33,15 +36,14 @@ class Record(NamedTuple):
 
 
 def record_tables(records: Iterable[Record], source: SourceConfig, note: Note) -> Iterator[Any]:
-    """Gathers records into tables; a text that UTF-8 cannot hold is dropped."""
+    """Gathers records into tables; a record that UTF-8 cannot hold is dropped."""
     rows: list[Record] = []
     size = 0
     for record in records:
         try:
-            size += len(record.text.encode())
+            size += len("".join((record.text, record.key, *record[2:])).encode())
         except UnicodeEncodeError as error:
-            text = record.text.encode("utf-8", "backslashreplace").decode()
-            note(record.key, "broken encoding", f"lone surrogate at character {error.start}", text)
+            note(record.key, "broken encoding", f"lone surrogate at character {error.start}", record.text)
             continue
         rows.append(record)
         if len(rows) == MOST_ROWS or size >= LONGEST:
@@ -191,7 +193,7 @@ def parquet_tables(file: File, source: SourceConfig, start: int, stop: int, note
 
     with file.open_raw() as raw:
         try:
-            found = parquet.ParquetFile(raw)
+            found = parquet.ParquetFile(raw, buffer_size=_BUFFER)  # else it reads a row group whole
         except (pyarrow.ArrowException, OSError) as error:
             raise Unreadable(f"no whole Parquet file ({reason_of(error)})") from None
         _check_columns(found.schema_arrow, source, file)
