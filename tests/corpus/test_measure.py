@@ -220,6 +220,7 @@ def test_repair_is_what_regular_expressions_do(several):
 
 
 @given(st.lists(lines, min_size=1, max_size=3))
+@example(["Fever.\n\n\nShare on\n\n\nCough."])
 @settings(deadline=None, max_examples=300)
 def test_lines_of_boilerplate_go_and_are_counted(several):
     left, rows = tidied(several, cut=True)

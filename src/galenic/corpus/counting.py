@@ -178,7 +178,7 @@ def _read(data: Any, begin: int, end: int, look: Any, scratch: Any, row: Any) ->
                     size, point = 4, point & 0x07
                 for q in range(p + 1, min(p + size, end)):
                     point = point << 6 | int(data[q]) & 0x3F
-                point = min(point, 0x10FFFF)
+                size, point = min(size, end - p), min(point, 0x10FFFF)  # of bytes that are no UTF-8
             characters += 1
         kind = int(look.kinds[point])
         run = run + 1 if point == before else 1

@@ -16,10 +16,10 @@ from galenic.merge.kernels import compiled
 SAMPLE = 500
 """Bytes at the beginning of a text that are looked at."""
 LANGUAGES = (
-    "af ar az be bg bn bs ca cs cy da de el en es et eu fa fi fr ga gu he hi hr hu hy id is it ja ka kk km kn ko ky "
+    "af ar az be bg bn bs ca cs da de el en es et eu fa fi fr ga gu he hi hr hu hy id is it ja ka kk km kn ko ky "
     "lo lt lv mk ml mn mr ms my ne nl no pa pl ps pt ro ru si sk sl sq sr sv sw ta te tg th tl tr uk ur uz vi zh"
 ).split()
-"""Those that are told apart. The model knows more; of those, Latin, pidgins and Galician took words of medicine."""
+"""Those that are told apart. The model knows more; of those, Latin, pidgins, Galician and Welsh took medical words."""
 EVIDENT_WORDS, EVIDENT_SHARE = 6, 0.15
 """A text of Latin letters with so many different ones of `characters.STOP_WORDS`, which make up such a share of its
 words, is English without a look at the model. Dutch and Danish have four or five of these words."""
