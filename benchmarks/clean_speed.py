@@ -16,13 +16,13 @@ from collections import Counter
 
 import pyarrow as pa
 
-from galenic.corpus.clean import clean_table
-from galenic.corpus.clean_rules import Rules
-from galenic.corpus.language import identify
-from galenic.corpus.measure import measure
+from galenic.corpus.cleaning.clean import clean_table
+from galenic.corpus.cleaning.language import identify
+from galenic.corpus.cleaning.measure import measure
+from galenic.corpus.cleaning.rules import Rules
 from galenic.corpus.readers.collect import collect
+from galenic.corpus.starter.wheels import Wheels
 from galenic.corpus.texts import buffers, column
-from galenic.corpus.wheels import Wheels
 
 BOILERPLATE = (
     "Skip to main content",

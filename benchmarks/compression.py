@@ -18,10 +18,10 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from galenic.corpus.compression import Encode, characters_per_token
-from galenic.corpus.tokenizer import merged, train_bpe
-from galenic.corpus.tokenizer_units import measure, plan_units, sample
-from galenic.corpus.wheels import Wheel, Wheels
+from galenic.corpus.starter.wheels import Wheel, Wheels
+from galenic.corpus.tokens.compression import Encode, characters_per_token
+from galenic.corpus.tokens.tokenizer import merged, train_bpe
+from galenic.corpus.tokens.tokenizer_units import measure, plan_units, sample
 from galenic.runtime import read_json
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -28,7 +28,7 @@ from timing import conditions
 
 from galenic.corpus.readers.guidelines import guideline_documents
 from galenic.corpus.readers.wikipedia import wikipedia_documents
-from galenic.corpus.wheels import Wheels
+from galenic.corpus.starter.wheels import Wheels
 
 ROOT = Path(__file__).parents[1]
 ROWS = 25_000
@@ -174,8 +174,13 @@ def against(documents: int, rounds: int, workers: int, scorer: str) -> None:
             a = ours(folder / "input", folder / f"ours{number}", workers, scorer)
             b = theirs(folder / "input", folder / f"theirs{number}", workers)
             rows.append((a, b))
-            print(f"round {number + 1}: ours {a[0]:.1f} s, datatrove {b[0]:.1f} s, {b[0] / a[0]:.2f} times", flush=True)
-        print(f"\n{documents:,} documents, {size / 1e6:.0f} MB of text, {workers} processes; {rounds} rounds in turns")
+            print(
+                f"round {number + 1}: ours {a[0]:.1f} s, datatrove {b[0]:.1f} s, {b[0] / a[0]:.2f} times",
+                flush=True,
+            )
+        print(
+            f"\n{documents:,} documents, {size / 1e6:.0f} MB of text, {workers} processes; {rounds} rounds in turns"
+        )
         print("\n| | seconds | documents/s | MB/s | peak memory, GB | kept |\n|---|--:|--:|--:|--:|--:|")
         for name, place in (("galenic corpus", 0), ("datatrove", 1)):
             seconds = float(np.median([row[place][0] for row in rows]))
@@ -191,7 +196,9 @@ def against(documents: int, rounds: int, workers: int, scorer: str) -> None:
 
 def growth(counts: list[int], workers: int, scorer: str) -> None:
     """Prints time and memory for more and more documents."""
-    print("| documents | MB | seconds | seconds per million | peak memory, GB | kept |\n|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| documents | MB | seconds | seconds per million | peak memory, GB | kept |\n|--:|--:|--:|--:|--:|--:|"
+    )
     for count in counts:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -210,7 +217,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--scorer", default="", help="folder of the `scorer` verb; none by default")
-    parser.add_argument("--growth", action="store_true", help="time and memory from 100 thousand to 3 million")
+    parser.add_argument(
+        "--growth", action="store_true", help="time and memory from 100 thousand to 3 million"
+    )
     parser.add_argument("--counts", type=int, nargs="+", default=[100_000, 300_000, 1_000_000, 3_000_000])
     arguments = parser.parse_args()
     print(conditions(), "\n")

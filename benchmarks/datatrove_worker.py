@@ -49,9 +49,7 @@ def main() -> None:
         config.num_buckets,
         MinhashDedupBuckets(str(out / "signatures"), str(out / "buckets"), config=config),
     )
-    execute(
-        "clusters", 1, MinhashDedupCluster(str(out / "buckets"), str(out / "remove"), config=config)
-    )
+    execute("clusters", 1, MinhashDedupCluster(str(out / "buckets"), str(out / "remove"), config=config))
     execute(
         "write",
         tasks,

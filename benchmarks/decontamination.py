@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 
-from galenic.corpus.decontaminate import Decontamination, Evaluations, find_spans
+from galenic.corpus.contamination.decontaminate import Decontamination, Evaluations, find_spans
 from galenic.corpus.texts import column
 
 PROSE = ("wikipedia", "wikipedia-health", "guidelines", "radiology")

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from timing import conditions
 
-from galenic.corpus import dedup_files, minhash
-from galenic.corpus.dedup import near_pairs
-from galenic.corpus.dedup_files import Columns, find_duplicates, write_signatures
+from galenic.compiled import compiled
+from galenic.corpus.duplicates import files as dedup_files
+from galenic.corpus.duplicates import minhash
+from galenic.corpus.duplicates.dedup import near_pairs
+from galenic.corpus.duplicates.files import Columns, find_duplicates, write_signatures
 from galenic.corpus.texts import column
-from galenic.merge.kernels import compiled
 
 UNIT = 1 << 16
 THRESHOLD = 0.85

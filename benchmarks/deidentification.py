@@ -25,7 +25,7 @@ from pathlib import Path
 
 from deidentification_notes import CHINESE, ENGLISH, note
 
-from galenic.corpus.deidentify import CATEGORIES, Deidentification, Deidentifier
+from galenic.corpus.privacy.deidentify import CATEGORIES, Deidentification, Deidentifier
 
 
 def wilson(hits: int, of: int) -> str:

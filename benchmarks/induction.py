@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from galenic.corpus.chat_format import PAD
-from galenic.corpus.shards import read_meta, read_shard
+from galenic.corpus.tokens.chat_format import PAD
+from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.config import OptimConfig
 from galenic.pretrain.loop import cosine_decay, make_optimizer, warmup_stable_decay

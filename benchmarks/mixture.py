@@ -11,9 +11,9 @@ import tempfile
 
 import numpy as np
 
-from galenic.corpus import fit
-from galenic.corpus.mixture import train_run
-from galenic.corpus.mixture_config import MixtureConfig
+from galenic.corpus.mixtures import fit
+from galenic.corpus.mixtures.mixture import train_run
+from galenic.corpus.mixtures.mixture_config import MixtureConfig
 from galenic.runtime import read_json, read_jsonl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

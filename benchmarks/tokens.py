@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from galenic.corpus import tokenizer
-from galenic.corpus.shards import read_meta, read_shard
-from galenic.corpus.tokenizer_config import TokenizerConfig
+from galenic.corpus.tokens import tokenizer
+from galenic.corpus.tokens.shards import read_meta, read_shard
+from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
 from galenic.pretrain.bins import fill_bins
 from galenic.pretrain.packing import packing_report, phase_rows
 

@@ -22,8 +22,8 @@ def tokenizer_step(tmp_path_factory):
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    from galenic.corpus import tokenizer
-    from galenic.corpus.tokenizer_config import TokenizerConfig
+    from galenic.corpus.tokens import tokenizer
+    from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
 
     root = tmp_path_factory.mktemp("steps")
     corpus, out = root / "10-corpus", root / "20-tokenizer"

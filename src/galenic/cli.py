@@ -41,13 +41,13 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "make documents and conversations of documents, by templates or a language model",
     ),
     "mixture": (
-        "galenic.corpus.mixture_config:MixtureConfig",
-        "galenic.corpus.mixture",
+        "galenic.corpus.mixtures.mixture_config:MixtureConfig",
+        "galenic.corpus.mixtures.mixture",
         "fit a mixture of sources from many small runs (also `corpus fit-mixture`)",
     ),
     "tokenizer": (
         "galenic.corpus.config:TokenizerConfig",
-        "galenic.corpus.tokenizer",
+        "galenic.corpus.tokens.tokenizer",
         "train the tokenizer and turn documents into token shards",
     ),
     "pretrain": (

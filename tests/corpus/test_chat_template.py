@@ -2,8 +2,8 @@
 
 import pytest
 
-from galenic.corpus.chat_format import encode_conversation
-from galenic.corpus.chat_template import encode_by_template, encode_chat, is_ours
+from galenic.corpus.tokens.chat_format import encode_conversation
+from galenic.corpus.tokens.chat_template import encode_by_template, encode_chat, is_ours
 from galenic.model import load_tokenizer
 
 MESSAGES = [

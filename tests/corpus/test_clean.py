@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import clean as rules
+from galenic.corpus.cleaning import clean as rules
 from galenic.corpus.records import Document
 
 SENTENCE = "The patient is given fluids and the pressure rises to a safe level. "

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import clean as room
-from galenic.corpus.clean import clean_table
-from galenic.corpus.clean_rules import Rules
+from galenic.corpus.cleaning import clean as room
+from galenic.corpus.cleaning.clean import clean_table
+from galenic.corpus.cleaning.rules import Rules
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
 from galenic.corpus.texts import column
@@ -287,7 +287,7 @@ def test_contradictions_are_refused(given_, message):
 
 
 def test_every_rule_says_where_it_comes_from_and_is_in_the_docs():
-    source = Path(room.__file__).with_name("clean_rules.py").read_text()
+    source = Path(room.__file__).with_name("rules.py").read_text()
     docs = Path(__file__).parents[2].joinpath("docs/corpus-cleaning.md").read_text()
     for field in dataclasses.fields(Rules):
         doc = source.split(f"    {field.name}: ")[1].split('"""')[1]

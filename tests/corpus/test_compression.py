@@ -1,4 +1,4 @@
-from galenic.corpus.compression import characters_per_token
+from galenic.corpus.tokens.compression import characters_per_token
 
 
 def test_characters_are_counted_over_all_texts_of_a_domain():

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.conversations import (
+from galenic.corpus.records import Entity
+from galenic.corpus.starter.conversations import (
     ANSWER_WORDS,
     TABLE_WORDINGS,
     Dialogue,
@@ -14,8 +15,7 @@ from galenic.corpus.conversations import (
     medical_conversations,
     split_rows,
 )
-from galenic.corpus.holdout import Mentions, Pair
-from galenic.corpus.records import Entity
+from galenic.corpus.starter.holdout import Mentions, Pair
 
 NOTHING = Mentions({})
 ASTHMA = Disease(

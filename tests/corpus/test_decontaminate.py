@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import overlap
-from galenic.corpus.decontaminate import (
+from galenic.corpus.contamination import overlap
+from galenic.corpus.contamination.decontaminate import (
     Decontamination,
     Evaluations,
     Span,

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from galenic.corpus.dedup import NUM_HASHES, cluster, deduplicate, near_pairs
+from galenic.corpus.duplicates.dedup import NUM_HASHES, cluster, deduplicate, near_pairs
 from galenic.corpus.records import Document
 
 

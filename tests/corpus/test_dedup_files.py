@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from galenic.corpus import dedup, dedup_files
-from galenic.corpus.dedup import EXACT, KEPT, NEAR, SAME_ID, deduplicate, matches, near_pairs
-from galenic.corpus.dedup_files import (
+from galenic.corpus.duplicates import dedup
+from galenic.corpus.duplicates import files as dedup_files
+from galenic.corpus.duplicates.dedup import EXACT, KEPT, NEAR, SAME_ID, deduplicate, matches, near_pairs
+from galenic.corpus.duplicates.files import (
     connect,
     find_duplicates,
     first_rows,
@@ -18,7 +19,7 @@ from galenic.corpus.dedup_files import (
     sign,
     write_signatures,
 )
-from galenic.corpus.minhash import signatures
+from galenic.corpus.duplicates.minhash import signatures
 from galenic.corpus.records import Document
 from galenic.corpus.texts import column
 
@@ -198,7 +199,7 @@ def test_columns_come_back(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from galenic.corpus import dedup_files
+from galenic.corpus.duplicates import files as dedup_files
 
 folder, left = Path(sys.argv[1]), int(sys.argv[2])
 save = dedup_files.np.save

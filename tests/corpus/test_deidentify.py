@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.deidentify import CATEGORIES, Deidentification, Deidentifier, deidentify_table
-from galenic.corpus.identifiers import luhn, resident_id
+from galenic.corpus.privacy.deidentify import CATEGORIES, Deidentification, Deidentifier, deidentify_table
+from galenic.corpus.privacy.identifiers import luhn, resident_id
 from galenic.runtime import UserError
 
 RULES = Deidentifier()

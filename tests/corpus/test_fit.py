@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from galenic.corpus.fit import (
+from galenic.corpus.mixtures.fit import (
     RIDGES,
     Laws,
     agreement,

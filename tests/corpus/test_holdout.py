@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.holdout import (
+from galenic.corpus.records import Entity
+from galenic.corpus.starter.holdout import (
     Mentions,
     Pair,
     check_no_leak,
@@ -16,7 +17,6 @@ from galenic.corpus.holdout import (
     surface_forms,
     tokens,
 )
-from galenic.corpus.records import Entity
 from galenic.runtime import UserError
 
 

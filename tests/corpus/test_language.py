@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import language
-from galenic.corpus.measure import measure
+from galenic.corpus.cleaning import language
+from galenic.corpus.cleaning.measure import measure
 from galenic.corpus.texts import buffers, column
 
 SENTENCES = {

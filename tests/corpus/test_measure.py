@@ -10,11 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus import characters as c
-from galenic.corpus import counting as k
-from galenic.corpus import measure as m
-from galenic.corpus import phrases
+from galenic.corpus.cleaning import counting as k
+from galenic.corpus.cleaning import measure as m
+from galenic.corpus.cleaning import phrases
+from galenic.corpus.cleaning.tidy import FORBIDDEN, tidy
 from galenic.corpus.texts import buffers, column
-from galenic.corpus.tidy import FORBIDDEN, tidy
 
 HAN = r"(?:(?=[^\W\d_])[\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af])"
 OTHER = rf"(?:(?!{HAN})[^\W_])"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.minhash import (
+from galenic.corpus.duplicates.minhash import (
     bands,
     bands_for,
     hashed,

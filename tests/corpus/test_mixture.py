@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from galenic.corpus import mixture
-from galenic.corpus.mixture import fit_mixture
-from galenic.corpus.mixture_config import MixtureConfig
-from galenic.corpus.mixture_space import draw_mixtures, make_space
-from galenic.corpus.mixture_table import verdict
-from galenic.corpus.mixture_tree import Size
+from galenic.corpus.mixtures import mixture
+from galenic.corpus.mixtures.mixture import fit_mixture
+from galenic.corpus.mixtures.mixture_config import MixtureConfig
+from galenic.corpus.mixtures.mixture_space import draw_mixtures, make_space
+from galenic.corpus.mixtures.mixture_table import verdict
+from galenic.corpus.mixtures.mixture_tree import Size
 from galenic.pretrain.config import ArchitectureConfig, OptimConfig
 from galenic.runtime import UserError, read_json, read_jsonl
 
@@ -247,7 +247,7 @@ def test_a_killed_fit_goes_on_to_the_same_bytes(fitted, tokenizer_step, tmp_path
     config = make_config(tmp_path / "killed", tokenizer_step)
     script = (
         "import sys, json; from galenic.corpus import mixture; "
-        "from galenic.corpus.mixture_config import MixtureConfig; "
+        "from galenic.corpus.mixtures.mixture_config import MixtureConfig; "
         "from galenic.pretrain.config import ArchitectureConfig, OptimConfig; v = json.loads(sys.argv[1]); "
         "v['architecture'] = ArchitectureConfig(**v['architecture']); v['optim'] = OptimConfig(**v['optim']); "
         "mixture.run(MixtureConfig(**v))"

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from galenic.corpus.mixture_tree import (
+from galenic.corpus.mixtures.mixture_tree import (
     Size,
     as_json,
     check_repeats,
@@ -16,7 +16,7 @@ from galenic.corpus.mixture_tree import (
     tree,
     warnings,
 )
-from galenic.corpus.shards import read_shard, write_meta, write_shard
+from galenic.corpus.tokens.shards import read_shard, write_meta, write_shard
 from galenic.pretrain.config import PhaseConfig
 from galenic.pretrain.packing import draw_documents
 from galenic.runtime import UserError

@@ -1,6 +1,6 @@
-from galenic.corpus.holdout import Mentions
-from galenic.corpus.preferences import preference_pairs
 from galenic.corpus.records import Entity
+from galenic.corpus.starter.holdout import Mentions
+from galenic.corpus.starter.preferences import preference_pairs
 
 
 def entity(id, name, **rest):

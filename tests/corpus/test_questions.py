@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import conversations
-from galenic.corpus.facts import KINDS, Tree, alike, aspect, distractors, fact, pick_lengths, shorten
-from galenic.corpus.holdout import Pair
-from galenic.corpus.questions import (
+from galenic.corpus.records import Entity
+from galenic.corpus.starter import conversations
+from galenic.corpus.starter.facts import KINDS, Tree, alike, aspect, distractors, fact, pick_lengths, shorten
+from galenic.corpus.starter.holdout import Pair
+from galenic.corpus.starter.questions import (
     TRANSLATION_WORDINGS,
     WORDINGS,
     recall_questions,
@@ -16,7 +17,6 @@ from galenic.corpus.questions import (
     transfer_questions,
     translation_questions,
 )
-from galenic.corpus.records import Entity
 
 COLOURS = ("crimson", "emerald", "sapphire", "amber", "violet", "ivory")
 PLACES = ("liver", "kidney", "spleen", "cortex", "retina")

@@ -6,8 +6,8 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.holdout import check_no_leak
-from galenic.corpus.reasoning import (
+from galenic.corpus.starter.holdout import check_no_leak
+from galenic.corpus.starter.reasoning import (
     _PROBLEMS,
     CODE_PROMPTS,
     CODE_STEMS,

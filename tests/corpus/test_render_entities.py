@@ -1,9 +1,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.holdout import Mentions, prune
 from galenic.corpus.records import Entity
-from galenic.corpus.render import Family, render
+from galenic.corpus.starter.holdout import Mentions, prune
+from galenic.corpus.starter.render import Family, render
 
 
 def entity(key, name, **more):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.sampling import (
+from galenic.corpus.mixtures.sampling import (
     BINS,
     Sampling,
     ScoreHistogram,
@@ -16,7 +16,7 @@ from galenic.corpus.sampling import (
     tier_repeats,
     weights,
 )
-from galenic.corpus.shards import Shard
+from galenic.corpus.tokens.shards import Shard
 from galenic.pretrain.packing import draw_documents
 from galenic.runtime import UserError
 

@@ -4,10 +4,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from galenic.corpus import conversations, questions
-from galenic.corpus.facts import phrase_in
 from galenic.corpus.records import Document, Entity
-from galenic.corpus.render import Family, render
+from galenic.corpus.starter import conversations, questions
+from galenic.corpus.starter.facts import phrase_in
+from galenic.corpus.starter.render import Family, render
 from galenic.corpus.synthesis.knowledge_graph import description, parse, tree_of
 from galenic.corpus.synthesis.synthesise import plan, run
 from galenic.corpus.synthesis.synthesise_config import OFFLINE_GENRES, PipelineConfig, SynthesiseConfig

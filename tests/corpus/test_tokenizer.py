@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import tokenizer as verb
-from galenic.corpus.chat_format import SPECIAL_TOKENS, SYSTEM_PROMPT, encode_conversation, encode_text
-from galenic.corpus.shards import read_meta, read_shard
-from galenic.corpus.tokenizer_config import TokenizerConfig
-from galenic.corpus.tokenizer_units import measure, plan_units, sample
+from galenic.corpus.tokens import tokenizer as verb
+from galenic.corpus.tokens.chat_format import SPECIAL_TOKENS, SYSTEM_PROMPT, encode_conversation, encode_text
+from galenic.corpus.tokens.shards import read_meta, read_shard
+from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
+from galenic.corpus.tokens.tokenizer_units import measure, plan_units, sample
 from galenic.runtime import UserError
 
 TEXTS = [

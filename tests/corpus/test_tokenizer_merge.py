@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import tokenizer as verb
-from galenic.corpus.chat_format import SPECIAL_TOKENS
-from galenic.corpus.tokenizer_merge import Bpe, encode, merge_bpe
+from galenic.corpus.tokens import tokenizer as verb
+from galenic.corpus.tokens.chat_format import SPECIAL_TOKENS
+from galenic.corpus.tokens.tokenizer_merge import Bpe, encode, merge_bpe
 from galenic.runtime import UserError
 
 GENERAL = [

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import tokenizer as verb
-from galenic.corpus import tokenizer_units
-from galenic.corpus.shards import PARTS, join_shards, read_meta, read_shard, write_shard
-from galenic.corpus.tokenizer_config import TokenizerConfig
+from galenic.corpus.tokens import tokenizer as verb
+from galenic.corpus.tokens import tokenizer_units
+from galenic.corpus.tokens.shards import PARTS, join_shards, read_meta, read_shard, write_shard
+from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
 from galenic.runtime import UserError
 
 GROUPS = {"wiki": "general", "cardio": "medical", "hsk": "general"}
@@ -121,7 +121,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, whole):
     # Each unit takes a while longer, so that the kill comes between two of them.
     code = (
         "import sys, time\nfrom galenic.corpus import tokenizer as verb\n"
-        "from galenic.corpus.tokenizer_config import TokenizerConfig\n"
+        "from galenic.corpus.tokens.tokenizer_config import TokenizerConfig\n"
         "encode = verb.encode\n"
         "verb.encode = lambda unit: (encode(unit), time.sleep(0.1))[0]\n"
         "verb.run(TokenizerConfig(corpus=sys.argv[1], out=sys.argv[2], vocab_size=512))\n"

@@ -3,7 +3,7 @@ import zipfile
 
 import pytest
 
-from galenic.corpus.wheels import Wheels, read_requirements
+from galenic.corpus.starter.wheels import Wheels, read_requirements
 from galenic.runtime import UserError
 
 

@@ -3,9 +3,9 @@ import torch
 from evaluate_helpers import TEXTS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from galenic.corpus.chat_format import SYSTEM_PROMPT, encode_text
-from galenic.corpus.shards import write_meta, write_shard
-from galenic.corpus.tokenizer import save_tokenizer, train_bpe
+from galenic.corpus.tokens.chat_format import SYSTEM_PROMPT, encode_text
+from galenic.corpus.tokens.shards import write_meta, write_shard
+from galenic.corpus.tokens.tokenizer import save_tokenizer, train_bpe
 
 
 @pytest.fixture(autouse=True)

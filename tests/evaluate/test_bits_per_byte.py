@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from evaluate_helpers import TEXTS, naive_log_probs
 
-from galenic.corpus.chat_format import encode_text
+from galenic.corpus.tokens.chat_format import encode_text
 from galenic.evaluate.bits_per_byte import bits_per_byte, conversation, document
 from galenic.evaluate.likelihood import token_log_probs, windows
 

@@ -8,7 +8,7 @@ import torch
 from evaluate_helpers import TEXTS, naive_log_probs, question, write_rows
 
 from galenic import model as model_room
-from galenic.corpus.chat_format import encode_conversation, encode_text
+from galenic.corpus.tokens.chat_format import encode_conversation, encode_text
 from galenic.evaluate import evaluate
 from galenic.evaluate.config import EvaluateConfig
 from galenic.evaluate.inputs import read_questions, sample

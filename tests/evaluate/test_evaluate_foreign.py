@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluate_helpers import naive_log_probs, question, write_rows
 
-from galenic.corpus.chat_template import encode_chat
+from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.evaluate import chat, evaluate
 from galenic.evaluate.config import ChatConfig, EvaluateConfig
 from galenic.evaluate.models import open_model

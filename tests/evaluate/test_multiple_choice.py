@@ -3,7 +3,7 @@ from evaluate_helpers import naive_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.chat_format import encode_conversation, encode_text
+from galenic.corpus.tokens.chat_format import encode_conversation, encode_text
 from galenic.evaluate.multiple_choice import (
     PromptFormat,
     best,

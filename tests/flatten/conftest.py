@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from galenic.corpus.shards import write_meta, write_shard
+from galenic.corpus.tokens.shards import write_meta, write_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, save
 
 VOCABULARY = 60

@@ -64,7 +64,9 @@ def test_units_are_worked_on_both_nodes(cluster):
 
 def test_a_cluster_gives_the_same_documents_and_tokens(cluster, tmp_path):
     rows = [
-        {"text": f"The {n} patients of ward {n % 7} have a fever, and that is to be treated with {n * 3} mg of it."}
+        {
+            "text": f"The {n} patients of ward {n % 7} have a fever, and that is to be treated with {n * 3} mg of it."
+        }
         for n in range(12_000)
     ]
     rows += rows[:1000]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus.shards import Shard
+from galenic.corpus.tokens.shards import Shard
 from galenic.pretrain.bins import fill_bins
 from galenic.pretrain.packing import (
     IGNORE,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from galenic.align.config import SftConfig
-from galenic.corpus.chat_format import PAD
-from galenic.corpus.chat_template import encode_chat
+from galenic.corpus.tokens.chat_format import PAD
+from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.packing import IGNORE, best_fit, collate
 from galenic.runtime import (
     Plan,

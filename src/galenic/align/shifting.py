@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from galenic.align.config import ShiftConfig
-from galenic.corpus.chat_format import PAD
+from galenic.corpus.tokens.chat_format import PAD
 from galenic.flatten.layers import select_layers, weight_of
 from galenic.flatten.training import TrainingShift
 from galenic.pretrain.loop import Trainer

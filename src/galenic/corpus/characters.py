@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from galenic.corpus.counting import (
+from galenic.corpus.cleaning.counting import (
     BULLET,
     CONTINUES,
     DIGIT,

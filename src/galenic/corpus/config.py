@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from galenic.corpus.clean_rules import Rules
-from galenic.corpus.decontaminate import Decontamination
-from galenic.corpus.deidentify import Deidentification
+from galenic.corpus.cleaning.rules import Rules
+from galenic.corpus.contamination.decontaminate import Decontamination
+from galenic.corpus.mixtures.sampling import Sampling
+from galenic.corpus.privacy.deidentify import Deidentification
 from galenic.corpus.readers.sources import SOURCES
-from galenic.corpus.sampling import Sampling
-from galenic.corpus.tokenizer_config import TokenizerConfig
+from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
 from galenic.runtime import UserError, nearest
 
 __all__ = ["CorpusConfig", "TokenizerConfig"]

@@ -15,10 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus import starter
 from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.decisions import decide
-from galenic.corpus.dedup_files import find_duplicates
+from galenic.corpus.duplicates.files import find_duplicates
 from galenic.corpus.engine import Unit, map_units
 from galenic.corpus.output import (
     write_contamination,
@@ -41,8 +40,9 @@ from galenic.corpus.stages import (
     sources,
     write_prepared,
 )
+from galenic.corpus.starter import starter
+from galenic.corpus.starter.wheels import Wheels
 from galenic.corpus.units import plan_units
-from galenic.corpus.wheels import Wheels
 from galenic.runtime import Bar, Plan, UserError, human, human_bytes, progress, read_json, remove, write_json
 
 PREPARED_DOCUMENTS = 20_000
@@ -68,7 +68,9 @@ def plan(config: CorpusConfig) -> Plan:
         )
     if units:
         files = {file for unit in units for file in unit["files"]}
-        facts["input"] = f"{human(len(files))} files in {len(units)} units of about {human_bytes(config.unit_bytes)}"
+        facts["input"] = (
+            f"{human(len(files))} files in {len(units)} units of about {human_bytes(config.unit_bytes)}"
+        )
     steps = [
         "de-identify" if any(source.deidentify for source in config.sources) else "",
         "clean",
@@ -189,7 +191,7 @@ def _starter_units(documents: list[Document], work: Path) -> list[Unit]:
 
 def _prepare_tools(config: CorpusConfig, work: Path) -> None:
     if config.decontamination.evaluations:
-        from galenic.corpus.decontaminate import Evaluations
+        from galenic.corpus.contamination.decontaminate import Evaluations
 
         policy = config.decontamination
         Evaluations.read(policy.evaluations, policy).save(work / "evaluations.npz")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from galenic.corpus.config import CorpusConfig, SourceConfig
-from galenic.corpus.dedup import EXACT, NEAR, SAME_ID
+from galenic.corpus.duplicates.dedup import EXACT, NEAR, SAME_ID
 from galenic.corpus.engine import Unit
-from galenic.corpus.sampling import Sampling, ScoreHistogram, add_ranks, weights
-from galenic.corpus.selection import heldout_groups
+from galenic.corpus.mixtures.sampling import Sampling, ScoreHistogram, add_ranks, weights
+from galenic.corpus.starter.selection import heldout_groups
 from galenic.runtime import atomic_path, write_json
 
 KEPT = "kept"

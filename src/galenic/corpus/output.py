@@ -9,8 +9,8 @@ from typing import Any
 from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.engine import Unit
 from galenic.corpus.readers.sources import SOURCES
-from galenic.corpus.starter import Made, Prepared
-from galenic.corpus.wheels import Wheels
+from galenic.corpus.starter.starter import Made, Prepared
+from galenic.corpus.starter.wheels import Wheels
 from galenic.runtime import atomic_path, human, write_json, write_jsonl
 
 Dropped = Sequence[tuple[str, str, str, str, str]]
@@ -165,8 +165,8 @@ def write_contamination(out: Path, work: Path, results: Iterable[Unit]) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    from galenic.corpus.contamination import contamination_report, span_schema
-    from galenic.corpus.decontaminate import Evaluations
+    from galenic.corpus.contamination.decontaminate import Evaluations
+    from galenic.corpus.contamination.report import contamination_report, span_schema
 
     searched: Counter[str] = Counter()
     for result in results:

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from galenic.corpus.clean import clean_table
+from galenic.corpus.cleaning.clean import clean_table
 from galenic.corpus.config import CorpusConfig, SourceConfig
-from galenic.corpus.dedup_files import sign, write_signatures
+from galenic.corpus.duplicates.files import sign, write_signatures
 from galenic.corpus.engine import Unit
-from galenic.corpus.holdout import stable_key
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
-from galenic.corpus.selection import together
+from galenic.corpus.starter.holdout import stable_key
+from galenic.corpus.starter.selection import together
 from galenic.corpus.units import read_unit
 from galenic.runtime import atomic_path, write_json
 
@@ -209,7 +209,7 @@ class _Tools:
         self._difficulty: Any = None
         self._identities: Any = None
         if config.decontamination.evaluations:
-            from galenic.corpus.decontaminate import Evaluations
+            from galenic.corpus.contamination.decontaminate import Evaluations
 
             self.evaluations = Evaluations.load(Path(work) / "evaluations.npz")
         if config.scorer:
@@ -221,19 +221,19 @@ class _Tools:
 
             self._difficulty = Difficulty(config.difficulty_model)
         if any(source.deidentify for source in config.sources):
-            from galenic.corpus.deidentify import Deidentifier
+            from galenic.corpus.privacy.deidentify import Deidentifier
 
             self._identities = Deidentifier(config.deidentification)
 
     def deidentify(self, table: Any) -> tuple[Any, dict[str, int]]:
         """Masks what identifies a patient; returns the table and how often each kind was found."""
-        from galenic.corpus.deidentify import deidentify_table
+        from galenic.corpus.privacy.deidentify import deidentify_table
 
         return deidentify_table(table, self._identities)
 
     def decontaminate(self, table: Any, source: SourceConfig) -> tuple[Any, Any, Any]:
         """Takes evaluation items out; returns (kept, dropped, spans)."""
-        from galenic.corpus.decontaminate import decontaminate_table
+        from galenic.corpus.contamination.decontaminate import decontaminate_table
 
         named = _with(table, "source", source.name)
         kept, dropped, spans = decontaminate_table(named, self.evaluations)

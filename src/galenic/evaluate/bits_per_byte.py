@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from galenic.corpus.chat_template import encode_chat
+from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.runtime import UserError
 
 from .likelihood import Advance, token_log_probs

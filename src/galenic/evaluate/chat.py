@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from galenic.corpus.chat_template import encode_chat
+from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
 from galenic.runtime import Plan, UserError, human, torch_setup

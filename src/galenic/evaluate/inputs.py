@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from galenic.corpus.shards import read_meta, read_shard
+from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.runtime import UserError, nearest, read_jsonl
 
 from .bits_per_byte import Scored, document

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from galenic.corpus.chat_format import BOS, encode_text
-from galenic.corpus.chat_template import encode_chat, is_ours
+from galenic.corpus.tokens.chat_format import BOS, encode_text
+from galenic.corpus.tokens.chat_template import encode_chat, is_ours
 from galenic.runtime import UserError
 
 from .likelihood import Advance, target_log_probs

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from galenic.corpus.chat_format import PAD
+from galenic.corpus.tokens.chat_format import PAD
 from galenic.flatten import documents, images
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.packed import Row, conversation_rows, document_rows, shard_rows, source_tokens

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from galenic.corpus.chat_format import BOS, EOS
+from galenic.corpus.tokens.chat_format import BOS, EOS
 from galenic.flatten.tables import count_rows, read_columns
 from galenic.model import BaichuanM1ForCausalLM
 from galenic.pretrain.packing import IGNORE

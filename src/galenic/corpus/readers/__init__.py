@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from galenic.corpus.holdout import Pair
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
+from galenic.corpus.starter.holdout import Pair
 
 Drop = Callable[[str, str, str, str, str], None]
 """`drop(id, source, reason, detail, text)`: puts one malformed record into the ledger."""

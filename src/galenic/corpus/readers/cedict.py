@@ -2,10 +2,10 @@
 
 import re
 
-from galenic.corpus.holdout import Pair
 from galenic.corpus.readers import Drop, Line
 from galenic.corpus.readers.bytes import decode, gunzip
 from galenic.corpus.readers.departments import GENERAL
+from galenic.corpus.starter.holdout import Pair
 
 _ENTRY = re.compile(r"(?P<traditional>\S+) (?P<simplified>\S+) \[(?P<pinyin>[^\]]*)\] /(?P<senses>.+)/\s*")
 _MEDICAL = re.compile(

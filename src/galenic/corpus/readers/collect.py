@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from galenic.corpus.conversations import Dialogue, Disease
 from galenic.corpus.readers import Drop, Line
 from galenic.corpus.readers.abbreviations import abbreviation_documents
 from galenic.corpus.readers.cedict import cedict_lines
@@ -19,7 +18,8 @@ from galenic.corpus.readers.radiology import FILES, radiology_documents, radiolo
 from galenic.corpus.readers.sources import DIALOGUES, SOURCES
 from galenic.corpus.readers.wikipedia import wikipedia_documents
 from galenic.corpus.records import Document, Entity
-from galenic.corpus.wheels import Wheel, Wheels
+from galenic.corpus.starter.conversations import Dialogue, Disease
+from galenic.corpus.starter.wheels import Wheel, Wheels
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 import yaml
 
-from galenic.corpus.conversations import Dialogue
 from galenic.corpus.readers.bytes import decode
+from galenic.corpus.starter.conversations import Dialogue
 from galenic.runtime import UserError
 
 TOPICS: tuple[str, ...] = (

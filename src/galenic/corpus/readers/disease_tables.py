@@ -6,12 +6,12 @@ The file is parsed, never run: `name: type = {...}` with a literal on the right.
 import ast
 from typing import Any
 
-from galenic.corpus.conversations import Disease
-from galenic.corpus.holdout import Pair
 from galenic.corpus.readers import Drop
 from galenic.corpus.readers.bytes import decode, text, texts
 from galenic.corpus.readers.departments import GENERAL
 from galenic.corpus.records import Entity
+from galenic.corpus.starter.conversations import Disease
+from galenic.corpus.starter.holdout import Pair
 from galenic.runtime import UserError
 
 _SPECIALTIES: dict[str, str] = {

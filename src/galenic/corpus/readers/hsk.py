@@ -1,8 +1,8 @@
 """Graded Chinese sentences with English: a JSON list."""
 
-from galenic.corpus.holdout import Pair
 from galenic.corpus.readers import Drop, Line
 from galenic.corpus.readers.bytes import parse_json, text
+from galenic.corpus.starter.holdout import Pair
 
 
 def hsk_lines(data: bytes, name: str, drop: Drop) -> list[Line]:

@@ -16,7 +16,7 @@ from galenic.corpus.readers.files import Note
 from galenic.corpus.readers.tables import Record
 from galenic.corpus.readers.xml_stream import xml_records
 from galenic.corpus.records import Entity
-from galenic.corpus.render import Family, render
+from galenic.corpus.starter.render import Family, render
 from galenic.runtime import UserError
 
 LONGEST_CODE = 5

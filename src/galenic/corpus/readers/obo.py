@@ -15,7 +15,7 @@ from galenic.corpus.readers.files import File, Note, Unreadable
 from galenic.corpus.readers.lines import lines
 from galenic.corpus.readers.tables import Record
 from galenic.corpus.records import Entity
-from galenic.corpus.render import Family, render
+from galenic.corpus.starter.render import Family, render
 from galenic.runtime import UserError
 
 _TAG = re.compile(r"[A-Za-z_][\w-]*")

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from galenic.corpus.holdout import stable_key
 from galenic.corpus.readers import Drop
 from galenic.corpus.readers.bytes import decode
 from galenic.corpus.readers.disease_tables import literal
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document
+from galenic.corpus.starter.holdout import stable_key
 from galenic.runtime import UserError
 
 # Tests, vendored packages and generated tables are not what one wants to learn programming from.

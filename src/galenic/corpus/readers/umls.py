@@ -20,7 +20,7 @@ from galenic.corpus.readers.files import File, Note, Unreadable
 from galenic.corpus.readers.lines import line_blocks
 from galenic.corpus.readers.tables import Record
 from galenic.corpus.records import Entity
-from galenic.corpus.render import Family, render
+from galenic.corpus.starter.render import Family, render
 from galenic.runtime import UserError
 
 NAMES, DEFINITIONS, TYPES, RELATIONS = "MRCONSO.RRF", "MRDEF.RRF", "MRSTY.RRF", "MRREL.RRF"

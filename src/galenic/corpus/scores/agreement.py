@@ -73,7 +73,9 @@ def interval(groups: Sequence[str], figure: Callable[[np.ndarray], float], seed:
     return [round(float(low), 4), round(float(high), 4)]
 
 
-def score_figures(predicted: np.ndarray, targets: np.ndarray, groups: Sequence[str], seed: int) -> dict[str, Any]:
+def score_figures(
+    predicted: np.ndarray, targets: np.ndarray, groups: Sequence[str], seed: int
+) -> dict[str, Any]:
     """Returns n, Spearman with its interval, mean absolute error and calibration error of a score."""
     p, t = predicted.astype(np.float64), targets.astype(np.float64)
     return {
@@ -123,7 +125,5 @@ def class_figures(
             }
             for label in np.unique(labels)
         },
-        "confusions": [
-            {"label": names[a], "taken_for": names[b], "n": count} for (a, b), count in worst
-        ],
+        "confusions": [{"label": names[a], "taken_for": names[b], "n": count} for (a, b), count in worst],
     }

@@ -217,11 +217,8 @@ def read_text(
                         value = (value ^ np.uint64(48)) * _PRIME
                         word_digits += 1
                     elif kind == _TWO or kind == _INSIDE or kind == _THREE or kind == _FOUR:
-                        if (
-                            kind == _THREE
-                            and i + 2 < end
-                            and (_han(data, i) or _mark3(data, i))
-                            or (kind == _FOUR and i + 3 < end and data[i + 1] >= 0xA0)
+                        if (kind == _THREE and i + 2 < end and (_han(data, i) or _mark3(data, i))) or (
+                            kind == _FOUR and i + 3 < end and data[i + 1] >= 0xA0
                         ):
                             break
                         value = (value ^ np.uint64(data[i])) * _PRIME
@@ -304,9 +301,7 @@ def _read_all(
     )
     place = 0
     for i in range(len(offsets) - 1):
-        count = read_text(
-            data, offsets[i], offsets[i + 1], bits, scratch, shapes[i], tokens, pairs, i + 1
-        )
+        count = read_text(data, offsets[i], offsets[i + 1], bits, scratch, shapes[i], tokens, pairs, i + 1)
         ids[place : place + count] = scratch[:count]
         place += count
         ends[i + 1] = place

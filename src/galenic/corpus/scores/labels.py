@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from galenic.corpus.holdout import stable_key, tokens
 from galenic.corpus.scores.features import features
 from galenic.corpus.scores.taxonomy import CLASSES, HEADS, SCORES, label_number
 from galenic.corpus.scores.training import Examples
+from galenic.corpus.starter.holdout import stable_key, tokens
 from galenic.corpus.texts import column
 from galenic.runtime import UserError, read_jsonl
 

@@ -1,6 +1,6 @@
 """Verb `scorer`: labelled texts in, a calibrated scorer out, with its agreement with labels it has not seen.
 
-    labels --split by group--> train --network--> calibration --one or two numbers a head--> held out --figures-->
+labels --split by group--> train --network--> calibration --one or two numbers a head--> held out --figures-->
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from galenic.corpus.scores.scoring import FACTS, FORMAT, WEIGHTS, Scorer
 from galenic.corpus.scores.starter import starter_labels
 from galenic.corpus.scores.taxonomy import CLASSES
 from galenic.corpus.scores.training import HIDDEN, VECTOR, logits, platt, spans, temperature, train
+from galenic.corpus.starter.wheels import Wheels
 from galenic.corpus.texts import column
-from galenic.corpus.wheels import Wheels
 from galenic.runtime import Plan, UserError, human_bytes, progress
 
 HAN_SHARE = 0.3
@@ -78,7 +78,9 @@ def train_scorer(rows: list[Labelled], config: ScorerConfig, advance: Any = None
     for name, group in parts.items():
         if not group:
             groups = len({row.group for row in rows})
-            raise UserError(f"labels: no text falls into the part '{name}' ({groups} groups); give more groups")
+            raise UserError(
+                f"labels: no text falls into the part '{name}' ({groups} groups); give more groups"
+            )
     scores, classes = heads_of(parts["train"])
     sizes = [len(CLASSES[name]) for name in classes]
     network = train(

@@ -83,7 +83,13 @@ class Scorer:
             rows = slice(start, min(n, start + CHUNK))
             z = logits(self.network, *features(texts[rows.start : rows.stop], int(self.facts["bits"])))
             _calibrated(
-                z, self._places, self._slopes, self._temperatures, scores[rows], chosen[rows], probability[rows]
+                z,
+                self._places,
+                self._slopes,
+                self._temperatures,
+                scores[rows],
+                chosen[rows],
+                probability[rows],
             )
         found = {name: scores[:, s].copy() for s, name in enumerate(self.scores)}
         for c, name in enumerate(self.classes):
@@ -125,7 +131,12 @@ class Scorer:
             scorer = cls(network, facts)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder}: a damaged scorer ({error}); train it again") from None
-        shapes = [network.vectors.shape[0], *network.hidden.shape, *network.out.shape, *network.out_bias.shape]
+        shapes = [
+            network.vectors.shape[0],
+            *network.hidden.shape,
+            *network.out.shape,
+            *network.out_bias.shape,
+        ]
         width, logits = network.hidden.shape[1], int(scorer._places[-1])
         inputs = network.vectors.shape[1] + len(SHAPES)
         if shapes != [2 ** facts["bits"], inputs, width, width, logits, logits] or any(
@@ -143,4 +154,6 @@ def check_heads(names: list[str]) -> None:
     """
     for name in names:
         if name not in HEADS:
-            raise UserError(f"unknown score or class '{name}'{nearest(name, HEADS)}; they are {', '.join(HEADS)}")
+            raise UserError(
+                f"unknown score or class '{name}'{nearest(name, HEADS)}; they are {', '.join(HEADS)}"
+            )

@@ -20,22 +20,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus.clean import repair
-from galenic.corpus.conversations import Disease, conversation_text, medical_conversations
-from galenic.corpus.holdout import Mentions, stable_key
+from galenic.corpus.cleaning.clean import repair
 from galenic.corpus.readers.collect import Raw, collect
 from galenic.corpus.readers.departments import DEPARTMENTS, GENERAL
 from galenic.corpus.readers.disease_tables import disease_entities
-from galenic.corpus.readers.sources import SOURCES
-from galenic.corpus.reasoning import arithmetic_documents, arithmetic_questions, code_questions
 from galenic.corpus.readers.python_source import code_documents
+from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document, Entity
-from galenic.corpus.render import Family, render
 from galenic.corpus.scores.corruptions import CORRUPTIONS
 from galenic.corpus.scores.labels import Labelled, part, title_of
 from galenic.corpus.scores.taxonomy import CLASSES, vital_class
-from galenic.corpus.selection import together
-from galenic.corpus.wheels import Wheels
+from galenic.corpus.starter.conversations import Disease, conversation_text, medical_conversations
+from galenic.corpus.starter.holdout import Mentions, stable_key
+from galenic.corpus.starter.reasoning import arithmetic_documents, arithmetic_questions, code_questions
+from galenic.corpus.starter.render import Family, render
+from galenic.corpus.starter.selection import together
+from galenic.corpus.starter.wheels import Wheels
 
 PRIORS: dict[str, tuple[float, float, float]] = {
     "wikipedia": (0.8, 0.2, 0.8),
@@ -176,7 +176,11 @@ def starter_labels(
 
 
 def _all(raw: Raw, per_source: int, seed: int) -> Iterator[Labelled]:
-    for document in [*raw.documents, *arithmetic_documents(per_source // 4, seed), *code_documents(raw.modules)]:
+    for document in [
+        *raw.documents,
+        *arithmetic_documents(per_source // 4, seed),
+        *code_documents(raw.modules),
+    ]:
         yield from _document(document)
     tables = [disease_entities(disease, translated=True) for disease in raw.diseases]
     entities = [*raw.entities, *(entity for pair in tables for entity in pair)]
@@ -244,7 +248,14 @@ def _document(document: Document) -> Iterator[Labelled]:
             medical = {"medicine": True, "biology": False}.get(general)
         if not general:
             medical = None if source == "wikipedia-health" else False
-        yield _row(document.text, source, document.id, medical=medical, title=title_of(document.text), general=general)
+        yield _row(
+            document.text,
+            source,
+            document.id,
+            medical=medical,
+            title=title_of(document.text),
+            general=general,
+        )
         return
     if document.category == "renal dosing":
         department = "nephrology and urology"
@@ -254,7 +265,9 @@ def _document(document: Document) -> Iterator[Labelled]:
 
 def _entity(entity: Entity, family: Family) -> Labelled:
     text = "\n".join(
-        line for line in render(entity, family).split("\n") if not line.startswith(("- Department:", "- 科室:"))
+        line
+        for line in render(entity, family).split("\n")
+        if not line.startswith(("- Department:", "- 科室:"))
     )
     richness = sum(map(bool, (entity.definition, entity.synonyms, entity.related, entity.comment)))
     substance = entity.kind == "chemical substance"
@@ -350,7 +363,8 @@ def _made(diseases: list[Disease], seed: int) -> Iterator[Labelled]:
                 mates = [
                     i
                     for i in range(len(lines))
-                    if part(places[i], seed) == part(places[number], seed) and _is_chinese(lines[i]) == chinese
+                    if part(places[i], seed) == part(places[number], seed)
+                    and _is_chinese(lines[i]) == chinese
                 ]
                 draw = random.Random(stable_key(seed, places[number]))
                 for _ in range(_MADE):
@@ -360,10 +374,16 @@ def _made(diseases: list[Disease], seed: int) -> Iterator[Labelled]:
                         chosen = [_crossed(line, mate) if draw.random() < 0.7 else line]
                     else:
                         more = 0 if kind == "knowledge" else draw.choice((0, 1, 3))
-                        chosen = [line, *([mate] * min(more, 1)), *(lines[draw.choice(mates)] for _ in range(more - 1))]
+                        chosen = [
+                            line,
+                            *([mate] * min(more, 1)),
+                            *(lines[draw.choice(mates)] for _ in range(more - 1)),
+                        ]
                     with_department = kind in ("note", "knowledge") and disease.department != GENERAL
                     yield _row(
-                        draw.choice((" ", "\n")).join(_filled(each, disease, chinese, draw) for each in chosen),
+                        draw.choice((" ", "\n")).join(
+                            _filled(each, disease, chinese, draw) for each in chosen
+                        ),
                         f"made: {kind}",
                         # In facts the wording is not the point, the disease is.
                         f"disease-tables/{disease.id}" if kind == "knowledge" else places[number],

@@ -3,7 +3,7 @@
     documents --parse--> entities --Tree--> siblings
     entity + siblings --endpoint--> genres; a question whose answer is the entity, siblings as the other options
 
-Source: Baichuan-M1 report, section 2.2.2 and figure 6. `corpus/render.py` writes the Markdown, and only of what
+Source: Baichuan-M1 report, section 2.2.2 and figure 6. `corpus/starter/render.py` writes the Markdown, and only of what
 training may see: an entity that was held out is in no document, so in no tree here.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from galenic.corpus.facts import STEM_WORDS, Fact, Tree, distractors, phrase_in, shorten
-from galenic.corpus.holdout import stable_key, stable_shuffle
 from galenic.corpus.records import Entity
+from galenic.corpus.starter.facts import STEM_WORDS, Fact, Tree, distractors, phrase_in, shorten
+from galenic.corpus.starter.holdout import stable_key, stable_shuffle
 from galenic.corpus.synthesis.checks import Problem, language_of
 from galenic.corpus.synthesis.steps import Ask, Draft, Dropped, Seed, choice_text
 

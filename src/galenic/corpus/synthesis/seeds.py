@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from galenic.corpus.facts import Tree
-from galenic.corpus.holdout import stable_shuffle
+from galenic.corpus.starter.facts import Tree
+from galenic.corpus.starter.holdout import stable_shuffle
 from galenic.corpus.synthesis.checks import language_of
 from galenic.corpus.synthesis.knowledge_graph import tree_of
 from galenic.corpus.synthesis.steps import Seed

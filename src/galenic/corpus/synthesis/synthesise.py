@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from galenic.corpus.holdout import stable_shuffle
+from galenic.corpus.starter.holdout import stable_shuffle
 from galenic.corpus.synthesis import cases, encyclopaedia, online_qa, papers
 from galenic.corpus.synthesis.budget import Budget, BudgetSpent
 from galenic.corpus.synthesis.cache import Cache

@@ -5,9 +5,9 @@
 Wordings here are used neither by `questions.py` nor by `conversations.py`.
 """
 
-from galenic.corpus.facts import Tree
-from galenic.corpus.holdout import stable_key, stable_shuffle
 from galenic.corpus.records import Entity
+from galenic.corpus.starter.facts import Tree
+from galenic.corpus.starter.holdout import stable_key, stable_shuffle
 from galenic.corpus.synthesis.knowledge_graph import asked_for, description, names_itself, shuffled_options
 from galenic.corpus.synthesis.steps import Draft, choice_text
 
