@@ -101,7 +101,16 @@ SPELLED = {("corpus", "fit-mixture"): "mixture"}
 OTHER_WORDS = {"merge": "galenic.merge.recipe:from_mergekit"}
 """Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
 
-EXTRAS = {"daft": "starter", "pyarrow": "starter", "matplotlib": "report", "PIL": "images"}
+EXTRAS = {
+    "daft": "starter",
+    "py3langid": "starter",
+    "pyarrow": "starter",
+    "ray": "cluster",
+    "jieba": "deidentify",
+    "spacy": "deidentify",
+    "matplotlib": "report",
+    "PIL": "images",
+}
 """Module -> the extra that installs it, of those that a verb may find missing."""
 
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]

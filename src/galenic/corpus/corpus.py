@@ -89,6 +89,28 @@ def plan(config: CorpusConfig) -> Plan:
     return Plan(reads=reads, writes=[f"{config.out}/{file}" for file in outputs], facts=facts)
 
 
+def preview(config: CorpusConfig) -> list[str]:
+    """What an earlier run of this folder came to, as a tree of groups and sources."""
+    path = Path(config.out) / "sources.json"
+    if not path.exists():
+        return [f"{config.out}: nothing was built yet; a second --plan shows how many documents each source gave"]
+    groups: dict[str, dict[str, Any]] = {}
+    for source, row in read_json(path).items():
+        groups.setdefault(row["group"], {})[source] = row
+    told = [f"{'':<26}{'documents':>12}{'characters':>12}{'repeats':>9}{'dropped':>12}"]
+    for group, members in groups.items():
+        told.append(_branch(group, list(members.values())))
+        told += [_branch(f"  {source}", [row]) for source, row in members.items()]
+    return told
+
+
+def _branch(name: str, rows: list[dict[str, Any]]) -> str:
+    documents, characters = (sum(row[key] for row in rows) for key in ("documents", "characters"))
+    repeats = sum(row["weighted_characters"] for row in rows) / max(characters, 1)
+    dropped = sum(sum(row["dropped"].values()) for row in rows)
+    return f"{name:<26}{documents:>12,}{human(characters):>12}{repeats:>9.2f}{dropped:>12,}"
+
+
 def _workers(config: CorpusConfig) -> int:
     return config.workers or os.cpu_count() or 1
 

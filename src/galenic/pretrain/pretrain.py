@@ -8,6 +8,7 @@ AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
 from pathlib import Path
 from typing import Any
 
+from galenic.corpus.mixtures.mixture_tree import mixture_preview
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
 from galenic.runtime import (
@@ -151,6 +152,11 @@ def heldout_bits(model: Any, config: PretrainConfig, context: int) -> dict[str, 
                 scores[source], _ = bits_per_byte(model, texts, context=context, batch_tokens=8192)
             bar.update(1)
     return scores
+
+
+def preview(config: PretrainConfig) -> list[str]:
+    """The mixture of all phases as a tree: tokens, documents, repeats and fingerprints of groups and sources."""
+    return mixture_preview(config.tokenizer, config.phases)
 
 
 def _packing(config: PretrainConfig, phase: PhaseConfig) -> str:
