@@ -69,7 +69,7 @@ ADVERTS = (
 LONGEST_CONTAINING, LONGEST_BEGINNING = 200, 90
 """Bytes of a line: of Latin letters as many, of Han characters a third. A longer line says something else, too."""
 CONTAINS, BEGINS, PLACEHOLDER, ADVERT = 1, 2, 4, 8
-"""Marks of a state."""
+"""Marks of a state; built into what `tidy` compiles, so touch that file if they change."""
 
 
 class Automaton(NamedTuple):
