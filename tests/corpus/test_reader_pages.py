@@ -157,6 +157,8 @@ def test_html_without_a_main_part_or_a_heading():
     assert (
         text_of_html("<p>a<p class=share>b<p>c") == "a\n\nb\n\nc"
     )  # its end is left out, so nothing is passed over
+    assert text_of_html('<div data-id="nav" title="hidden" class="has-menu">a</div>') == "a"
+    assert text_of_html('<div title="x" class="site-nav wide">a</div><div id=Footer>b</div>c') == "c"
     assert text_of_html("plain text & more") == "plain text & more"
     assert text_of_html("") == "" and text_of_html("<nav>only</nav>") == ""
 

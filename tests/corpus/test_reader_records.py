@@ -205,6 +205,8 @@ RESOURCES = [
         "d3", {"contentType": "text/plain; charset=GBK", "data": b64("好转出院。", "gbk")}, language="zh-CN"
     ),
     document("d4", {"contentType": "application/pdf", "data": b64("%PDF")}),
+    document("d10", {"contentType": "text/rtf", "data": b64(r"{\rtf1 x}")}),
+    document("d11", {"contentType": "text/html", "data": b64("<nav>menu</nav>")}),
     document("d5", {"contentType": "text/plain", "url": "Binary/1"}),
     document("d6", {"contentType": "text/plain", "data": "no base64!"}),
     document("d7", {"contentType": "text/plain", "data": b64("Wrong patient")}, status="entered-in-error"),
@@ -246,8 +248,9 @@ NOTES = {
 }
 DROPS = [
     ("s/Condition/c3", "refuted"),
-    ("s/DiagnosticReport/r1", "not text"),
     ("s/DiagnosticReport/r2", "empty"),
+    ("s/DocumentReference/d10", "not text"),
+    ("s/DocumentReference/d11", "empty"),
     ("s/DocumentReference/d4", "not text"),
     ("s/DocumentReference/d5", "empty"),
     ("s/DocumentReference/d6", "malformed record"),

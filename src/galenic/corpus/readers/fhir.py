@@ -34,6 +34,7 @@ _CODED = {
     "AllergyIntolerance": ("Allergies", "过敏"),
 }
 _ORDER = list(_CODED)
+_TEXTS = ("text/plain", "text/markdown", "text/html", "application/xhtml+xml")
 _UNTRUE = ("entered-in-error", "refuted", "cancelled", "not-done")
 _LONGEST_RESOURCE = 64 * 2**20
 _CHUNK = 2**20
@@ -149,16 +150,19 @@ def _notes(resource: Resource, place: str, note: Note) -> Iterator[Record]:
         attachments = [_dict(content, "attachment") for content in _list(resource, "content")]
     else:
         attachments = _list(resource, "presentedForm")
-    found = []
+    found: list[tuple[str, str]] = []
+    faults: list[Any] = []
     for number, attachment in enumerate(attachments):
         part = key if len(attachments) == 1 else f"{key}/{number}"
-        text = _attached(attachment, part, title, note)
+        text = _attached(attachment, part, title, lambda *fault: faults.append(fault))
         if text:
             found.append((part, text))
     conclusion = resource.get("conclusion")
     if not found and isinstance(conclusion, str) and conclusion.strip():
-        found.append((key, conclusion.strip()))
-    elif not attachments:
+        found, faults = [(key, conclusion.strip())], []  # the report is kept by what it concludes
+    for fault in faults:
+        note(*fault)
+    if not attachments and not found:
         note(key, "empty", "no attachment and no conclusion", title)
     language = str(resource.get("language") or "").partition("-")[0].lower()
     for part, text in found:
@@ -172,7 +176,7 @@ def _attached(attachment: Resource, key: str, title: str, note: Note) -> str:
     if not isinstance(data, str) or not data:
         note(key, "empty", f"the attachment is elsewhere: {attachment.get('url') or 'no url'}", title)
         return ""
-    if not media.startswith("text/") and media != "application/xhtml+xml":
+    if media not in _TEXTS:  # neither PDF nor RTF, nor a CDA document in XML
         note(key, "not text", f"an attachment of type {media}", title)
         return ""
     try:
@@ -187,7 +191,10 @@ def _attached(attachment: Resource, key: str, title: str, note: Note) -> str:
     except (UnicodeDecodeError, LookupError) as error:
         note(key, "broken encoding", f"attachment: {error}"[:200], raw[:8000].decode("utf-8", "replace"))
         return ""
-    return (text_of_html(text) if page else text).strip()
+    text = (text_of_html(text) if page else text).strip()
+    if not text:
+        note(key, "empty", "no text in the attachment", title)
+    return text
 
 
 # ---------------------------------------------------------------------------- what is coded

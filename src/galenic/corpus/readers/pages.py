@@ -137,9 +137,8 @@ _CLASSED = frozenset("div section ul ol dl table span header".split())  # whose 
 _TAG = re.compile(r"(/?)([A-Za-z][^\s/>]*)")
 # What follows the name of a tag, its `>` included; one in quotes after `=` does not count. Possessive: never goes back.
 _REST = re.compile(r"""[^>=]*+(?:=\s*+(?:"[^"]*+"|'[^']*+')?+[^>=]*+)*+>""")
-_ATTRIBUTE = re.compile(
-    r"""(class|id|role|hidden|aria-hidden|style)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?"""
-)
+_ATTRIBUTE = re.compile(r"""([^\s"'=<>/]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+))?""")
+_ROLES = ("navigation", "banner", "contentinfo", "complementary", "search")
 _PART = re.compile(
     r"(?:(?:site|page|main|global|top|bottom|left|right|primary|secondary|mobile)[-_]?)?"
     r"(?:nav|navbar|navigation|menu|breadcrumbs?|footer|sidebar|cookies?|advert|ads?|share|sharing|social|newsletter"
@@ -150,13 +149,15 @@ _MOST_LINKS = 0.5  # share of a block's letters that may stand in links
 _LEAST_MAIN = 200  # characters; a shorter <main> or <article> is not the content
 
 
+Block = tuple[str, str, float, bool]
+"""(mark in front, text, share of it in links, whether it lies in the main part)"""
+
+
 class _Page:
     """Blocks of text in order, as the tags come."""
 
     def __init__(self) -> None:
-        self.blocks: list[
-            tuple[str, str, float, bool]
-        ] = []  # (mark in front, text, share in links, in the main part)
+        self.blocks: list[Block] = []
         self.away = ""  # the tag whose content is passed over
         self.depth = 0  # how many of them are open
         self.main = self.link = self.pre = 0
@@ -230,13 +231,7 @@ def _is_away(name: str, rest: str, in_main: bool) -> bool:
             return True
         if attribute == "style" and re.search(r"display\s*:\s*none", value):
             return True
-        if attribute == "role" and value in (
-            "navigation",
-            "banner",
-            "contentinfo",
-            "complementary",
-            "search",
-        ):
+        if attribute == "role" and value in _ROLES:
             return True
         if attribute in ("class", "id") and any(_PART.fullmatch(word) for word in value.split()):
             return True
@@ -246,7 +241,7 @@ def _is_away(name: str, rest: str, in_main: bool) -> bool:
 def text_of_html(page: str) -> str:
     """Returns the running text of a page: headings, paragraphs, lists and tables, without what surrounds them.
 
-    Passed over are scripts and styles, what its tag, role or class says is navigation, form or footer, what is
+    Passed over are scripts and styles, what its tag, role or class says is navigation, header or footer, what is
     hidden, and blocks that are mostly links. If `<main>` or `<article>` hold text, only that is the page.
     """
     found = _scan(page)
@@ -258,11 +253,11 @@ def text_of_html(page: str) -> str:
         kept.pop()  # a heading of nothing
     if found.title and kept and not any(mark == "# " for mark, *_ in kept):
         kept.insert(0, ("# ", found.title, 0.0, True))
-    out = ""
+    out: list[str] = []
     for index, (mark, text, *_) in enumerate(kept):
         listed = mark == "- " and index > 0 and kept[index - 1][0] == "- "
-        out += ("" if not out else "\n" if listed else "\n\n") + mark + text
-    return out
+        out += ["\n" if listed else "\n\n" if out else "", mark, text]
+    return "".join(out)
 
 
 def _scan(page: str) -> _Page:
