@@ -5,7 +5,18 @@ from collections.abc import Callable
 
 Corruption = Callable[[str, random.Random], str]
 
-_CONFUSED = {"l": "1", "1": "l", "o": "0", "0": "o", "e": "c", "m": "rn", "h": "b", "S": "5", "B": "8", "i": "j"}
+_CONFUSED = {
+    "l": "1",
+    "1": "l",
+    "o": "0",
+    "0": "o",
+    "e": "c",
+    "m": "rn",
+    "h": "b",
+    "S": "5",
+    "B": "8",
+    "i": "j",
+}
 _CONFUSED |= {"人": "入", "日": "曰", "未": "末", "己": "已", "病": "痛", "土": "士", "大": "犬", "的": "旳"}
 _KEYS = "asdfghjklqwertyuiopzxcvbnm;,./[]"
 
@@ -27,7 +38,9 @@ def shuffled(text: str, draw: random.Random) -> str:
 def cut(text: str, draw: random.Random) -> str:
     """The text breaks off inside a word or sentence, and begins inside one."""
     size = len(text)
-    return text[draw.randrange(5, max(6, size // 4)) : draw.randrange(size // 2, max(size // 2 + 1, size - 4))]
+    return text[
+        draw.randrange(5, max(6, size // 4)) : draw.randrange(size // 2, max(size // 2 + 1, size - 4))
+    ]
 
 
 def scanned(text: str, draw: random.Random) -> str:
@@ -38,7 +51,9 @@ def scanned(text: str, draw: random.Random) -> str:
         if draw.random() >= rate:
             out.append(c)
         else:
-            out.append(draw.choice((_CONFUSED.get(c, c), c + " ", "", c + draw.choice("~^|'.,;:"), "-\n" + c)))
+            out.append(
+                draw.choice((_CONFUSED.get(c, c), c + " ", "", c + draw.choice("~^|'.,;:"), "-\n" + c))
+            )
     return "".join(out)
 
 

@@ -63,8 +63,7 @@ def compiled(function: Any) -> Any:
         return njit(function, **words)
 
 
-# Classes of bytes: 0 between tokens, 1 letter, 2 digit, 3 punctuation, 4 line end, 5 first byte of two, 6 of three, 7 of
-# four, 8 a byte inside a character.
+# Classes of bytes: between tokens, a letter, ..., the first byte of two, of three, of four, a byte inside a character.
 _BLANK, _LETTER, _DIGIT, _MARK, _LINE, _TWO, _THREE, _FOUR, _INSIDE = range(9)
 
 
@@ -217,11 +216,8 @@ def read_text(
                         value = (value ^ np.uint64(48)) * _PRIME
                         word_digits += 1
                     elif kind == _TWO or kind == _INSIDE or kind == _THREE or kind == _FOUR:
-                        if (
-                            kind == _THREE
-                            and i + 2 < end
-                            and (_han(data, i) or _mark3(data, i))
-                            or (kind == _FOUR and i + 3 < end and data[i + 1] >= 0xA0)
+                        if (kind == _THREE and i + 2 < end and (_han(data, i) or _mark3(data, i))) or (
+                            kind == _FOUR and i + 3 < end and data[i + 1] >= 0xA0
                         ):
                             break
                         value = (value ^ np.uint64(data[i])) * _PRIME
@@ -304,9 +300,7 @@ def _read_all(
     )
     place = 0
     for i in range(len(offsets) - 1):
-        count = read_text(
-            data, offsets[i], offsets[i + 1], bits, scratch, shapes[i], tokens, pairs, i + 1
-        )
+        count = read_text(data, offsets[i], offsets[i + 1], bits, scratch, shapes[i], tokens, pairs, i + 1)
         ids[place : place + count] = scratch[:count]
         place += count
         ends[i + 1] = place
@@ -320,7 +314,8 @@ def features(texts: Any, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         bits: features are numbers below 2**bits.
 
     Returns:
-        (int32 (features,), int64 (n + 1,), float32 (n, len(SHAPES))): text i has the features `ids[ends[i] : ends[i + 1]]`.
+        (ids int32 (features,), ends int64 (n + 1,), shapes float32 (n, len(SHAPES))): text i has the features
+        `ids[ends[i] : ends[i + 1]]`.
     """
     data, offsets = buffers(texts)
     lengths = np.minimum(np.diff(offsets), LONGEST)

@@ -38,7 +38,9 @@ class ScorerConfig:
     def __post_init__(self) -> None:
         if bool(self.wheels) != bool(self.requirements):
             given, missing = ("wheels", "requirements") if self.wheels else ("requirements", "wheels")
-            raise UserError(f"{given} is given without {missing}: set both to learn from the starter, or neither")
+            raise UserError(
+                f"{given} is given without {missing}: set both to learn from the starter, or neither"
+            )
         if not self.labels and not self.wheels:
             raise UserError("nothing to learn from: give `labels` files, or `wheels` and `requirements`")
         for name, low, high in (("bits", 8, 22), ("epochs", 1, 1000)):

@@ -182,9 +182,15 @@ VITAL_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
     ),
     "society and social sciences": (
-        ("language", "language languages dialect grammar alphabet linguistics speech writing word verb script"),
+        (
+            "language",
+            "language languages dialect grammar alphabet linguistics speech writing word verb script",
+        ),
         ("law", "law legal court crime criminal rights justice judge punishment"),
-        ("economics and finance", "economic economics trade money market company bank finance tax business goods"),
+        (
+            "economics and finance",
+            "economic economics trade money market company bank finance tax business goods",
+        ),
         (
             "politics and military",
             "political politics government state party election military army democracy parliament diplomacy "
@@ -194,13 +200,25 @@ VITAL_WORDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("society and education", "education school university social society people group culture ethnic"),
     ),
     "everyday life": (
-        ("sports", "sport sports game team athlete athletics championship olympic ball football tournament race"),
-        ("food and agriculture", "food cooking drink dish cuisine fruit vegetable meat beverage bread milk wine beer"),
+        (
+            "sports",
+            "sport sports game team athlete athletics championship olympic ball football tournament race",
+        ),
+        (
+            "food and agriculture",
+            "food cooking drink dish cuisine fruit vegetable meat beverage bread milk wine beer",
+        ),
         ("entertainment", "toy video entertainment board card cards puzzle"),
-        ("everyday life", "clothing garment household furniture family sexual worn human room tool jewelry hair"),
+        (
+            "everyday life",
+            "clothing garment household furniture family sexual worn human room tool jewelry hair",
+        ),
     ),
     "arts": (
-        ("entertainment", "film films television comic video album band rock pop series animated anime franchise"),
+        (
+            "entertainment",
+            "film films television comic video album band rock pop series animated anime franchise",
+        ),
         (
             "literature and arts",
             "novel poem painting literature sculpture play artist art music opera symphony architecture theatre dance "
