@@ -5,9 +5,10 @@
 
 * `taxonomy.py`: which scores and classes there are, and what sampling prefers.
 * `features.py`: texts to hashed n-grams and to a dozen shares (of letters, digits, repeated words ...), compiled.
-* `labels.py`, `starter.py`, `corruptions.py`, `templates.py`: what is learned from; `teacher.py` asks a language
-  model for more.
-* `training.py`, `agreement.py`: the network, its calibration, its agreement with labels it has not seen.
+* `labels.py`: what is learned from; `starter.py`, `priors.py`, `corruptions.py` and `templates/` make it of the
+  starter's sources, `teacher.py` asks a language model for more.
+* `training.py`, `calibration.py`, `agreement.py`: the network, its numbers made believable, its agreement with labels
+  it has not seen.
 * `scorer.py`: the verb. `scoring.py`: the trained folder at work. `difficulty.py`: perplexity for the curriculum.
 
 Source of the dimensions: Baichuan-M1 report (arXiv 2502.12671), sections 2.1.2 (scores), 2.1.5 (27 classes, whose list

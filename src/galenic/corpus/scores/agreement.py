@@ -74,9 +74,17 @@ def interval(groups: Sequence[str], figure: Callable[[np.ndarray], float], seed:
 
 
 def score_figures(
-    predicted: np.ndarray, targets: np.ndarray, groups: Sequence[str], seed: int
+    predicted: np.ndarray, targets: np.ndarray, groups: Sequence[str], origins: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """Returns n, Spearman with its interval, mean absolute error and calibration error of a score."""
+    """Returns n, Spearman with its interval, mean absolute error, calibration error and the means by origin.
+
+    Args:
+        predicted: (n,) in [0, 1].
+        targets: (n,) in [0, 1].
+        groups: of each document.
+        origins: of each document.
+        seed: of the resampling.
+    """
     p, t = predicted.astype(np.float64), targets.astype(np.float64)
     return {
         "n": len(p),
@@ -85,6 +93,15 @@ def score_figures(
         "interval": interval(groups, lambda rows: spearman(p[rows], t[rows]), seed),
         "mean_absolute_error": round(float(np.abs(p - t).mean()), 4),
         "calibration_error": round(calibration_error(p, t), 4),
+        "origins": {
+            name: {
+                "n": int(np.sum(here)),
+                "label": round(float(t[here].mean()), 3),
+                "score": round(float(p[here].mean()), 3),
+            }
+            for name in sorted(set(origins))
+            for here in [np.array(origins) == name]
+        },
     }
 
 
@@ -93,16 +110,18 @@ def class_figures(
     probability: np.ndarray,
     labels: np.ndarray,
     groups: Sequence[str],
+    origins: Sequence[str],
     names: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
-    """Returns n, accuracy with its interval, macro-F1, calibration error, recall by label and the worst confusions.
+    """Returns n, accuracy with its interval, macro-F1, calibration error, recall by label and origin, confusions.
 
     Args:
         chosen: (n,) the labels chosen.
         probability: (n,) of the chosen ones.
         labels: (n,) the right ones.
         groups: of each document.
+        origins: of each document.
         names: of the labels.
         seed: of the resampling.
     """
@@ -124,6 +143,11 @@ def class_figures(
                 "recall": round(float(hits[labels == label].mean()), 4),
             }
             for label in np.unique(labels)
+        },
+        "origins": {
+            name: {"n": int(np.sum(here)), "accuracy": round(float(hits[here].mean()), 4)}
+            for name in sorted(set(origins))
+            for here in [np.array(origins) == name]
         },
         "confusions": [{"label": names[a], "taken_for": names[b], "n": count} for (a, b), count in worst],
     }

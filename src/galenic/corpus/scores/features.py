@@ -63,8 +63,7 @@ def compiled(function: Any) -> Any:
         return njit(function, **words)
 
 
-# Classes of bytes: 0 between tokens, 1 letter, 2 digit, 3 punctuation, 4 line end, 5 first byte of two, 6 of three, 7 of
-# four, 8 a byte inside a character.
+# Classes of bytes: between tokens, a letter, ..., the first byte of two, of three, of four, a byte inside a character.
 _BLANK, _LETTER, _DIGIT, _MARK, _LINE, _TWO, _THREE, _FOUR, _INSIDE = range(9)
 
 
@@ -315,7 +314,8 @@ def features(texts: Any, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         bits: features are numbers below 2**bits.
 
     Returns:
-        (int32 (features,), int64 (n + 1,), float32 (n, len(SHAPES))): text i has the features `ids[ends[i] : ends[i + 1]]`.
+        (ids int32 (features,), ends int64 (n + 1,), shapes float32 (n, len(SHAPES))): text i has the features
+        `ids[ends[i] : ends[i + 1]]`.
     """
     data, offsets = buffers(texts)
     lengths = np.minimum(np.diff(offsets), LONGEST)

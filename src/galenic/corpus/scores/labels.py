@@ -41,9 +41,9 @@ class Labelled:
 
 
 def title_of(text: str) -> str:
-    """Returns the first line's words, folded, at most twelve: what near copies in two vocabularies share.
+    r"""Returns the first line's words, folded, at most twelve: what near copies in two vocabularies share.
 
-    >>> title_of("# Febrile Seizures\\n\\nA kind of ...")
+    >>> title_of("# Febrile Seizures\n\nA kind of ...")
     'febrile seizure'
     """
     line = next((line for line in text.split("\n") if line.strip()), "")

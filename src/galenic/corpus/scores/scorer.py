@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from galenic.corpus.scores.agreement import class_figures, score_figures
+from galenic.corpus.scores.calibration import platt, temperature
 from galenic.corpus.scores.labels import Labelled, examples, heads_of, read_labels, split
 from galenic.corpus.scores.scorer_config import ScorerConfig
 from galenic.corpus.scores.scoring import FACTS, FORMAT, WEIGHTS, Scorer
 from galenic.corpus.scores.starter import starter_labels
 from galenic.corpus.scores.taxonomy import CLASSES
-from galenic.corpus.scores.training import HIDDEN, VECTOR, logits, platt, spans, temperature, train
-from galenic.corpus.starter.wheels import Wheels
+from galenic.corpus.scores.training import HIDDEN, VECTOR, logits, spans, train
 from galenic.corpus.texts import column
 from galenic.runtime import Plan, UserError, human_bytes, progress
 
@@ -126,33 +126,36 @@ def heldout_figures(scorer: Scorer, rows: list[Labelled], seed: int) -> dict[str
     data = examples(rows, int(scorer.facts["bits"]), list(scorer.scores), list(scorer.classes))
     groups = np.array([row.group for row in rows])
     chinese = data.shapes[:, 8] > HAN_SHARE
+    origins = np.array([row.origin for row in rows])
     figures: dict[str, Any] = {}
+
+    def subsets(name: str, known: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        pairs = ((name, known), (f"{name} (Chinese)", known & chinese))
+        return [(label, subset) for label, subset in pairs if subset.any()]
+
     for s, name in enumerate(scorer.scores):
-        for label, subset in ((name, slice(None)), (f"{name} (Chinese)", chinese)):
-            known = np.zeros(len(rows), bool)
-            known[subset] = True
-            known &= ~np.isnan(data.scores[:, s])
-            if known.any():
-                figures[label] = score_figures(
-                    found[name][known], data.scores[known, s], groups[known].tolist(), seed
-                )
+        for label, known in subsets(name, ~np.isnan(data.scores[:, s])):
+            figures[label] = score_figures(
+                found[name][known],
+                data.scores[known, s],
+                groups[known].tolist(),
+                origins[known].tolist(),
+                seed,
+            )
     for c, name in enumerate(scorer.classes):
         p = found[f"{name}_probability"]
         if name == "medical":
             p = np.where(found[name] == 1, p, 1 - p)
-        for label, subset in ((name, slice(None)), (f"{name} (Chinese)", chinese)):
-            known = np.zeros(len(rows), bool)
-            known[subset] = True
-            known &= data.labels[:, c] >= 0
-            if known.any():
-                figures[label] = class_figures(
-                    found[name][known],
-                    p[known],
-                    data.labels[known, c],
-                    groups[known].tolist(),
-                    scorer.classes[name],
-                    seed,
-                )
+        for label, known in subsets(name, data.labels[:, c] >= 0):
+            figures[label] = class_figures(
+                found[name][known],
+                p[known],
+                data.labels[known, c],
+                groups[known].tolist(),
+                origins[known].tolist(),
+                scorer.classes[name],
+                seed,
+            )
     return figures
 
 

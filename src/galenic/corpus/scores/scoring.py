@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from galenic.corpus.scores.features import SHAPES, compiled, features
-from galenic.corpus.scores.taxonomy import HEADS
 from galenic.corpus.scores.training import Network, logits, spans
-from galenic.runtime import UserError, atomic_path, nearest, read_json, write_json
+from galenic.runtime import UserError, atomic_path, read_json, write_json
 
 FORMAT = 1
 """Of a scorer's folder; features and network belong to it."""
@@ -91,7 +90,7 @@ class Scorer:
                 chosen[rows],
                 probability[rows],
             )
-        found = {name: scores[:, s].copy() for s, name in enumerate(self.scores)}
+        found: dict[str, np.ndarray] = {name: scores[:, s].copy() for s, name in enumerate(self.scores)}
         for c, name in enumerate(self.classes):
             found[name] = chosen[:, c].copy()
             found[f"{name}_probability"] = probability[:, c].copy()
@@ -102,11 +101,11 @@ class Scorer:
 
     def save(self, folder: str | Path) -> None:
         """Writes `scorer.safetensors` and, last, `scorer.json`."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         folder = Path(folder)
         with atomic_path(folder / WEIGHTS) as temporary:
-            save_file(dict(self.network._asdict()), temporary)
+            temporary.write_bytes(save(dict(self.network._asdict())))
         write_json(folder / FACTS, self.facts)
 
     @classmethod
@@ -144,16 +143,3 @@ class Scorer:
         ):
             raise UserError(f"{folder}: {WEIGHTS} and {FACTS} do not belong together; train the scorer again")
         return scorer
-
-
-def check_heads(names: list[str]) -> None:
-    """Refuses a score or class that there is not.
-
-    Raises:
-        UserError: names it and the nearest.
-    """
-    for name in names:
-        if name not in HEADS:
-            raise UserError(
-                f"unknown score or class '{name}'{nearest(name, HEADS)}; they are {', '.join(HEADS)}"
-            )

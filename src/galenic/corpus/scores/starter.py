@@ -7,7 +7,7 @@
 | content | source and category; made texts for notes, abstracts and advertisements |
 | department | ICD-10-CM chapters, HPO branches, MeSH trees, specialty in the disease tables, radiology, drugs |
 | quality | real text against corruptions of it |
-| the other scores | a prior for each source (`PRIORS`), less for entries that tell little and for corrupted text |
+| the other scores | a prior for each source (`priors.py`), less for entries that tell little and for corrupted text |
 
 A prior is our opinion of a source. Agreement with it says that the network recognises the source, not that it judges.
 """
@@ -25,10 +25,11 @@ from galenic.corpus.readers.collect import Raw, collect
 from galenic.corpus.readers.departments import DEPARTMENTS, GENERAL
 from galenic.corpus.readers.disease_tables import disease_entities
 from galenic.corpus.readers.python_source import code_documents
-from galenic.corpus.readers.sources import SOURCES
+from galenic.corpus.reasoning import arithmetic_documents, arithmetic_questions, code_questions
 from galenic.corpus.records import Document, Entity
 from galenic.corpus.scores.corruptions import CORRUPTIONS
 from galenic.corpus.scores.labels import Labelled, part, title_of
+from galenic.corpus.scores.priors import CONTENT_OF, DIALOGUE_CLASSES, GENERAL_OF, PRIORS, QUALITY, TRUST
 from galenic.corpus.scores.taxonomy import CLASSES, vital_class
 from galenic.corpus.starter.conversations import Disease, conversation_text, medical_conversations
 from galenic.corpus.starter.holdout import Mentions, stable_key
@@ -37,101 +38,6 @@ from galenic.corpus.starter.render import Family, render
 from galenic.corpus.starter.selection import together
 from galenic.corpus.starter.wheels import Wheels
 
-PRIORS: dict[str, tuple[float, float, float]] = {
-    "wikipedia": (0.8, 0.2, 0.8),
-    "wikipedia-health": (0.9, 0.3, 0.9),
-    "hsk": (0.6, 0.05, 0.1),
-    "cedict": (0.5, 0.05, 0.5),
-    "python-docs": (0.9, 0.4, 0.8),
-    "python-code": (0.5, 0.7, 0.5),
-    "arithmetic": (0.7, 1.0, 0.2),
-    "icd10cm": (0.5, 0.1, 0.7),
-    "mesh": (0.4, 0.05, 0.6),
-    "drugs": (0.3, 0.05, 0.5),
-    "abbreviations": (0.4, 0.0, 0.5),
-    "disease-tables": (0.6, 0.1, 0.7),
-    "hpo": (0.8, 0.1, 0.9),
-    "radiology": (0.8, 0.4, 0.9),
-    "guidelines": (1.0, 0.7, 1.0),
-    "questions": (0.9, 0.6, 0.8),
-    "small talk": (0.1, 0.1, 0.1),
-    "made: note": (0.5, 0.5, 0.5),
-    "made: abstract": (0.8, 0.8, 0.8),
-    "made: knowledge": (0.8, 0.3, 0.8),
-    "made: health-advertisement": (0.0, 0.05, 0.05),
-    "made: e-commerce": (0.0, 0.05, 0.05),
-    "made: news": (0.3, 0.15, 0.4),
-    "made: social-media": (0.0, 0.05, 0.02),
-    "made: entertainment": (0.1, 0.1, 0.15),
-}
-"""Origin -> (educational, reasoning, knowledge). Ours."""
-TRUST: dict[str, float] = {
-    **{name: source.trust for name, source in SOURCES.items()},
-    "questions": 0.8,
-    "made: note": 0.7,
-    "made: abstract": 0.9,
-    "made: knowledge": 0.6,
-    "made: health-advertisement": 0.05,
-}
-"""Origin -> medical value of what is medical in it: the source table's trust."""
-QUALITY: dict[str, float] = {
-    "made: health-advertisement": 0.3,
-    "made: e-commerce": 0.4,
-    "made: social-media": 0.4,
-    "made: entertainment": 0.7,
-    "small talk": 0.6,
-}
-"""Origin -> quality of its unharmed text, if not 1."""
-
-_GENERAL_OF = {
-    "hsk": "language",
-    "cedict": "language",
-    "python-docs": "programming",
-    "python-code": "programming",
-    "arithmetic": "mathematics",
-    "made: e-commerce": "e-commerce",
-    "made: health-advertisement": "e-commerce",
-    "made: news": "news",
-    "made: social-media": "social media",
-    "made: entertainment": "entertainment",
-}
-_CONTENT_OF = {
-    "wikipedia": "encyclopedia entry",
-    "wikipedia-health": "encyclopedia entry",
-    "hsk": "dictionary entry",
-    "cedict": "dictionary entry",
-    "python-docs": "documentation",
-    "python-code": "code",
-    "arithmetic": "mathematics",
-    "icd10cm": "terminology entry",
-    "mesh": "terminology entry",
-    "drugs": "terminology entry",
-    "abbreviations": "terminology entry",
-    "disease-tables": "terminology entry",
-    "hpo": "terminology entry",
-    "radiology": "terminology entry",
-    "guidelines": "guideline",
-    "questions": "question and answer",
-    "small talk": "dialogue",
-    "made: note": "clinical note",
-    "made: abstract": "research abstract",
-    "made: knowledge": "encyclopedia entry",
-    "made: health-advertisement": "advertisement",
-    "made: e-commerce": "advertisement",
-}
-_DIALOGUE_CLASSES = {
-    "tech_support": "technology",
-    "computers": "technology",
-    "ai": "technology",
-    "coding": "programming",
-    "sports": "sports",
-    "food": "food and agriculture",
-    "history": "history",
-    "literature": "literature and arts",
-    "greetings": "social media",
-    "conversations": "social media",
-    "emotion": "psychology",
-}
 PROSE = ("wikipedia", "wikipedia-health", "guidelines", "radiology", "hpo", "python-docs")
 """Origins whose texts are also shown in passages."""
 CORRUPTED = 0.3
@@ -163,7 +69,13 @@ def starter_labels(
         seed: of every choice.
         modules: most Python modules to read.
     """
-    raw = collect(Wheels(wheels, requirements), lambda *_: None, modules=modules)
+    return labels_of(
+        collect(Wheels(wheels, requirements), lambda *_: None, modules=modules), per_source, seed
+    )
+
+
+def labels_of(raw: Raw, per_source: int, seed: int) -> list[Labelled]:
+    """Returns labelled texts from what the readers found, passages and corruptions of them included."""
     rows: dict[str, list[Labelled]] = {}
     for row in _all(raw, per_source, seed):
         rows.setdefault(row.origin, []).append(row)
@@ -228,8 +140,8 @@ def _row(
         "reasoning": reasoning,
         "knowledge": knowledge * told,
     }
-    general = general or _GENERAL_OF.get(origin, "") or ("medicine" if medical else "")
-    named = {"general": general, "content": _CONTENT_OF.get(origin, ""), "department": department}
+    general = general or GENERAL_OF.get(origin, "") or ("medicine" if medical else "")
+    named = {"general": general, "content": CONTENT_OF.get(origin, ""), "department": department}
     labels = {name: CLASSES[name].index(label) for name, label in named.items() if label}
     if medical is not None:
         trust = TRUST.get(origin, 0.0) if medical else 0.0
@@ -331,7 +243,7 @@ def _asked(row: dict[str, Any]) -> str:
 def _talk(raw: Raw) -> Iterator[Labelled]:
     for dialogue in raw.dialogues:
         key = "small talk/" + title_of(dialogue.turns[0])
-        general = _DIALOGUE_CLASSES.get(dialogue.category, "")
+        general = DIALOGUE_CLASSES.get(dialogue.category, "")
         if dialogue.category in ("trivia", "science"):
             text = "\n".join(dialogue.turns)
             yield _row(text, "questions", key, medical=None, general=general)
