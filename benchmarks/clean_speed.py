@@ -16,12 +16,13 @@ from collections import Counter
 
 import pyarrow as pa
 
-from galenic.corpus.clean import STARTER, clean_table
-from galenic.corpus.clean_rules import Rules
-from galenic.corpus.language import identify
-from galenic.corpus.measure import measure
+from galenic.corpus.cleaning.clean import STARTER, clean_table
+from galenic.corpus.cleaning.language import identify
+from galenic.corpus.cleaning.measure import measure
+from galenic.corpus.cleaning.rules import Rules
 from galenic.corpus.readers.collect import collect
 from galenic.corpus.records import Document
+from galenic.corpus.starter.wheels import Wheels
 from galenic.corpus.texts import buffers, column
 
 BOILERPLATE = (

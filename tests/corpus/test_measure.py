@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from galenic.corpus import characters as c
+from galenic.corpus.cleaning import characters as c
 from galenic.corpus.cleaning import counting as k
 from galenic.corpus.cleaning import measure as m
 from galenic.corpus.cleaning import phrases

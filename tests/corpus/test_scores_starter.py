@@ -1,7 +1,5 @@
 import pytest
 
-from galenic.corpus.conversations import Dialogue, Disease
-from galenic.corpus.holdout import Pair
 from galenic.corpus.readers import Line
 from galenic.corpus.readers.collect import Raw
 from galenic.corpus.records import Document, Entity
@@ -9,6 +7,8 @@ from galenic.corpus.scores import scorer, starter
 from galenic.corpus.scores.labels import part
 from galenic.corpus.scores.scorer_config import ScorerConfig
 from galenic.corpus.scores.taxonomy import CLASSES
+from galenic.corpus.starter.conversations import Dialogue, Disease
+from galenic.corpus.starter.holdout import Pair
 from galenic.corpus.texts import column
 
 pytest.importorskip("pyarrow")

@@ -93,7 +93,9 @@ def preview(config: CorpusConfig) -> list[str]:
     """What an earlier run of this folder came to, as a tree of groups and sources."""
     path = Path(config.out) / "sources.json"
     if not path.exists():
-        return [f"{config.out}: nothing was built yet; a second --plan shows how many documents each source gave"]
+        return [
+            f"{config.out}: nothing was built yet; a second --plan shows how many documents each source gave"
+        ]
     groups: dict[str, dict[str, Any]] = {}
     for source, row in read_json(path).items():
         groups.setdefault(row["group"], {})[source] = row

@@ -72,7 +72,7 @@ def decide(
 
     write_json(work / "reasons.json", fates.reasons)
     _write_keepers(units, starts, np.unique(verdict["keeper"][verdict["reason"] != 0]), work)
-    columns = {"fate": fates.of, "weight": weight, "heldout": heldout}
+    columns: dict[str, Any] = {"fate": fates.of, "weight": weight, "heldout": heldout}
     columns |= {"count": verdict["count"], "keeper": verdict["keeper"]}
     for unit, start, stop in zip(units, starts[:-1], starts[1:], strict=True):
         place = work / "decisions" / f"{unit['number']:06d}.npz"

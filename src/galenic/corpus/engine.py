@@ -96,7 +96,7 @@ def _connect(address: str) -> None:
     import daft
 
     try:
-        import ray
+        import ray  # pyrefly: ignore[missing-import]
     except ModuleNotFoundError:
         raise UserError(
             "address: a cluster needs Ray: pip install 'galenic[cluster]' (here and on its nodes)"

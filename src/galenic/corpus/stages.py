@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from galenic.corpus.cleaning.clean import clean_table
+from galenic.corpus.cleaning.clean import STARTER, clean_table
 from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.duplicates.files import sign, write_signatures
 from galenic.corpus.engine import Unit
@@ -120,6 +120,7 @@ def clean_unit(unit: Unit) -> Unit:
     work = Path(unit["work"])
     config = _config(unit["work"])
     source = sources(config)[unit["source"]]
+    rules = STARTER if unit.get("prepared") else config.rules
     tools = _tools(unit["work"])
     ledger = _Ledger(source.name)
     facts: list[dict[str, np.ndarray]] = [_facts(pyarrow.table({"id": []}), source, config.seed)]
@@ -134,7 +135,7 @@ def clean_unit(unit: Unit) -> Unit:
             if source.deidentify:
                 table, counts = tools.deidentify(table)
                 masked.update(counts)
-            table, dropped = clean_table(table, form=source.form, rules=config.rules)
+            table, dropped = clean_table(table, form=source.form, rules=rules)
             ledger.add(dropped)
             searched += len(table)
             if tools.evaluations is not None:
@@ -152,7 +153,8 @@ def clean_unit(unit: Unit) -> Unit:
         with atomic_path(work / "spans" / f"{name(unit)}.parquet") as temporary:
             parquet.write_table(pyarrow.concat_tables(spans), temporary, compression="zstd")
     with atomic_path(work / "facts" / f"{name(unit)}.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **{key: np.concatenate([part[key] for part in facts]) for key in facts[0]})
+        columns: dict[str, Any] = {key: np.concatenate([part[key] for part in facts]) for key in facts[0]}
+        np.savez(file, **columns)
     write_signatures(work / "signatures" / f"{name(unit)}.npy", signed)
     kept = sum(len(part["group"]) for part in facts)
     result = {
@@ -388,7 +390,7 @@ def _dropped(
 ) -> Any:
     """Returns the ledger rows of the documents that go; a duplicate's detail is the id of what stands for it."""
     import pyarrow
-    from pyarrow import compute, ipc
+    from pyarrow import ipc
 
     gone = part["fate"] != 0
     table = table.filter(pyarrow.array(gone))
@@ -407,7 +409,7 @@ def _dropped(
             "source": pyarrow.array([source.name] * len(why), text),
             "reason": pyarrow.array(why, text),
             "detail": pyarrow.array(detail, text),
-            "text": compute.utf8_slice_codeunits(table["text"], 0, LEDGER_TEXT),
+            "text": pyarrow.array([one[:LEDGER_TEXT] for one in table["text"].to_pylist()], text),
         }
     )
 
@@ -421,10 +423,8 @@ class _Told:
         self.by: dict[str, Counter[str]] = {key: Counter() for key in COUNTED}
 
     def add(self, table: Any) -> None:
-        from pyarrow import compute
-
         self.documents += len(table)
-        lengths = compute.utf8_length(table["text"]).to_numpy()
+        lengths = np.array([len(text) for text in table["text"].to_pylist()], dtype=np.int64)
         self.characters += int(lengths.sum())
         self.weighted += float((lengths * table["weight"].to_numpy()).sum())
         self.duplicates += int(table["duplicates"].to_numpy().sum()) - len(table)

@@ -7,7 +7,7 @@ equal n-grams exactly from the words'.
 
 import numpy as np
 
-from galenic.corpus.characters import tables
+from galenic.corpus.cleaning.characters import tables
 from galenic.corpus.cleaning.counting import MEASURES, Scratch, count
 
 

@@ -9,8 +9,8 @@ Han characters, and of long words the first five and the last four bytes (`cardi
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from galenic.compiled import compiled
 from galenic.corpus.texts import buffers
 
 HEAD = 4096
@@ -48,19 +48,6 @@ _SEEN = 8192
 _PRIME, _START = np.uint64(0x100000001B3), np.uint64(0xCBF29CE484222325)  # FNV-1a
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # SplitMix64
 _KIND = np.uint64(0x9E3779B97F4A7C15)
-
-
-def compiled(function: Any) -> Any:
-    """Compiles a function on first use; the result is remembered beside this file, or in the user's cache.
-
-    What is remembered is forgotten when the function's own file changes, not when another does: a compiled function
-    must call none of another file.
-    """
-    words: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(function, cache=True, **words)
-    except RuntimeError:  # neither place can be written
-        return njit(function, **words)
 
 
 # Classes of bytes: between tokens, a letter, ..., the first byte of two, of three, of four, a byte inside a character.

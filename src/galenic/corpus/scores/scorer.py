@@ -17,6 +17,7 @@ from galenic.corpus.scores.scoring import FACTS, FORMAT, WEIGHTS, Scorer
 from galenic.corpus.scores.starter import starter_labels
 from galenic.corpus.scores.taxonomy import CLASSES
 from galenic.corpus.scores.training import HIDDEN, VECTOR, logits, spans, train
+from galenic.corpus.starter.wheels import Wheels
 from galenic.corpus.texts import column
 from galenic.runtime import Plan, UserError, human_bytes, progress
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from galenic.corpus.scores.features import SHAPES, compiled, features
+from galenic.compiled import compiled
+from galenic.corpus.scores.features import SHAPES, features
 from galenic.corpus.scores.training import Network, logits, spans
 from galenic.runtime import UserError, atomic_path, read_json, write_json
 

@@ -25,7 +25,6 @@ from galenic.corpus.readers.collect import Raw, collect
 from galenic.corpus.readers.departments import DEPARTMENTS, GENERAL
 from galenic.corpus.readers.disease_tables import disease_entities
 from galenic.corpus.readers.python_source import code_documents
-from galenic.corpus.reasoning import arithmetic_documents, arithmetic_questions, code_questions
 from galenic.corpus.records import Document, Entity
 from galenic.corpus.scores.corruptions import CORRUPTIONS
 from galenic.corpus.scores.labels import Labelled, part, title_of
@@ -171,7 +170,7 @@ def _document(document: Document) -> Iterator[Labelled]:
         return
     if document.category == "renal dosing":
         department = "nephrology and urology"
-    group = source + "/" + together(document).removeprefix(source + "/").split("/")[0]
+    group = source + "/" + together(document.id, source).removeprefix(source + "/").split("/")[0]
     yield _row(document.text, source, group, medical=medical, department=department)
 
 

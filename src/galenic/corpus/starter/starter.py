@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from galenic.corpus.cleaning.clean import clean
+from galenic.corpus.cleaning.clean import clean_documents
 from galenic.corpus.config import StarterConfig
 from galenic.corpus.readers import documents_of_lines
 from galenic.corpus.readers.collect import Raw, collect
@@ -101,7 +101,7 @@ def prepare(config: StarterConfig, seed: int) -> Prepared:
     everything = limit_entities(_all_entities(raw, trained, ledger), config, seed, ledger)
     documents = limit_documents(documents, config, seed, ledger)
     family = Family(everything)
-    texts = [document.text for document in documents if clean(document)[0]]
+    texts = [kept.text for kept, _, _ in clean_documents(documents) if kept is not None]
     transfer = choose_transfer(
         everything,
         texts + [render(entity, family) for entity in everything],
