@@ -104,6 +104,7 @@ def test_damaged_folders_are_refused(folder, tmp_path):
         (lambda f: f | {"classes": {}}, weights),
         (lambda f: {"format": 1}, weights),
         (lambda f: f, weights[:1000]),
+        (lambda f: f, weights[:-4] + b"\0\0\0\1"),
     ):
         (tmp_path / "scorer.json").write_text(json.dumps(change(json.loads(facts))))
         (tmp_path / "scorer.safetensors").write_bytes(data)

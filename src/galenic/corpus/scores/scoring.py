@@ -1,5 +1,6 @@
 """A trained scorer at work: texts in, calibrated scores and classes out, one compiled pass, the same for any batch."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,11 @@ class Scorer:
         from safetensors.numpy import save
 
         folder = Path(folder)
+        weights = save(dict(self.network._asdict()))
         with atomic_path(folder / WEIGHTS) as temporary:
-            temporary.write_bytes(save(dict(self.network._asdict())))
-        write_json(folder / FACTS, self.facts)
+            temporary.write_bytes(weights)
+        # Of two runs into one folder, the second killed between the two files, both would lie there.
+        write_json(folder / FACTS, {**self.facts, "weights_sha256": hashlib.sha256(weights).hexdigest()})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scorer":
@@ -117,7 +120,7 @@ class Scorer:
             UserError: there is none, or it is damaged, or another version wrote it.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
 
         folder = Path(folder)
         if not (folder / FACTS).is_file():
@@ -126,7 +129,10 @@ class Scorer:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise UserError(f"{folder / FACTS}: written by another version; train the scorer again")
         try:
-            found = load_file(folder / WEIGHTS)
+            weights = (folder / WEIGHTS).read_bytes()
+            if hashlib.sha256(weights).hexdigest() != facts["weights_sha256"]:
+                raise ValueError(f"{WEIGHTS} is not the one that {FACTS} names")
+            found = load(weights)
             network = Network(*(np.ascontiguousarray(found[name]) for name in Network._fields))
             scorer = cls(network, facts)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
