@@ -285,6 +285,13 @@ def test_a_bulk_export_joins_encounters_over_its_files(tmp_path):
     assert texts(rows) == NOTES and sorted(reasons(drops)) == DROPS
 
 
+def test_what_a_bundle_says_does_not_depend_on_the_plan(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(bundle(RESOURCES)))
+    rows, drops = read(tmp_path, "fhir", 100)
+    assert read(tmp_path, "fhir", 2**30) == (rows, drops) and len(rows) == 2 * len(NOTES)
+
+
 def test_other_shapes(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(RESOURCES[11:12]))
     (tmp_path / "one.json").write_text(json.dumps(RESOURCES[12]))

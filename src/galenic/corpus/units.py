@@ -176,8 +176,8 @@ def read_unit(unit: Unit, source: SourceConfig, drop: Callable[[str, str, str, s
 def _records(files: list[File], source: SourceConfig, start: int, stop: int, note: Note) -> Iterator[Record]:
     if source.format == "umls":
         return _guarded(files[0], lambda _: umls.umls_records(files, start, stop, note), note)
-    if source.format == "fhir" and not is_archive(files[0].name):
-        return fhir.fhir_records(files, note)
+    if source.format == "fhir" and fhir.is_lines(files[0].name) and not is_archive(files[0].name):
+        return fhir.fhir_records(files, note)  # joined; a Bundle is whole by itself
     return _each(files, source, note, lambda file: _records_of(file, source.format, note))
 
 
