@@ -246,7 +246,7 @@ def test_text_of_a_domain_lowers_its_loss(tokenizer_step, tmp_path):
 def test_a_killed_fit_goes_on_to_the_same_bytes(fitted, tokenizer_step, tmp_path):
     config = make_config(tmp_path / "killed", tokenizer_step)
     script = (
-        "import sys, json; from galenic.corpus import mixture; "
+        "import sys, json; from galenic.corpus.mixtures import mixture; "
         "from galenic.corpus.mixtures.mixture_config import MixtureConfig; "
         "from galenic.pretrain.config import ArchitectureConfig, OptimConfig; v = json.loads(sys.argv[1]); "
         "v['architecture'] = ArchitectureConfig(**v['architecture']); v['optim'] = OptimConfig(**v['optim']); "

@@ -120,7 +120,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, whole):
     corpus, out = write_corpus(tmp_path / "corpus", parts), tmp_path / "out"
     # Each unit takes a while longer, so that the kill comes between two of them.
     code = (
-        "import sys, time\nfrom galenic.corpus import tokenizer as verb\n"
+        "import sys, time\nfrom galenic.corpus.tokens import tokenizer as verb\n"
         "from galenic.corpus.tokens.tokenizer_config import TokenizerConfig\n"
         "encode = verb.encode\n"
         "verb.encode = lambda unit: (encode(unit), time.sleep(0.1))[0]\n"

@@ -102,7 +102,7 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
             s: read_shard(config.tokenizer, s, "train") for s, share in unit["mixture"].items() if share
         }
         steps, batches = phase_batches(small, phase, shards)
-        model = build_model(config.architecture, read_meta(config.tokenizer)["vocab_size"], phase)
+        model = build_model(config.architecture, read_meta(config.tokenizer), phase)
 
         def lr(step: int) -> float:
             if step < config.optim.warmup_steps:
@@ -173,7 +173,7 @@ def plan(config: MixtureConfig) -> Plan:
         name="run", tokens=config.tokens, mixture={"x": 1}, context=config.context, rows=config.rows
     )
     with torch.device("meta"):
-        model = build_model(config.architecture, read_meta(config.tokenizer)["vocab_size"], phase)
+        model = build_model(config.architecture, read_meta(config.tokenizer), phase)
     total = sum(parameter.numel() for parameter in model.parameters())
     matmul = total - model.get_input_embeddings().weight.numel()
     runs = config.runs + 2 * config.verify_seeds
