@@ -222,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--counts", type=int, nargs="+", default=[100_000, 300_000, 1_000_000, 3_000_000])
     arguments = parser.parse_args()
-    print(conditions(), "\n")
+    print(conditions(arguments.workers), "\n")
     if arguments.growth:
         growth(arguments.counts, arguments.workers, arguments.scorer)
     else:
