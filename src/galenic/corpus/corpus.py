@@ -18,7 +18,7 @@ from typing import Any
 from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.decisions import decide
 from galenic.corpus.duplicates.files import find_duplicates
-from galenic.corpus.engine import Unit, map_units
+from galenic.corpus.engine import Unit, cores, map_units
 from galenic.corpus.output import (
     write_contamination,
     write_ledger,
@@ -114,7 +114,7 @@ def _branch(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _workers(config: CorpusConfig) -> int:
-    return config.workers or os.cpu_count() or 1
+    return config.workers or cores(config.address)
 
 
 def run(config: CorpusConfig) -> None:

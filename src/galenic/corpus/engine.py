@@ -86,6 +86,16 @@ def _next(answers: Iterator[Unit]) -> Unit | None:
         ) from error
 
 
+def cores(address: str) -> int:
+    """Returns how many cores this machine has, or the cluster."""
+    if not address:
+        return os.cpu_count() or 1
+    _connect(address)
+    import ray  # pyrefly: ignore[missing-import]
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
 @cache
 def _connect(address: str) -> None:
     """Makes Daft run on a Ray cluster, once a process.
