@@ -6,7 +6,7 @@
 * `taxonomy.py`: which scores and classes there are, and what sampling prefers.
 * `features.py`: texts to hashed n-grams and to a dozen shares (of letters, digits, repeated words ...), compiled.
 * `labels.py`: what is learned from; `starter.py`, `priors.py`, `corruptions.py` and `templates/` make it of the
-  starter's sources, `teacher.py` asks a language model for more.
+  starter's sources, `teacher.py` asks a language model for more, `labelling.py` on behalf of the verb.
 * `training.py`, `calibration.py`, `agreement.py`: the network, its numbers made believable, its agreement with labels
   it has not seen.
 * `scorer.py`: the verb. `scoring.py`: the trained folder at work. `difficulty.py`: perplexity for the curriculum.

@@ -1,6 +1,6 @@
 """Verb `scorer`: labelled texts in, a calibrated scorer out, with its agreement with labels it has not seen.
 
-labels --split by group--> train --network--> calibration --one or two numbers a head--> held out --figures-->
+[teacher -->] labels --split by group--> train --network--> calibration --numbers--> held out --figures-->
 """
 
 from collections import Counter
@@ -11,8 +11,9 @@ import numpy as np
 
 from galenic.corpus.scores.agreement import class_figures, score_figures
 from galenic.corpus.scores.calibration import platt, temperature
+from galenic.corpus.scores.labelling import labelled, plan_facts
 from galenic.corpus.scores.labels import Labelled, examples, heads_of, read_labels, split
-from galenic.corpus.scores.scorer_config import ScorerConfig
+from galenic.corpus.scores.scorer_config import LABELS, LEDGER, ScorerConfig
 from galenic.corpus.scores.scoring import FACTS, FORMAT, WEIGHTS, Scorer
 from galenic.corpus.scores.starter import starter_labels
 from galenic.corpus.scores.taxonomy import CLASSES
@@ -30,15 +31,15 @@ def plan(config: ScorerConfig) -> Plan:
     for path in config.labels:
         if not Path(path).is_file():
             raise UserError(f"labels: {path}: no such file")
-    reads = list(config.labels)
     if config.wheels:
         wheels = Wheels(config.wheels, config.requirements)
-        reads += [config.requirements, config.wheels]
         wheels.check(wheels.requirements)
+    asked = (LABELS, LEDGER) if config.teacher else ()
     return Plan(
-        reads=reads,
-        writes=[f"{config.out}/{name}" for name in (WEIGHTS, FACTS)],
-        facts={
+        reads=config.reads(),
+        writes=[f"{config.out}/{name}" for name in (*asked, WEIGHTS, FACTS)],
+        facts=(plan_facts(config.teacher, config.cache_folder) if config.teacher else {})
+        | {
             "network": f"2^{config.bits} n-grams of {VECTOR} numbers, hidden layer of {HIDDEN}, "
             f"{human_bytes(2**config.bits * VECTOR * 4)}",
             "training": f"{config.epochs} epochs, one core",
@@ -47,13 +48,15 @@ def plan(config: ScorerConfig) -> Plan:
 
 
 def run(config: ScorerConfig) -> None:
-    """Trains, calibrates, checks and writes the scorer.
+    """Lets the teacher label, trains, calibrates, checks and writes the scorer.
 
     Raises:
-        UserError: a label file is malformed, a wheel is missing, or a part of the split is empty.
+        UserError: a label file is malformed, a wheel is missing, a part of the split is empty, or the teacher fails.
     """
+    rows = read_labels(config.labels)
+    if config.teacher is not None:
+        rows += labelled(config.teacher, Path(config.out) / LABELS, config.cache_folder)
     with progress(config.epochs + 3, "scorer", "steps") as bar:
-        rows = read_labels(config.labels)
         if config.wheels:
             rows += starter_labels(
                 config.wheels,

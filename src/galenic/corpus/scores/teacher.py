@@ -6,13 +6,14 @@
 What a teacher says is an opinion too: print its agreement with people (`agreement.score_figures`) before it is trusted.
 """
 
-import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
 from galenic.corpus.scores.taxonomy import CLASSES, SCORES, label_number
+from galenic.corpus.synthesis.synthesise import in_order
 from galenic.runtime import UserError, write_jsonl
 
 BEST = 5
@@ -24,7 +25,7 @@ CHARACTERS = 6000
 class Chat(Protocol):
     """What asks: `galenic.corpus.synthesis.client.Client`, or anything like it."""
 
-    async def chat(self, messages: list[dict[str, str]], *, key: str) -> str:
+    async def chat(self, messages: list[dict[str, str]], *, key: str, **sampling: Any) -> str:
         """Returns the answer to a conversation; `key` tells equal requests apart."""
         ...
 
@@ -86,13 +87,13 @@ def parse(answer: str) -> tuple[dict[str, Any], list[str]]:
         reason = ""
         if isinstance(value, dict):
             reason, value = str(value.get("reason", ""))[:300], value.get("score")
-        if isinstance(value, str) and value.strip().removesuffix(f"/{BEST}").strip().isdigit():
+        if isinstance(value, str) and value.strip().removesuffix(f"/{BEST}").strip().isdecimal():
             value = int(value.strip().removesuffix(f"/{BEST}"))
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= BEST:
             wrong.append(f"{name}: {str(value)[:60]}")
             continue
         row[name] = value / BEST
-        reasons[name] = " ".join(reason.split())
+        reasons[name] = " ".join(_clean(reason).split())
     for name, labels in CLASSES.items():
         value = found.get(name)
         if name == "department" and value in ("", None):
@@ -110,46 +111,63 @@ def parse(answer: str) -> tuple[dict[str, Any], list[str]]:
 
 
 async def label(
-    documents: Sequence[dict[str, str]], client: Chat, *, failures: tuple[type[Exception], ...] = ()
+    documents: Sequence[dict[str, str]],
+    client: Chat,
+    *,
+    failures: tuple[type[Exception], ...] = (),
+    many: int = 32,
+    note: Callable[[Exception | None], None] = lambda error: None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Asks for the labels of documents; answers may come in any order, rows are in the documents'.
 
     Args:
-        documents: `id` and `text`; `group` goes through to the label row.
+        documents: `id` and `text`; `group` and `source` go through to the label row.
         client: asks; paces itself.
         failures: what the client raises for one document that fails for good; anything else ends the run.
+        many: documents under way at once.
+        note: told of each document in turn, with the failure if it failed; may raise to end the run.
+        sampling: fields of the request, such as `temperature`.
 
     Returns:
         (label rows, ledger rows: id, reason, detail, answer).
     """
 
-    async def one(document: dict[str, str]) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
-        key = document["id"]
+    async def one(
+        document: dict[str, str],
+    ) -> tuple[dict[str, Any] | None, list[dict[str, str]], Exception | None]:
+        key, text = document["id"], document["text"]
+        if not text.strip():
+            return None, [_entry(key, "no text", "", "")], None
         try:
-            answer = await client.chat(
-                [{"role": "user", "content": prompt(document["text"])}], key=f"label/{key}"
-            )
+            messages = [{"role": "user", "content": prompt(text)}]
+            answer = await client.chat(messages, key=f"label/{key}", **(sampling or {}))
         except failures as error:
-            return None, [_entry(key, "no answer", str(error), "")]
+            return None, [_entry(key, "no answer", str(error), "")], error
         try:
             fields, wrong = parse(answer)
         except ValueError as error:
-            return None, [_entry(key, "no labels", str(error), answer)]
-        row = {"id": key, "text": document["text"], **{k: document[k] for k in ("group",) if k in document}}
+            return None, [_entry(key, "no labels", str(error), answer)], None
+        row = {name: document[name] for name in ("id", "text", "group", "source") if name in document}
         ledger = [_entry(key, "a label left out", "; ".join(wrong), answer)] if wrong else []
-        return {**row, **fields}, ledger
+        return {**row, **fields}, ledger, None
 
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(one(document)) for document in documents]
-    except BaseExceptionGroup as group:  # a user's mistake, or a budget that is spent: one is enough
-        raise group.exceptions[0] from None
-    done = [task.result() for task in asked]
-    return [row for row, _ in done if row], [entry for _, entries in done for entry in entries]
+    rows, ledger = [], []
+    async with aclosing(in_order(one, documents, many)) as results:
+        async for row, entries, error in results:
+            rows += [row] if row else []
+            ledger += entries
+            note(error)
+    return rows, ledger
 
 
 def _entry(key: str, reason: str, detail: str, answer: str) -> dict[str, str]:
-    return {"id": key, "reason": reason, "detail": detail, "answer": answer[:2000]}
+    return {"id": key, "reason": reason, "detail": _clean(detail)[:500], "answer": _clean(answer)[:2000]}
+
+
+def _clean(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell, is no text and would not be written."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_labels(out: str | Path, rows: Sequence[dict[str, Any]], ledger: Sequence[dict[str, str]]) -> None:

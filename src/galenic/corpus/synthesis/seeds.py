@@ -1,7 +1,7 @@
 """Which documents become seeds: those of the training split, chosen by a stable shuffle, in the order of their ids."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,23 @@ def select(config: SynthesiseConfig) -> list[Selection]:
     Raises:
         UserError: a file is missing or lacks a column; nothing fits a pipeline; an id stands twice.
     """
-    datasets = _datasets(config)
+    datasets = open_documents(config.corpus, config.documents)
     return [_select(config, pipeline, datasets) for pipeline in config.pipelines]
 
 
-def _datasets(config: SynthesiseConfig) -> list[tuple[str, Any]]:
+def open_documents(
+    corpus: str, documents: Sequence[str], required: Sequence[str] = REQUIRED
+) -> list[tuple[str, Any]]:
+    """Opens a corpus folder, if one is named, and files of documents: (path, dataset) each.
+
+    Raises:
+        UserError: one is missing, is none, or lacks a required column.
+    """
     from pyarrow import ArrowException, dataset
 
-    paths = [str(Path(config.corpus) / "documents.parquet")] if config.corpus else []
+    paths = [str(Path(corpus) / "documents.parquet")] if corpus else []
     found = []
-    for path in [*paths, *config.documents]:
+    for path in [*paths, *documents]:
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder")
         kind = "json" if Path(path).suffix in (".jsonl", ".json") else "parquet"
@@ -57,14 +64,14 @@ def _datasets(config: SynthesiseConfig) -> list[tuple[str, Any]]:
             one = dataset.dataset(path, format=kind)
         except (ArrowException, OSError, ValueError) as error:
             raise UserError(f"{path}: no {kind} documents ({' '.join(str(error).split())[:200]})") from None
-        missing = [name for name in REQUIRED if name not in one.schema.names]
+        missing = [name for name in required if name not in one.schema.names]
         if missing:
-            raise UserError(f"{path}: lacks {', '.join(missing)}; documents need {', '.join(REQUIRED)}")
+            raise UserError(f"{path}: lacks {', '.join(missing)}; documents need {', '.join(required)}")
         found.append((path, one))
     return found
 
 
-def _read(
+def read_training(
     datasets: list[tuple[str, Any]], columns: Iterable[str], keep: Any, ids: list[str] | None
 ) -> list[Row]:
     """Reads training rows that `keep` is true of, or those with the ids; texts only if asked for."""
@@ -94,14 +101,14 @@ def _select(config: SynthesiseConfig, pipeline: PipelineConfig, datasets: list[t
     tree = None
     if pipeline.name == "knowledge-graph":
         # Siblings count too: the whole graph is read.
-        rows = {row["id"]: row for row in _unique(_read(datasets, whole, keep, None))}
+        rows = {row["id"]: row for row in unique(read_training(datasets, whole, keep, None))}
         tree = tree_of(rows.values())
         chosen = _choose(list(tree.entities), pipeline, config.seed)
         documents = [rows[key] for key in chosen]
     else:
-        found = _unique(_read(datasets, light, keep, None))
+        found = unique(read_training(datasets, light, keep, None))
         chosen = _choose([row["id"] for row in found], pipeline, config.seed)
-        by_id = {row["id"]: row for row in _read(datasets, whole, keep, chosen)}
+        by_id = {row["id"]: row for row in read_training(datasets, whole, keep, chosen)}
         documents = [by_id[key] for key in chosen]
     if not documents:
         what = ", ".join([*pipeline.sources, *pipeline.categories]) or "the training split"
@@ -139,7 +146,8 @@ def _synthetic(source: str) -> bool:
     return source.startswith("synthetic-")
 
 
-def _unique(rows: list[Row]) -> list[Row]:
+def unique(rows: list[Row]) -> list[Row]:
+    """Returns the rows; no id may stand twice."""
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:

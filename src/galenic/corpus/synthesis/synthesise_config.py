@@ -24,7 +24,7 @@ class EndpointConfig:
     api_key_env: str = ""
     """Environment variable that holds the key; none is sent if empty. The key is never written anywhere."""
     temperature: float | None = 0.7
-    """Of sampling; the judge is asked at 0. `null`: not sent, for models that allow none."""
+    """Of sampling; judge and teacher are asked at 0. `null`: not sent, for models that allow none."""
     max_tokens: int = 2048
     """Most tokens of an answer."""
     max_tokens_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
