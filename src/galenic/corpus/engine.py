@@ -34,7 +34,8 @@ def map_units(
         address: of a Ray cluster, such as `ray://host:10001` or `auto`; on this machine if empty.
 
     Raises:
-        UserError: a worker raised one; its message is kept.
+        UserError: a worker raised one; its message is kept. Or a process of this machine died; a cluster puts another
+            in the place of one that dies, and does its unit again.
         RuntimeError: a worker failed otherwise; its traceback is in the message.
     """
     if not units:
