@@ -13,7 +13,7 @@ from galenic.corpus.readers import Line
 from galenic.corpus.records import Document, Entity
 from galenic.corpus.starter.holdout import stable_key
 
-LINES_PER_DOCUMENT = {"hsk": (8, "\n\n"), "cedict": (12, "\n")}
+LINES_PER_DOCUMENT = {"hsk": (8, "\n\n"), "cedict": (8, "\n")}
 """Source -> (dictionary entries or sentences in one document, what stands between them)."""
 
 
