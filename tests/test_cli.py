@@ -102,3 +102,11 @@ def test_a_missing_package_is_one_line_that_names_the_extra(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "pip install 'galenic[report]'" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_mistake_ends_the_process_at_once():
+    """Threads of a library may be at work still; Python's own end would abort, with another exit code."""
+    code = "import atexit, sys; atexit.register(print, 'the end'); from galenic.cli import entry; "
+    code += "sys.argv[1:] = ['marge']; sys.exit(entry())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "did you mean 'merge'?" in done.stderr

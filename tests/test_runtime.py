@@ -81,6 +81,20 @@ def test_plain_progress_prints_lines_with_time_left(capsys, monkeypatch):
     assert lines == ["  label:  50% 50/100 docs, 0:11 left; note", "  label: 75 docs in 0:22; note"]
 
 
+def test_progress_without_a_unit_counts_nothing(capsys, monkeypatch):
+    clock = iter([0.0, 11.0, 22.0, 30.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with runtime.progress(100, "corpus", "") as bar:
+        bar.update(0, "reading")
+        bar.update(50, "cleaning notes")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "  corpus:   0%; reading",
+        "  corpus:  50%, 0:22 left; cleaning notes",
+        "  corpus: done in 0:30",
+    ]
+
+
 def test_folders_are_named_without_their_place(tmp_path):
     (tmp_path / "30-pretrain" / "phase-1").mkdir(parents=True)
     (tmp_path / "41-sft" / "model").mkdir(parents=True)

@@ -4,11 +4,13 @@
 steps of a recipe folder. A user's mistake is one line on stderr and exit code 2.
 """
 
+import copy
 import dataclasses
 import errno
 import gc
 import importlib
 import io
+import os
 import re
 import sys
 import typing
@@ -175,7 +177,9 @@ def make_parser(verb: str) -> Any:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     config = load_object(VERBS[verb][0])
-    parser = ArgumentParser(prog=f"galenic {verb}", description=VERBS[verb][2], exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"galenic {verb}", description=VERBS[verb][2], exit_on_error=False, allow_abbrev=False
+    )
     if verb in OTHER_WORDS:
         parser.parser_mode = _loader(verb)
     parser.add_argument("--config", action="config", help="YAML file with the options below")
@@ -212,7 +216,7 @@ def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bo
     try:
         if isinstance(source, dict):
             translate = load_object(OTHER_WORDS[verb]) if verb in OTHER_WORDS else dict
-            namespace = parser.parse_object(translate(source))
+            namespace = parser.parse_object(translate(copy.deepcopy(source)))  # it changes what it is given
         else:
             namespace = parser.parse_args(source)
         namespace = parser.instantiate(namespace)
@@ -311,8 +315,15 @@ def _os_error(error: OSError) -> str:
 
 
 def entry() -> int:
-    """As `main`, for a process that ends with it: objects are left where they are, as collecting them takes a while."""
+    """As `main`, for a process that ends with it: objects are left where they are, as collecting them takes a while.
+
+    After a mistake, threads of a library may still be at work; Python would abort when it finds them at its end.
+    """
     code = main()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     gc.freeze()
     return code
 

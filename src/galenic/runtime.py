@@ -265,29 +265,23 @@ class _PlainBar:
 
     def _line(self, now: float) -> None:
         elapsed = now - self.started
-        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
+        counted = f" {human(self.done)}/{human(self.total)} {self.unit}" if self.unit else ""
         share = 100 * self.done / self.total if self.total else 100.0
-        print(
-            f"  {self.label}: {share:3.0f}% {human(self.done)}/{human(self.total)} {self.unit}, "
-            f"{duration(left)} left{'; ' + self.note if self.note else ''}",
-            file=sys.stderr,
-            flush=True,
-        )
+        left = f", {duration(elapsed / self.done * (self.total - self.done))} left" if self.done else ""
+        note = "; " + self.note if self.note else ""
+        print(f"  {self.label}: {share:3.0f}%{counted}{left}{note}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         elapsed = time.monotonic() - self.started
         if elapsed >= 2:
-            note = "; " + self.note if self.note else ""
-            print(
-                f"  {self.label}: {human(self.done)} {self.unit} in {duration(elapsed)}{note}",
-                file=sys.stderr,
-                flush=True,
-            )
+            counted = f"{human(self.done)} {self.unit}" if self.unit else "done"
+            note = "; " + self.note if self.note and self.unit else ""
+            print(f"  {self.label}: {counted} in {duration(elapsed)}{note}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(total: float, label: str, unit: str = "it") -> Iterator[Bar]:
-    """Shows progress with time left: a rich bar on a terminal, plain lines elsewhere."""
+    """Shows progress with time left: a rich bar on a terminal, plain lines elsewhere; counted in `unit`, if given."""
     if not sys.stderr.isatty():
         bar = _PlainBar(total, label, unit)
         yield bar

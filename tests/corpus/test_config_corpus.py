@@ -1,6 +1,7 @@
 import pytest
 
 from galenic.corpus.config import CorpusConfig, SourceConfig, StarterConfig
+from galenic.corpus.privacy.deidentify import Deidentification
 from galenic.runtime import UserError
 
 NOTES = {"name": "notes", "path": "notes.jsonl", "format": "jsonl", "licence": "ours"}
@@ -64,3 +65,16 @@ def test_reads_are_the_inputs_that_lie_on_this_machine():
     pattern = SourceConfig(**(NOTES | {"name": "pattern", "path": "data/notes/*.jsonl"}))
     config = CorpusConfig(out="x", starter=starter, sources=[SourceConfig(**NOTES), remote, pattern])
     assert config.reads() == ["notes.jsonl", "data/notes", "r", "w"]
+
+
+def test_reads_know_other_marks_homes_and_lists_of_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a [1]").mkdir()
+    paths = ["data/202?/notes.jsonl", "data/[ab]/x", "~/notes", "a [1]", "*.jsonl"]
+    sources = [
+        SourceConfig(**(NOTES | {"name": f"s{number}", "path": path, "deidentify": True}))
+        for number, path in enumerate(paths)
+    ]
+    config = CorpusConfig(out="x", sources=sources, deidentification=Deidentification(names=("staff.txt",)))
+    assert config.reads() == ["data", "data", f"{tmp_path}/notes", "a [1]", ".", "staff.txt"]

@@ -132,6 +132,9 @@ def test_the_verb_writes_shards_that_read_back(tmp_path):
         for i, text in enumerate(texts)
     ]
     write_corpus(tmp_path / "corpus", rows)
+    sources = json.loads((tmp_path / "corpus/sources.json").read_text())
+    sources["wiki"]["licence"] = "CC BY-SA 4.0"
+    (tmp_path / "corpus/sources.json").write_text(json.dumps(sources))
     config = TokenizerConfig(out=str(tmp_path / "out"), corpus=str(tmp_path / "corpus"), vocab_size=512)
     verb.plan(config)
     verb.run(config)
@@ -140,6 +143,7 @@ def test_the_verb_writes_shards_that_read_back(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     meta = read_meta(tmp_path / "out")
     assert meta["sources"]["wiki"]["train"]["documents"] == 8
+    assert meta["sources"]["wiki"]["licence"] == "CC BY-SA 4.0"
     shard = read_shard(tmp_path / "out", "wiki", "train")
     kept = [row for row in rows if row["split"] == "train"]
     for index, row in enumerate(kept):

@@ -87,7 +87,14 @@ def test_card(saved):
     assert values["library_name"] == "transformers" and values["pipeline_tag"] == "text-generation"
     assert "merge" in values["tags"] and values["license"] == "other"
     assert body.startswith("\n# Tiny\n") and "not medical advice" in body and '"steps": 3' in body
-    assert "* parent-b" in body
+    assert "* parent-b" in body and "Texts it learned from" not in body
+
+
+def test_card_names_the_licences_of_the_texts(tmp_path, tokenizer_folder):
+    told = PROVENANCE | {"licences": {"notes": "hospital {only}", "papers": "CC BY 4.0"}}
+    save(tiny().eval(), tmp_path / "model", tokenizer=tokenizer_folder, provenance=told)
+    card = (tmp_path / "model/README.md").read_text(encoding="utf-8")
+    assert "## Texts it learned from\n\n* notes: hospital {only}\n* papers: CC BY 4.0\n" in card
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_head": False}, {"conv_window": 1}])

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,24 @@ def same_models(one, other):
         assert a.keys() == b.keys()
         for name in a:
             assert torch.equal(a[name], b[name]), name
+
+
+def test_the_licences_of_what_a_phase_has_read_are_on_its_card(tmp_path, tokenizer_step):
+    step = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_step, step)
+    meta = json.loads((step / "tokens/meta.json").read_text())
+    for source in meta["sources"]:
+        meta["sources"][source]["licence"] = f"licence of {source}"
+    (step / "tokens/meta.json").write_text(json.dumps(meta))
+    config = make_config(tmp_path / "out", step)
+    pretrain.run(config)
+    told = [
+        json.loads((tmp_path / "out" / phase / "galenic.json").read_text())
+        for phase in ("phase-1", "phase-2")
+    ]
+    general = {"general": "licence of general"}
+    assert [one["licences"] for one in told] == [general, general | {"medical": "licence of medical"}]
+    assert "* medical: licence of medical" in (tmp_path / "out/phase-2/README.md").read_text()
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(trained, tmp_path, tokenizer_step):

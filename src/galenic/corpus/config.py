@@ -1,7 +1,9 @@
 """Configurations of this room's verbs; light to import."""
 
+import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from galenic.corpus.cleaning.rules import Rules
@@ -65,6 +67,19 @@ class SourceConfig:
             raise UserError(
                 f"sources: '{self.name}' names no licence; write what is known, such as 'unknown'"
             )
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"sources: weight of '{self.name}' is {self.weight}, not a number from 0 on")
+        if self.limit is not None and self.limit < 0:
+            raise UserError(f"sources: limit of '{self.name}' is {self.limit}, below 0")
+
+    def folder(self) -> Path:
+        """The file or folder on this machine that is looked into: of a pattern, what stands before the first mark."""
+        path = Path(self.path).expanduser()
+        if path.exists():  # a name may hold a bracket
+            return path
+        parts = path.parts
+        first = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
+        return Path(*parts[:first])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +186,13 @@ class CorpusConfig:
             raise UserError(f"max_failures: {self.max_failures} is not in [0, 1]")
         if self.unit_bytes < 1_000_000:
             raise UserError(f"unit_bytes: {self.unit_bytes} is below 1,000,000")
+        if self.workers < 0:
+            raise UserError(f"workers: {self.workers} is below 0; 0 is one for each core")
+        if self.deidentification != Deidentification() and not any(s.deidentify for s in self.sources):
+            raise UserError(
+                "deidentification: no source has `deidentify: true`, so nothing would be masked; "
+                "set it for the sources with patients"
+            )
         names = [source.name for source in self.sources] + (list(SOURCES) if self.starter else [])
         for name in names:
             if names.count(name) > 1:
@@ -178,9 +200,8 @@ class CorpusConfig:
 
     def reads(self) -> list[str]:
         """Inputs on this machine, for the fingerprint and the plan: of a pattern, the folder it looks in."""
-        local = [source.path for source in self.sources if "://" not in source.path]
-        paths = [path.partition("*")[0].rpartition("/")[0] or "." if "*" in path else path for path in local]
-        paths += [*self.decontamination.evaluations]
+        paths = [str(source.folder()) for source in self.sources if "://" not in source.path]
+        paths += [*self.decontamination.evaluations, *self.deidentification.names]
         paths += [path for path in (self.scorer, self.difficulty_model) if path]
         return paths + ([self.starter.requirements, self.starter.wheels] if self.starter else [])
 

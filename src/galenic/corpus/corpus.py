@@ -9,12 +9,14 @@ reason, in `ledger.parquet`.
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from galenic.corpus.checks import check
 from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.decisions import decide
 from galenic.corpus.duplicates.files import find_duplicates
@@ -35,6 +37,7 @@ from galenic.corpus.stages import (
     RESULT,
     clean_unit,
     finish_unit,
+    forget,
     name,
     save_config,
     sources,
@@ -53,9 +56,13 @@ FEWEST_FOR_FAILURE = 1000
 
 def plan(config: CorpusConfig) -> Plan:
     """What the verb would do; lists files, reads the heads of Parquet files only."""
+    known = sources(config)
+    told = check(config, known)
     units = plan_units(config.sources, config.unit_bytes)
-    facts = {"sources": ", ".join(sources(config))}
-    reads = [source.path for source in config.sources]
+    facts = {"sources": ", ".join(known)}
+    reads = [f"{source.path} ({source.format})" for source in config.sources]
+    reads += [*config.decontamination.evaluations, *config.deidentification.names]
+    reads += [path for path in (config.scorer, config.difficulty_model) if path]
     if config.starter is not None:
         wheels = Wheels(config.starter.wheels, config.starter.requirements)
         paths = [wheels.path(package) for package in PACKAGES]
@@ -74,16 +81,21 @@ def plan(config: CorpusConfig) -> Plan:
     steps = [
         "de-identify" if any(source.deidentify for source in config.sources) else "",
         "clean",
-        f"decontaminate against {len(config.decontamination.evaluations)} files"
+        f"decontaminate against {', '.join(Path(p).name for p in config.decontamination.evaluations)}"
         if config.decontamination.evaluations
         else "",
-        f"score and classify by {config.scorer}" if config.scorer else "",
+        "score and classify" if config.scorer else "",
+        "measure difficulty" if config.difficulty_model else "",
         f"near duplicates from {config.near_duplicate}",
         "sample",
     ]
     facts["steps"] = ", ".join(step for step in steps if step)
     facts["runs on"] = f"a Ray cluster ({config.address})" if config.address else "this machine"
+    if told:
+        facts["warning"] = "; ".join(told)
     outputs = ["documents.parquet", "ledger.parquet", "sources.json", "stats.json", "NOTICES.md"]
+    if config.decontamination.evaluations:
+        outputs += ["contamination.parquet", "contamination.json"]
     if config.starter is not None:
         outputs += ["preferences.jsonl", "sft/", "questions/"]
     return Plan(reads=reads, writes=[f"{config.out}/{file}" for file in outputs], facts=facts)
@@ -126,7 +138,9 @@ def run(config: CorpusConfig) -> None:
     """
     out = Path(config.out)
     known = sources(config)
-    with progress(100, "corpus", "percent") as bar:
+    for warning in check(config, known):
+        print(f"galenic: warning: {warning}", file=sys.stderr)
+    with progress(100, "corpus", "") as bar:
         # ---- what there is to do
         bar.update(0, "reading")
         planned = plan_units(config.sources, config.unit_bytes)
@@ -191,7 +205,8 @@ def _key(config: CorpusConfig, planned: list[Unit]) -> dict[str, Any]:
 
 def _work_folder(config: CorpusConfig, planned: list[Unit]) -> Path:
     """Returns the folder of unfinished work; what another configuration left there is removed."""
-    work = Path(config.out) / ".work"
+    work = Path(config.out).absolute() / ".work"
+    forget()
     if not _same_work(config, planned, work):
         remove(work)
         for folder in FOLDERS:
@@ -232,14 +247,16 @@ def _stage(
     known: dict[str, SourceConfig],
 ) -> list[Unit]:
     """Maps a function over the units that are not done; returns all results in the units' order."""
-    todo = [unit for unit in units if not (done / f"{name(unit)}.json").exists()]
+    files = [done / f"{name(unit)}.json" for unit in units]
+    there = [file.exists() for file in files]
+    todo = [unit for unit, found in zip(units, there, strict=True) if not found]
     step = percent / max(len(units), 1)
     bar.update(step * (len(units) - len(todo)), note)
-    results = [read_json(done / f"{name(unit)}.json") for unit in units if unit not in todo]
+    results = [read_json(file) for file, found in zip(files, there, strict=True) if found]
     for result in map_units(function, todo, workers=_workers(config), address=config.address):
         results.append(result)
         bar.update(step, f"{note} {known[result['source']].name}")
-        if "failed" in result:
+        if result.get("failed"):
             _check_failures(results, config, last=False)
     return sorted(results, key=lambda result: result["number"])
 

@@ -52,7 +52,7 @@ def decide(
         config: of the run.
         work: the work folder.
     """
-    group, order, starts = _facts(units, work)
+    group, order, size, starts = _facts(units, work)
     rows_of = {name: _rows(name, units, starts) for name in sources}
     verdicts = [np.load(work / "duplicates" / f"{unit['number']:06d}.npy") for unit in units]
     verdict = np.concatenate(verdicts)
@@ -64,7 +64,7 @@ def decide(
             rows = fates.kept(rows_of[name])
             fates.drop(rows[np.argsort(order[rows], kind="stable")[source.limit :]], "over the limit")
 
-    weight = _weights(units, sources, config.sampling, starts, verdict["count"], fates, work)
+    weight = _weights(units, sources, config.sampling, starts, verdict["count"], size, fates, work)
     heldout = np.zeros(len(group), dtype=bool)
     for rows in rows_of.values():
         rows = fates.kept(rows)
@@ -80,15 +80,16 @@ def decide(
             np.savez(file, **{key: column[start:stop] for key, column in columns.items()})
 
 
-def _facts(units: Sequence[Unit], work: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns group and order of every document, and where each unit's begin (units + 1)."""
-    groups, orders, sizes = [], [], [0]
+def _facts(units: Sequence[Unit], work: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns group, order and bytes of every document, and where each unit's begin (units + 1)."""
+    groups, orders, lengths, sizes = [], [], [], [0]
     for unit in units:
         with np.load(work / "facts" / f"{unit['number']:06d}.npz", allow_pickle=False) as file:
             groups.append(file["group"])
             orders.append(file["order"])
+            lengths.append(file["bytes"])
         sizes.append(len(groups[-1]))
-    return np.concatenate(groups), np.concatenate(orders), np.cumsum(sizes)
+    return np.concatenate(groups), np.concatenate(orders), np.concatenate(lengths), np.cumsum(sizes)
 
 
 def _rows(name: str, units: Sequence[Unit], starts: np.ndarray) -> np.ndarray:
@@ -106,6 +107,7 @@ def _weights(
     sampling: Sampling,
     starts: np.ndarray,
     count: np.ndarray,
+    size: np.ndarray,
     fates: _Fates,
     work: Path,
 ) -> np.ndarray:
@@ -120,7 +122,7 @@ def _weights(
             if not len(rows):
                 continue
             columns = _columns(unit, sources[unit["source"]], rows - start, work)
-            columns["duplicates"] = count[rows]
+            columns["duplicates"], columns["bytes"] = count[rows], size[rows]
             if ranking:
                 add_ranks(histograms, columns, sampling)
                 continue

@@ -124,6 +124,11 @@ def write_statistics(
         "characters": totals["characters"],
         **{key: dict(sorted(counter.items())) for key, counter in sorted(labels.items())},
     }
+    masked: Counter[str] = Counter()
+    for result in results:
+        masked.update(result["masked"])
+    if masked:
+        statistics["masked"] = dict(sorted(masked.items()))
     if made is not None and prepared is not None:
         statistics["conversations"] = {
             f"{name}.{split}": len(rows)

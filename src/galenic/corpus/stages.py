@@ -123,10 +123,10 @@ def clean_unit(unit: Unit) -> Unit:
     rules = STARTER if unit.get("prepared") else config.rules
     tools = _tools(unit["work"])
     ledger = _Ledger(source.name)
-    facts: list[dict[str, np.ndarray]] = [_facts(pyarrow.table({"id": []}), source, config.seed)]
-    signed, spans, searched = [_signed(tools.schema().empty_table(), config)], [], 0
+    schema = tools.schema
+    facts: list[dict[str, np.ndarray]] = [_facts(schema.empty_table(), unit, config.seed)]
+    signed, spans, searched = [_signed(schema.empty_table(), config)], [], 0
     masked: Counter[str] = Counter()
-    schema = tools.schema()
     with (
         atomic_path(work / "clean" / f"{name(unit)}.parquet") as temporary,
         parquet.ParquetWriter(temporary, schema, compression="lz4") as writer,
@@ -145,7 +145,7 @@ def clean_unit(unit: Unit) -> Unit:
             if not len(table):
                 continue
             writer.write_table(tools.labelled(table, source).select(schema.names).cast(schema))
-            facts.append(_facts(table, source, config.seed))
+            facts.append(_facts(table, unit, config.seed))
             signed.append(_signed(table, config))
     with atomic_path(work / "ledger" / f"{name(unit)}.parquet") as temporary:
         parquet.write_table(ledger.table(), temporary, compression="zstd")
@@ -177,20 +177,28 @@ def _signed(table: Any, config: CorpusConfig) -> Any:
     return sign(ids, texts, threshold=config.near_duplicate, seed=config.seed)
 
 
-def _facts(table: Any, source: SourceConfig, seed: int) -> dict[str, np.ndarray]:
-    """Returns two random numbers of each document: of what it must not be separated from, and its own."""
+def _facts(table: Any, unit: Unit, seed: int) -> dict[str, np.ndarray]:
+    """Returns two random numbers of each document, of what it must not be separated from and its own; and its bytes."""
+    from pyarrow import compute
+
     ids = table["id"].to_pylist()
-    groups = [stable_key(seed, "heldout", together(id, source.name)) for id in ids]
+    # A user's source may be called `guidelines`, too; only the starter's keeps sections of a text together.
+    keys = [together(id, unit["source"]) for id in ids] if unit.get("prepared") else ids
     return {
-        "group": np.array(groups, dtype=np.uint64),
+        "group": np.array([stable_key(seed, "heldout", key) for key in keys], dtype=np.uint64),
         "order": np.array([stable_key(seed, "limit", id) for id in ids], dtype=np.uint64),
+        "bytes": compute.binary_length(table["text"]).to_numpy().astype(np.int64),  # pyrefly: ignore
     }
 
 
 def _tables(unit: Unit, source: SourceConfig, ledger: _Ledger) -> Iterator[Any]:
     """Yields a unit's documents; those that the starter prepared lie in a file of the work folder."""
     if not unit.get("prepared"):
-        yield from read_unit(unit, source, ledger.drop)
+        # What cannot be read cannot be masked: the ledger must not quote it.
+        quote = 0 if source.deidentify else LEDGER_TEXT
+        yield from read_unit(
+            unit, source, lambda id, reason, detail, text: ledger.drop(id, reason, detail, text[:quote])
+        )
         return
     from pyarrow import parquet
 
@@ -199,6 +207,27 @@ def _tables(unit: Unit, source: SourceConfig, ledger: _Ledger) -> Iterator[Any]:
             import pyarrow
 
             yield pyarrow.Table.from_batches([batch])
+
+
+def clean_schema(scorer: Any, *, difficulty: bool) -> Any:
+    """Returns the columns of a cleaned unit, the same for every source of a run.
+
+    Args:
+        scorer: a `Scorer`, or None.
+        difficulty: whether a model measures difficulty.
+    """
+    import pyarrow
+
+    text, number = pyarrow.large_string(), pyarrow.float64()
+    fields = [(key, text) for key in ("id", "text", "language", "category", "department")]
+    fields += [("quality", number), ("value", number)]
+    if scorer is not None:
+        fields += [(key, text) for key in ("general", "content") if key in scorer.classes]
+        fields += [("medical", number)] if "medical" in scorer.classes else []
+        fields += [(key, number) for key in scorer.scores if key not in REPLACED]
+    if difficulty:
+        fields += [("difficulty", number)]
+    return pyarrow.schema(fields)
 
 
 class _Tools:
@@ -226,6 +255,7 @@ class _Tools:
             from galenic.corpus.privacy.deidentify import Deidentifier
 
             self._identities = Deidentifier(config.deidentification)
+        self.schema = clean_schema(self._scorer, difficulty=self._difficulty is not None)
 
     def deidentify(self, table: Any) -> tuple[Any, dict[str, int]]:
         """Masks what identifies a patient; returns the table and how often each kind was found."""
@@ -240,21 +270,6 @@ class _Tools:
         named = _with(table, "source", source.name)
         kept, dropped, spans = decontaminate_table(named, self.evaluations)
         return kept.select(table.column_names), _with(dropped, "reason", "contaminated"), spans
-
-    def schema(self) -> Any:
-        """Returns the columns of a cleaned unit: the same for every source of a run."""
-        import pyarrow
-
-        text, number = pyarrow.large_string(), pyarrow.float64()
-        fields = [(key, text) for key in ("id", "text", "language", "category", "department")]
-        fields += [("quality", number), ("value", number)]
-        if self._scorer is not None:
-            fields += [(key, text) for key in ("general", "content") if key in self._scorer.classes]
-            fields += [("medical", number)] if "medical" in self._scorer.classes else []
-            fields += [(key, number) for key in self._scorer.scores if key not in REPLACED]
-        if self._difficulty is not None:
-            fields += [("difficulty", number)]
-        return pyarrow.schema(fields)
 
     def labelled(self, table: Any, source: SourceConfig) -> Any:
         """Fills in category, department, quality and value, and adds what a scorer and a model say."""
@@ -302,6 +317,12 @@ def _filled(given: Sequence[str], otherwise: Sequence[str]) -> list[str]:
 @cache
 def _tools(work: str) -> _Tools:
     return _Tools(work)
+
+
+def forget() -> None:
+    """Forgets what an earlier run of this process loaded: a folder of the same name may hold another configuration."""
+    _config.cache_clear()
+    _tools.cache_clear()
 
 
 # ---------------------------------------------------------------------------- stage 3

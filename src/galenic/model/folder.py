@@ -213,7 +213,8 @@ def save(
         folder: where; an older folder there is replaced.
         tokenizer: folder whose tokenizer files are copied; None for a model without one.
         provenance: how the model was made (JSON values); goes to galenic.json and into the model card. Its keys
-            "title", "license" and "description" fill the card's places of that name.
+            "title", "license" and "description" fill the card's places of that name; "licences", of sources of text,
+            are listed.
         parents: models this one was made from, as they should be named on the card.
 
     Raises:
@@ -264,7 +265,7 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 ```
 
 `trust_remote_code` runs `modeling_baichuan_m1.py`, which lies in this folder. Nothing else is needed.
-{parents}
+{parents}{licences}
 ## How it was made
 
 ```json
@@ -282,6 +283,15 @@ clinical accuracy, can state falsehoods fluently, and knows only what its traini
 """
 
 
+LICENCES = """
+## Texts it learned from
+
+{sources}
+
+Whoever passes the model on takes over the duties of these licences.
+"""
+
+
 def _card(model: BaichuanM1ForCausalLM, provenance: dict[str, Any], parents: list[str]) -> str:
     """Renders the model card. Nothing in it depends on when or where it is written."""
     config = model.config
@@ -294,6 +304,7 @@ def _card(model: BaichuanM1ForCausalLM, provenance: dict[str, Any], parents: lis
     if len(recipe) > 60:
         recipe = [*recipe[:60], f"... {len(recipe) - 60} more lines in galenic.json"]
     listed = "\n".join(f"* {parent}" for parent in parents)
+    sources = "\n".join(f"* {name}: {licence}" for name, licence in provenance.get("licences", {}).items())
     body = CARD.format(
         title=provenance.get("title", "A Galenic medical language model"),
         description=provenance.get(
@@ -305,6 +316,7 @@ def _card(model: BaichuanM1ForCausalLM, provenance: dict[str, Any], parents: lis
         vocabulary=f"{config.vocab_size:,}",
         head="and an output head with unit-length rows" if config.norm_head else "and a plain output head",
         parents=f"\n## Made from\n\n{listed}\n" if parents else "",
+        licences=LICENCES.format(sources=sources) if sources else "",
         recipe="\n".join(recipe),
     )
     return "\n".join(["---", *front, "---", "", body])

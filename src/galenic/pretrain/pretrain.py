@@ -191,7 +191,10 @@ def run(config: PretrainConfig) -> None:
         trainer.save()  # the seeded start itself, so that a resume never draws weights again
 
     first = 0
+    learned: dict[str, str] = {}  # source -> licence, of what the network has read so far
     for phase in config.phases:
+        for source in sorted(source for source, share in phase.mixture.items() if share):
+            learned[source] = meta["sources"][source].get("licence", "unknown")
         steps, batches = phase_batches(config, phase, shards)
         last = first + steps
         if trainer.step <= last and not (out / phase.name).exists():
@@ -222,6 +225,7 @@ def run(config: PretrainConfig) -> None:
                 "tokens": trainer.tokens,
                 "steps": trainer.step,
                 "data": sha256_file(Path(config.tokenizer) / "tokens" / "meta.json"),
+                "licences": dict(sorted(learned.items())),
             }
             save(model, out / phase.name, tokenizer=config.tokenizer, provenance=provenance)
         first = last

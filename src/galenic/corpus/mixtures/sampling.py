@@ -12,10 +12,10 @@ histograms are summed (whole numbers, so in any order), and the weights are a pu
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class Sampling:
     """Most repetitions of a document in an epoch, all factors together (report, section 2.1.2)."""
 
     def __post_init__(self) -> None:
+        # JSON, on the command line too, has no keys but words.
+        object.__setattr__(self, "score_tiers", _numbered("score_tiers", self.score_tiers, float))
+        if not isinstance(self.count_map, str):
+            object.__setattr__(self, "count_map", _numbered("count_map", self.count_map, int))
         if any(part < 0 for part in self.score.values()) or (self.score and not sum(self.score.values())):
             raise UserError(
                 "sampling.score: the parts of scores must not be negative, and one must be above 0"
@@ -80,6 +84,14 @@ class Sampling:
                     raise UserError(f"sampling.{kind}.{key}: {value} is not a number from 0 on")
         if not self.most_repeats > 0:
             raise UserError(f"sampling.most_repeats: {self.most_repeats} is not above 0")
+
+
+def _numbered(name: str, mapping: Mapping[Any, float], kind: Callable[[Any], Any]) -> dict[Any, float]:
+    """Returns a mapping with numbers for keys."""
+    try:
+        return {kind(key): value for key, value in mapping.items()}
+    except ValueError as error:
+        raise UserError(f"sampling.{name}: {error}; its keys are numbers") from None
 
 
 # ---------------------------------------------------------------------------- ranks

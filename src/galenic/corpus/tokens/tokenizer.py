@@ -114,7 +114,10 @@ def run(config: TokenizerConfig) -> None:
         meta: dict[str, Any] = {"dtype": dtype, "vocab_size": size, "special": special, "sources": {}}
         for source in sorted(sources):
             joined = {split: join_shards(parts, folder, source, split, dtype) for split in SPLITS}
-            meta["sources"][source] = {"group": sources[source]["group"], **joined}
+            told = {
+                key: sources[source][key] for key in ("group", "title", "licence") if key in sources[source]
+            }
+            meta["sources"][source] = {**told, **joined}
         write_meta(folder, meta)
 
 
