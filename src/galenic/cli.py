@@ -166,6 +166,7 @@ def _one_line(error: Exception, config: type) -> str:
     if isinstance(error, UnicodeDecodeError):
         text = f"--config: the file is not UTF-8 text ({error.reason})"
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r"Expected a Literal\[(.*?)\]", r"Expected one of \1", text)
     names = option_names(config)
     unknown = re.search(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.-]+)", text)
     if unknown:
