@@ -110,3 +110,25 @@ def test_a_mistake_ends_the_process_at_once():
     code += "sys.argv[1:] = ['marge']; sys.exit(entry())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "did you mean 'merge'?" in done.stderr
+
+
+def test_a_fault_of_ours_ends_with_its_traceback():
+    code = "import sys; from galenic import cli; cli._run = lambda argv: {}['no such key']; sys.exit(cli.entry())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "KeyError: 'no such key'"
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+@pytest.mark.parametrize(
+    "words", ["1 requested and 0 written", "a worker failed: No space left on device (28)"]
+)
+def test_a_full_disk_is_known_by_the_words_of_libraries(kind, words, monkeypatch, capsys):
+    def full(argv):
+        raise kind(words)
+
+    monkeypatch.setattr(cli, "_run", full)
+    assert cli.main(["corpus"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error == "galenic: error: no space left on device; free some and run the same command to continue\n"
+    )

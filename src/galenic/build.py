@@ -288,8 +288,9 @@ def _checked(verb: str, config: Any) -> dict[str, Any]:
     if out.exists() and any(out.iterdir()):
         ours = (out / "provenance.json").exists()
         if not ours or read_json(out / "provenance.json")["fingerprint"] != marks["fingerprint"]:
+            what = "the result" if (out / "done.json").exists() else "unfinished work"
             raise UserError(
-                f"{out}: holds {'the result of another configuration' if ours else 'other files'}; "
+                f"{out}: holds {f'{what} of another configuration' if ours else 'other files'}; "
                 "choose another --out or remove it"
             )
     return marks

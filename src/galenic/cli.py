@@ -13,6 +13,7 @@ import io
 import os
 import re
 import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ EXTRAS = {
 }
 """Module -> the extra that installs it, of those that a verb may find missing."""
 
+FULL = re.compile(r"No space left on device|\d+ requested and \d+ written")
+"""How libraries say, without an error number, that the disk is full; the second are NumPy's words."""
+
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
        galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
        galenic chat MODEL_FOLDER
@@ -162,6 +166,7 @@ def _one_line(error: Exception, config: type) -> str:
     if isinstance(error, UnicodeDecodeError):
         text = f"--config: the file is not UTF-8 text ({error.reason})"
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
+    text = re.sub(r"Expected a Literal\[(.*?)\]", r"Expected one of \1", text)
     names = option_names(config)
     unknown = re.search(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.-]+)", text)
     if unknown:
@@ -300,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = f"{package} is needed for this: pip install 'galenic[{EXTRAS[package]}]'"
     except Exception as error:
-        if "No space left on device" not in str(error):
+        if not FULL.search(str(error)):
             raise
         message = "no space left on device; free some and run the same command to continue"
     print(f"galenic: error: {message}", file=sys.stderr)
@@ -309,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _os_error(error: OSError) -> str:
     place = f"{Path(error.filename)}: " if isinstance(error.filename, str) else ""
-    if error.errno == errno.ENOSPC:
+    if error.errno == errno.ENOSPC or FULL.search(str(error)):
         return f"{place}no space left on device; free some and run the same command to continue"
     return f"{place}{error.strerror or error}"
 
@@ -319,7 +324,11 @@ def entry() -> int:
 
     After a mistake, threads of a library may still be at work; Python would abort when it finds them at its end.
     """
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     if code:
         sys.stdout.flush()
         sys.stderr.flush()

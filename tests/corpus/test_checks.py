@@ -107,6 +107,13 @@ def test_numbers_below_nothing_are_refused(notes, changes, told):
         parse_config("corpus", notes | {"sources": [notes["sources"][0] | changes]})
 
 
+def test_a_wrong_word_is_told_with_the_right_ones(notes):
+    with pytest.raises(
+        UserError, match=r"format: Expected one of 'parquet', 'jsonl', .*'fhir'. Got value: owl"
+    ):
+        parse_config("corpus", notes | {"sources": [notes["sources"][0] | {"format": "owl"}]})
+
+
 def test_an_option_is_not_to_be_abbreviated(capsys):
     assert main(["corpus", "--out", "x", "--starter", "{}", "--decontamination.evaluation", "[]"]) == 2
     assert "did you mean 'decontamination.evaluations'?" in capsys.readouterr().err

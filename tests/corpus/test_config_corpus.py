@@ -55,7 +55,7 @@ def test_a_corpus_needs_a_source_and_names_differ():
     twice = [SourceConfig(**NOTES), SourceConfig(**NOTES)]
     with pytest.raises(UserError, match="the name 'notes' stands twice"):
         CorpusConfig(out="x", sources=twice)
-    with pytest.raises(UserError, match="the name 'hpo' stands twice"):
+    with pytest.raises(UserError, match=r"'hpo' stands twice \(the starter has one\)"):
         CorpusConfig(out="x", starter=StarterConfig(), sources=[SourceConfig(**(NOTES | {"name": "hpo"}))])
 
 

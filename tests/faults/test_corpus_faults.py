@@ -157,3 +157,7 @@ def test_too_many_failures_stop_the_run_with_the_way_out(folder):
     # the same command says the same; with a higher share it is another configuration of the same folder
     again = subprocess.run([*command(folder, folder / "out"), *limits], capture_output=True, text=True)
     assert again.returncode == 2 and "max_failures" in again.stderr
+    another = subprocess.run(
+        [*command(folder, folder / "out"), "--max_failures", "0.5"], capture_output=True, text=True
+    )
+    assert another.returncode == 2 and "holds unfinished work of another configuration" in another.stderr

@@ -196,7 +196,8 @@ class CorpusConfig:
         names = [source.name for source in self.sources] + (list(SOURCES) if self.starter else [])
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"sources: the name '{name}' stands twice; names must differ")
+                whose = " (the starter has one)" if self.starter and name in SOURCES else ""
+                raise UserError(f"sources: the name '{name}' stands twice{whose}; names must differ")
 
     def reads(self) -> list[str]:
         """Inputs on this machine, for the fingerprint and the plan: of a pattern, the folder it looks in."""
