@@ -1,5 +1,6 @@
 """What is wrong is said before the work starts: by the plan, and by a run that has written nothing yet."""
 
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from galenic.cli import main, parse_config
-from galenic.corpus import corpus
+from galenic.corpus import checks, corpus
+from galenic.corpus.config import CorpusConfig, SourceConfig
 from galenic.corpus.mixtures.sampling import Sampling
 from galenic.runtime import UserError, read_json
 
@@ -171,3 +173,16 @@ def test_tiers_are_shares_of_text(tmp_path):
     drawn = sum(len(row["text"]) * row["weight"] for row in table)
     whole = sum(len(row["text"]) for row in rows)
     assert drawn == pytest.approx(whole, rel=0.05)
+
+
+def test_a_cluster_wants_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    source = SourceConfig(name="notes", path="notes.jsonl", format="jsonl", licence="ours")
+    config = CorpusConfig(out=str(tmp_path / "out"), sources=[source], address="auto")
+    with pytest.raises(
+        UserError, match=r"nodes of a cluster need absolute paths, 'notes\.jsonl' is relative"
+    ):
+        checks.check(config, {"notes": source})
+    remote = dataclasses.replace(source, path="s3://bucket/notes.jsonl")
+    config = dataclasses.replace(config, sources=[remote])
+    assert checks.check(config, {"notes": remote}) == []

@@ -25,10 +25,8 @@ def check(config: CorpusConfig, known: Mapping[str, SourceConfig]) -> list[str]:
         UserError: something is missing, or is not what it should be.
     """
     _check_places(config)
-    if config.address and find_spec("ray") is None:
-        raise UserError(
-            "address: a cluster needs Ray: pip install 'galenic[cluster]' (here and on its nodes)"
-        )
+    if config.address:
+        _check_cluster(config)
     if config.decontamination.evaluations:
         from galenic.corpus.contamination.evaluation_items import read_items
 
@@ -54,6 +52,17 @@ def _check_places(config: CorpusConfig) -> None:
                 f"out: {config.out} lies inside {source.folder()}, which source '{source.name}' reads, so that a "
                 "second run would read the first one's result; choose a place beside it"
             )
+
+
+def _check_cluster(config: CorpusConfig) -> None:
+    if find_spec("ray") is None:
+        raise UserError(
+            "address: a cluster needs Ray: pip install 'galenic[cluster]' (here and on its nodes)"
+        )
+    paths = [config.out, *(source.path for source in config.sources), config.scorer, config.difficulty_model]
+    for path in [*paths, *config.deidentification.names]:
+        if path and "://" not in path and not Path(path).expanduser().is_absolute():
+            raise UserError(f"address: the nodes of a cluster need absolute paths, '{path}' is relative")
 
 
 def _check_model(folder: Path) -> None:

@@ -14,7 +14,7 @@ class Document:
     """The domain: the unit of mixtures and of held-out losses."""
     licence: str
     language: str
-    """`en`, `zh`, `en-zh` or `code`."""
+    """`en`, `zh`, `en-zh`, `code`, or another ISO 639-1 code."""
     category: str
     department: str
     """Medical department, or an empty string outside medicine."""

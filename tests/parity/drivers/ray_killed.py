@@ -1,4 +1,7 @@
-"""A worker of a cluster is killed in its unit, once: python ray_killed.py ADDRESS FOLDER prints the units that were done."""
+"""A worker of a cluster is killed in its unit, once; prints the units that were done.
+
+python ray_killed.py ADDRESS FOLDER
+"""
 
 import os
 import signal
