@@ -1,7 +1,7 @@
 """What workers do: one unit in, its files out. Each file appears whole or not at all; the last one says it is done.
 
     clean_unit    a slice of a source --> clean/N.parquet, ledger/N.parquet, spans/N.parquet, facts/N.npz, signatures
-    finish_unit   what was decided   --> documents/N.parquet, dropped/N.parquet
+    finish_unit   what was decided   --> result/documents.parquet/N.parquet, result/ledger.parquet/N.parquet
 
 `facts` are a few bytes a document, which is all that the deciding process holds of it.
 """
@@ -33,8 +33,6 @@ REPLACED = {"quality": "quality", "medical_value": "value"}
 """Score -> the column it takes the place of: first guesses that rules and the source's trust make without a scorer."""
 FAILURES = ("unreadable file", "malformed record", "broken encoding")
 """Reasons that speak of a broken input rather than of a document that is not wanted."""
-
-
 COUNTED = ("language", "category", "department", "split", "general", "content")
 """Columns whose values are counted."""
 RESULT, ASSEMBLED = "result", "assembled"
@@ -200,12 +198,11 @@ def _tables(unit: Unit, source: SourceConfig, ledger: _Ledger) -> Iterator[Any]:
             unit, source, lambda id, reason, detail, text: ledger.drop(id, reason, detail, text[:quote])
         )
         return
+    import pyarrow
     from pyarrow import parquet
 
     with parquet.ParquetFile(unit["files"][0]) as file:
         for batch in file.iter_batches(batch_size=2000):
-            import pyarrow
-
             yield pyarrow.Table.from_batches([batch])
 
 
