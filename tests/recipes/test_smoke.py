@@ -55,7 +55,7 @@ def artefacts(run_dir):
         "results.json",
         "flatten.json",
     )
-    files = [path for kind in kinds for path in run_dir.rglob(kind)]
+    files = [path for kind in kinds for path in run_dir.rglob(kind) if path.is_file()]
     files += list((run_dir / "10-corpus").rglob("*.jsonl"))
     return {path.relative_to(run_dir): path.read_bytes() for path in sorted(files)}
 
