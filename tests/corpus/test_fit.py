@@ -174,6 +174,7 @@ def test_wild_losses_keep_the_sizes_of_errors_and_move_whole_runs():
     assert (signs[:, 0] == signs[:, 1]).all() and len(set(signs[:, 0])) == 2
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_true_gain_about_as_often_as_it_says():
     targets, prior, other = np.full(3, 1 / 3), np.array([0.7, 0.2, 0.1]), np.full(3, 1 / 3)
     gains = exponential_losses(np.array([prior, other])) @ targets

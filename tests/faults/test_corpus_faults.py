@@ -87,6 +87,7 @@ def progress(out):
     return sum(1 for stage in STAGES for path in (out / ".work" / stage).rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(folder):
     subprocess.run(command(folder, folder / "whole"), check=True, capture_output=True)
     whole = files(folder / "whole")
