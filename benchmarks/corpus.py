@@ -32,8 +32,6 @@ from galenic.corpus.readers.wikipedia import wikipedia_documents
 from galenic.corpus.starter.wheels import Wheels
 
 ROOT = Path(__file__).parents[1]
-ROWS = 25_000
-"""Documents in a file."""
 
 
 # ---------------------------------------------------------------------------- documents
@@ -53,14 +51,14 @@ def sentences() -> list[str]:
     return [sentence for sentence in found if 40 <= len(sentence) <= 300]
 
 
-def write_documents(folder: Path, count: int, seed: int) -> int:
-    """Writes documents as Parquet files; returns their bytes of text."""
+def write_documents(folder: Path, count: int, seed: int, rows: int = 25_000) -> int:
+    """Writes documents as Parquet files of so many rows; returns their bytes of text."""
     folder.mkdir(parents=True)
     pool, rng, size = sentences(), random.Random(seed), 0
     recent: list[str] = []
-    for start in range(0, count, ROWS):
+    for start in range(0, count, rows):
         texts = []
-        for _ in range(min(ROWS, count - start)):
+        for _ in range(min(rows, count - start)):
             chance = rng.random()
             if recent and chance < 0.10:
                 text = recent[int(rng.random() * len(recent))]
@@ -76,7 +74,7 @@ def write_documents(folder: Path, count: int, seed: int) -> int:
             size += len(text.encode())
         ids = [f"d{start + i:09d}" for i in range(len(texts))]
         table = pa.table({"id": ids, "text": texts})
-        parquet.write_table(table, folder / f"{start // ROWS:05d}.parquet", compression="zstd")
+        parquet.write_table(table, folder / f"{start // rows:05d}.parquet", compression="zstd")
     return size
 
 
@@ -177,7 +175,8 @@ def against(documents: int, rounds: int, workers: int, scorer: str) -> None:
     """Prints ours and datatrove's throughput, taken in turns."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        size = write_documents(folder / "input", documents, seed=1)
+        # datatrove's workers take a file each
+        size = write_documents(folder / "input", documents, seed=1, rows=max(1000, documents // 8))
         rows = []
         for number in range(rounds):
             a = ours(folder / "input", folder / f"ours{number}", workers, scorer)
