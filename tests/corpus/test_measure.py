@@ -234,6 +234,12 @@ def test_lines_of_boilerplate_go_and_are_counted(several):
         assert tidied([result], cut=True)[0] == [result]
 
 
+def test_a_sequence_counts_whatever_stands_before_it():
+    several = ["å0銆", "Ã銆", "â€銆", "å锟斤拷", "Â锟斤拷"]
+    assert [row["mojibake"] for row in found(several)] == [1, 1, 1, 1, 1]
+    assert found(several) == [oracle(text) for text in several]
+
+
 def test_a_sequence_that_lost_its_control_character_is_remembered():
     assert tidied(["CafÃ\x83 Â\x92 Ã© \x92 a\x85"], cut=False)[1]["lost_mojibake"].tolist() == [2]
 

@@ -237,18 +237,16 @@ def _read(data: Any, begin: int, end: int, look: Any, scratch: Any, row: Any) ->
         elif point >= 0x80:
             ellipses += point == 0x2026 and run == 1
             replaced += point == 0xFFFD
-            # what Latin-1 and Windows-1252 make of two and three bytes of UTF-8; what GBK makes of a Chinese full stop,
-            # and of two replacement characters
-            if before == 0xC2 or before == 0xC3:
+            # what GBK makes of a Chinese full stop, and of two replacement characters; what Latin-1 and Windows-1252
+            # make of two and three bytes of UTF-8
+            if point == 0x9286 or (point == 0x62F7 and before == 0x65A4 and before_that == 0x951F):
+                mojibake += 1
+            elif before == 0xC2 or before == 0xC3:
                 mojibake += point <= 0xBF
             elif before_that == 0xE2 and before == 0x20AC:
                 mojibake += kind & CONTINUES > 0
             elif 0xE5 <= before_that <= 0xE8:
                 mojibake += kind & CONTINUES > 0 and look.kinds[before] & CONTINUES > 0
-            else:
-                mojibake += point == 0x9286 or (
-                    point == 0x62F7 and before == 0x65A4 and before_that == 0x951F
-                )
 
         # ---- lines
         if point == 10:
