@@ -69,6 +69,7 @@ def decreasing(lengths: np.ndarray, capacity: int) -> int:
 def pack(run: Path, phases: list[dict[str, Any]]) -> None:
     """Packs a curriculum's phases, and tells what best-fit decreasing would pad."""
     folder = run / "20-tokenizer"
+    documents, split = 0, 0.0
     for phase in phases:
         shards = {source: read_shard(folder, source, "train") for source in phase["mixture"]}
         arguments = {"tokens": phase["tokens"], "context": phase["context"], "seed": 0, "name": phase["name"]}
@@ -79,6 +80,9 @@ def pack(run: Path, phases: list[dict[str, Any]]) -> None:
             f"{phase['name']}, rows of {phase['context']}: {report} (best-fit decreasing "
             f"{1 - report.tokens / before:.2%})"
         )
+        documents += report.documents
+        split += report.documents * report.split_documents
+    print(f"all phases: split {split / documents:.2%} of {documents} documents drawn")
 
 
 def lengths(run: Path) -> None:
