@@ -47,7 +47,7 @@ from galenic.runtime import (
 
 PACKAGE = Path(__file__).parent
 STEP_NAME = re.compile(r"(\d\d)-([a-z]+)(-[a-z0-9-]+)?")
-SHARED = ("merge",)
+SHARED = ("merge", "pretrain")
 """Verbs whose work several processes can share."""
 HASH_WHOLE_BELOW = 64 * 2**20
 """Bytes: larger input files are known by size and time of change, as hashing them would take minutes."""
@@ -187,7 +187,8 @@ def _hash(value: Any) -> str:
 def fingerprint(verb: str, config: Any, run_dir: Path | None) -> dict[str, Any]:
     """Returns {"fingerprint", "config", "inputs", "code"} of a verb with its config, without doing its work."""
     values = dataclasses.asdict(config)
-    values.pop("out")
+    for name in ("out", *getattr(config, "incidental", ())):
+        values.pop(name)
     # The same run moved to another folder is the same run.
     text = json.dumps(values, sort_keys=True)
     if run_dir is not None:

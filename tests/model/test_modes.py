@@ -24,7 +24,7 @@ from model_helpers import (
 from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
 from galenic.model import load
-from galenic.model.modeling_baichuan_m1 import linear_cross_entropy
+from galenic.model.modeling_baichuan_m1 import linear_cross_entropies, linear_cross_entropy
 
 IGNORED = -100
 
@@ -490,6 +490,21 @@ def test_the_loss_without_logits_is_the_loss(shape, kind, divisor, case, dtype):
         close(slope / scale, expected[name] / scale, tolerance)
 
 
+def test_positions_with_targets_of_their_own():
+    model = build().train()
+    ids = tokens(2, 9)
+    shifted = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    for skip in (True, False):
+        expected = model(ids, labels=ids, skip_logits=skip)
+        found = model(ids, shift_labels=shifted, skip_logits=skip)
+        close(found.loss, expected.loss)
+    losses = model(ids, labels=ids, skip_logits=True).token_losses
+    logits = model(ids).logits.transpose(1, 2)
+    close(losses, F.cross_entropy(logits, shifted, ignore_index=IGNORED, reduction="none"))
+    with pytest.raises(ValueError, match="not both"):
+        model(ids, labels=ids, shift_labels=shifted)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     count=st.integers(1, 20),
@@ -508,8 +523,11 @@ def test_linear_cross_entropy_in_chunks(count, vocabulary, chunk, unit_rows, str
     targets = labels_for(torch.randint(0, vocabulary, (count,)), kind)
     rows = F.normalize(weight, dim=-1) if unit_rows else weight
     expected = F.cross_entropy(hidden @ rows.T, targets, ignore_index=IGNORED, reduction="sum") * factor
-    found = linear_cross_entropy(hidden, weight, targets, unit_rows=unit_rows, chunk_elements=chunk) * factor
+    total, each = linear_cross_entropies(hidden, weight, targets, unit_rows=unit_rows, chunk_elements=chunk)
+    found = total * factor
     close(found, expected, 1e-12)
+    assert not each.requires_grad
+    close(each, F.cross_entropy(hidden @ rows.T, targets, ignore_index=IGNORED, reduction="none"), 1e-12)
     for a, b in zip(
         torch.autograd.grad(found, (hidden, weight)),
         torch.autograd.grad(expected, (hidden, weight)),

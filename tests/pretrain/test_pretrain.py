@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 
 from galenic.model import load
 from galenic.pretrain import pretrain
-from galenic.pretrain.config import ArchitectureConfig, GuardConfig, OptimConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.config import (
+    ArchitectureConfig,
+    CheckpointConfig,
+    GuardConfig,
+    OptimConfig,
+    PhaseConfig,
+    PretrainConfig,
+)
 from galenic.runtime import UserError
 
 ARCHITECTURE = ArchitectureConfig(
@@ -52,7 +59,7 @@ def make_config(out, tokenizer_step, **changes):
         "optim": OptimConfig(lr=1e-2, warmup_steps=4),
         "guard": GuardConfig(history=5),
         "heldout_tokens": 200,
-        "checkpoint_seconds": 0.0,
+        "checkpoints": CheckpointConfig(seconds=0.0),
     }
     return PretrainConfig(**{**values, **changes})
 
@@ -154,9 +161,11 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(trained, tmp_path, tokenize
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(trained, tmp_path, tokenizer_step):
-    pretrain.run(make_config(tmp_path / "a", tokenizer_step, checkpoint_seconds=1e9))
+    pretrain.run(make_config(tmp_path / "a", tokenizer_step, checkpoints=CheckpointConfig(seconds=1e9)))
     same_models(trained, tmp_path / "a")
-    pretrain.run(make_config(tmp_path / "b", tokenizer_step, checkpoint_seconds=1e9, seed=1))
+    pretrain.run(
+        make_config(tmp_path / "b", tokenizer_step, checkpoints=CheckpointConfig(seconds=1e9), seed=1)
+    )
     with pytest.raises(AssertionError):
         same_models(trained, tmp_path / "b")
 

@@ -24,6 +24,7 @@ Source: Baichuan-M1 technical report (arXiv 2502.12671) sections 3 and 4; short 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -500,7 +501,13 @@ def causal_loss(
     Returns:
         A scalar; 0 when there is no target.
     """
-    targets = shifted_targets(labels).to(logits.device)
+    return target_loss(logits, shifted_targets(labels).to(logits.device), num_items_in_batch)
+
+
+def target_loss(
+    logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """As `causal_loss`, with the target of each position [B * T] itself."""
     total = F.cross_entropy(
         at_least_float32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum"
     )
@@ -524,9 +531,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         unit_rows: bool,
         chunk_elements: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         exact = torch.promote_types(hidden.dtype, torch.float32)
+        each = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
         scale = inverse_lengths(weight) if unit_rows else None
         weight_in = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -544,7 +552,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # log(sum(exp(logits))), read off the largest probability, which cannot underflow.
             top, at = probability.max(-1, keepdim=True)
             log_sum = logits.gather(1, at) - top.log()
-            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            losses = (log_sum - logits.gather(1, target)) * counts
+            total += losses.sum()
+            each[rows] = losses[:, 0]
             if not (needs_hidden or needs_weight):
                 continue
             slope = probability.scatter_add_(1, target, -torch.ones_like(counts))  # d loss / d logits
@@ -564,11 +574,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             along = torch.linalg.vecdot(grad_weight, weight.to(exact)) * scale**2
             grad_weight.addcmul_(weight.to(exact), along[:, None], value=-1)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(each)
+        return total, each
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_total: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+    def backward(ctx: Any, grad_total: torch.Tensor, _: Any) -> Any:  # pyrefly: ignore[bad-override]
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
@@ -587,6 +598,24 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Summed cross-entropy of a linear head, without holding the logits of more than a chunk of tokens.
 
+    See `linear_cross_entropies`; this is the first of what it returns.
+    """
+    total, _ = linear_cross_entropies(
+        hidden, weight, targets, unit_rows=unit_rows, chunk_elements=chunk_elements
+    )
+    return total
+
+
+def linear_cross_entropies(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    unit_rows: bool,
+    chunk_elements: int = 2**25,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of a linear head, summed and of each token, without the logits of more than a chunk of tokens.
+
     sum over n of log(sum over v of exp(z[n, v])) - z[n, targets[n]], z = hidden @ weight^T or, with `unit_rows`,
     hidden @ normalize(weight)^T. Once differentiable; the gradients are computed on the way, with the slopes
     d loss / d z = softmax(z) - onehot(targets) of a chunk dropped as soon as they are used.
@@ -599,16 +628,21 @@ def linear_cross_entropy(
         chunk_elements: logits held at a time; 2^25 are 128 MB in float32, twice over.
 
     Returns:
-        A scalar in float32 (float64 for float64 input), nats.
+        The sum, a scalar, and [N] the terms, 0 without target and without gradient; nats in float32 (float64 for
+        float64 input).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    kept = None
     if not torch.compiler.is_compiling():  # a data-dependent shape; and positions without target cost nothing
         kept = targets != IGNORED
-        if not bool(kept.all()):
+        if bool(kept.all()):
+            kept = None
+        else:
             hidden, targets = hidden[kept], targets[kept]
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, unit_rows, chunk_elements)
+        total, each = _LinearCrossEntropy.apply(hidden, weight, targets, unit_rows, chunk_elements)
+    return total, each if kept is None else each.new_zeros(kept.shape).masked_scatter_(kept, each)
 
 
 # ---------------------------------------------------------------------------- modules
@@ -992,6 +1026,18 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
 
+@dataclass
+class BaichuanM1CausalLMOutput(CausalLMOutputWithPast):
+    """What the language model returns.
+
+    Attributes:
+        token_losses: [B, T] float32 nats of the target of each position, 0 without one, without gradient; with
+            `skip_logits` only.
+    """
+
+    token_losses: torch.Tensor | None = None
+
+
 class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
     """The language model: hidden states to next-token logits, with loss and generation."""
 
@@ -1017,8 +1063,9 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
+        shift_labels: torch.Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> BaichuanM1CausalLMOutput:
         """Predicts the next token at every position.
 
         Args:
@@ -1033,20 +1080,26 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
             logits_to_keep: logits for the last so many positions only (0: all), or for these indices.
             num_items_in_batch: divisor of the summed loss; None means the number of targets in this batch.
             skip_logits: with labels, compute the loss without ever holding all logits; the output's are None.
+            shift_labels: [B, T] instead of labels: the target of each position itself, -100 for none. For pieces of a
+                text, whose last position's target stands in the next piece; documents are the caller's business.
             kwargs: `seqlens`, `cu_seq_lens_q`, `output_hidden_states`, ... of `BaichuanM1Model.forward`.
 
         Returns:
-            `loss` (float32 scalar, nats) if labels are given, `logits` [B, kept, V], `past_key_values`.
+            `loss` (float32 scalar, nats) if labels are given, `logits` [B, kept, V], `past_key_values`,
+            `token_losses` [B, T] with skip_logits.
 
         Raises:
             ValueError: see `BaichuanM1Model.forward`; labels outside the vocabulary or of another shape, labels
                 together with `logits_to_keep`, or `skip_logits` without labels.
         """
-        if skip_logits and labels is None:
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels or shift_labels, not both")
+        given_labels = labels if shift_labels is None else shift_labels
+        if skip_logits and given_labels is None:
             raise ValueError("skip_logits leaves nothing to return without labels")
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        if given_labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of every position: leave out logits_to_keep")
-        if use_cache is None and past_key_values is None and (self.training or labels is not None):
+        if use_cache is None and past_key_values is None and (self.training or given_labels is not None):
             use_cache = False
         given = input_ids if inputs_embeds is None else inputs_embeds
         if position_ids is None:  # the loss has to know the documents too
@@ -1062,29 +1115,35 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        if labels is not None:
-            self._check_labels(labels, hidden)
-            labels = _without_first_tokens(labels, attention_mask, position_ids)
-        loss = logits = None
-        if labels is not None and skip_logits and self._head_is_bare():
-            targets = shifted_targets(labels).to(hidden.device)
-            total = linear_cross_entropy(
+        targets = None
+        if given_labels is not None:
+            self._check_labels(given_labels, hidden)
+            if shift_labels is None:
+                given_labels = _without_first_tokens(given_labels, attention_mask, position_ids)
+                targets = shifted_targets(given_labels).to(hidden.device)
+            else:
+                targets = shift_labels.flatten().to(hidden.device)
+        loss = logits = token_losses = None
+        if targets is not None and skip_logits and self._head_is_bare():
+            total, token_losses = linear_cross_entropies(
                 hidden.flatten(0, 1), self.lm_head.weight, targets, unit_rows=self.config.norm_head
             )
             loss = total / _divisor(targets, num_items_in_batch)
+            token_losses = token_losses.view(hidden.shape[:2])
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-            if labels is not None:
-                loss = causal_loss(logits, labels, num_items_in_batch)
+            if targets is not None:
+                loss = target_loss(logits, targets, num_items_in_batch)
             if skip_logits:
                 logits = None
-        return CausalLMOutputWithPast(
+        return BaichuanM1CausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            token_losses=token_losses,
         )
 
     def _head_is_bare(self) -> bool:

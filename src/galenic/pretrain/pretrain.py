@@ -186,7 +186,7 @@ def run(config: PretrainConfig) -> None:
         return
 
     model = build_model(config.architecture, meta, config.phases[0])
-    trainer = Trainer(model, config.optim, config.guard, out, config.checkpoint_seconds)
+    trainer = Trainer(model, config.optim, config.guard, out, config.checkpoints.seconds)
     if not trainer.resume():
         trainer.save()  # the seeded start itself, so that a resume never draws weights again
 
