@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from galenic.runtime import UserError, read_json, sha256_file
@@ -47,7 +48,7 @@ def empty_state(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]
     state = {}
     for entry, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
         name = entry.split(".", 1)[1]
-        if name not in parameters:
+        if name not in parameters or not isinstance(found, TensorStorageMetadata):
             raise UserError(f"{folder}: holds {entry}, but this run trains no such parameter")
         like, dtype = parameters[name].detach(), found.properties.dtype
         if len(found.size):
@@ -127,26 +128,43 @@ def one_line(error: BaseException) -> str:
     return told if isinstance(error, OSError) else f"{type(error).__name__}: {told}"
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's run.json; what is wrong with it stands under `problem`."""
+    file = folder / "run.json"
+    about: Any = None
+    try:
+        about = read_json(file)
+        whole = {"run", "phase_end", "matches"} < about.keys() and about["step"] == step_of(folder)
+        whole = whole and about["tensor"] >= 1 and all(len(entry) == 2 for entry in about["files"].values())
+    except UserError as error:
+        return {"problem": str(error)}
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    return about if whole else {"problem": f"{file}: damaged"}
+
+
 def step_of(folder: Path) -> int:
+    """Returns the step in a checkpoint's name."""
     return int(folder.name.split("-")[1])
 
 
 def replaced(folder: Path) -> Path:
+    """Names where a checkpoint waits while one of the same step takes its place."""
     return folder.with_name(f"{folder.name}.replaced")
 
 
 def ends_phase(folder: Path) -> bool:
-    try:
-        return bool(read_json(folder / "run.json").get("phase_end"))
-    except (UserError, AttributeError):
-        return False
+    """Whether a phase ends at a checkpoint."""
+    return bool(read_about(folder).get("phase_end"))
 
 
 def as_text(value: Any) -> str:
+    """Writes a JSON value."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def flush(path: Path) -> None:
+    """Waits until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,6 +19,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +40,7 @@ from galenic.pretrain.checkpoint_folder import (
     flush,
     one_line,
     optimizer_state,
+    read_about,
     replaced,
     spread,
     step_of,
@@ -73,6 +76,7 @@ class Checkpoints:
         tensor: devices that share each matrix; the rows of some matrices are grouped by them.
         rows: `rows(name, tensor)` tells which of its official rows a parameter holds, in their order, when so many
             devices share it: (rows,) int64, or None where they stand as they are.
+        timeout: seconds after which a rank gives up waiting for another.
     """
 
     def __init__(
@@ -83,12 +87,12 @@ class Checkpoints:
         run: Mapping[str, Any] | None = None,
         tensor: int = 1,
         rows: Callable[[str, int], torch.Tensor | None] | None = None,
+        timeout: float = 600.0,
     ) -> None:
         self.out, self.config, self.tensor, self.rows = Path(out), config, tensor, rows
         self.matches = json.loads(json.dumps(run or {}))  # as it will be read back
-        several = ranks() > 1 and distributed.is_initialized()
-        self.group = distributed.new_group(backend="gloo") if several else None  # of the thread
-        self.asking = distributed.new_group(backend="gloo") if several else None  # of `due`
+        self.group = _new_group(timeout)  # of the thread
+        self.asking = _new_group(timeout)  # of `due`
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.stager: DefaultStager | None = None
         self.writing: Future[None] | None = None
@@ -163,19 +167,16 @@ class Checkpoints:
             "model": {name: parameter.detach() for name, parameter in trained(model)},
             "optimizer": optimizer_state(model, optimizer),
         }
-        notes = {"schedule.json": schedule, "reader.json": reader}
+        # Written out now: they may change while the thread works.
+        texts = {"schedule.json": as_text(schedule), "reader.json": as_text(reader)}
         about = {
             "step": step,
             "phase_end": phase_end,
-            "run": run,
+            "run": json.loads(as_text(run)),
             "ranks": ranks(),
             "tensor": self.tensor,
             "matches": self.matches,
         }
-        texts = {
-            name: as_text(value) for name, value in notes.items()
-        }  # now: they may change under the thread
-        about = json.loads(as_text(about))
         if self.config.asynchronous:
             self.stager = self.stager or DefaultStager(
                 StagingOptions(
@@ -237,21 +238,13 @@ class Checkpoints:
             (partial / "run.json").write_text(as_text(about), encoding="utf-8")
             for path in (partial / "run.json", *(partial / name for name in state), partial):
                 flush(path)
-            if (
-                folder.exists()
-            ):  # the same step again; `_clean` puts it back if the kill comes between the two
+            if folder.exists():  # the same step again; `_clean` puts it back after a kill between the two
                 os.replace(folder, replaced(folder))
             os.replace(partial, folder)
             flush(self.out)
             remove(replaced(folder))
             self._remove_older(step)
 
-        failed = f"checkpoint of step {step} not written"
-        kept = (
-            f"that of step {self.newest} in {self.out} is kept"
-            if self.newest is not None
-            else "there is none before"
-        )
         try:
             self._together(begin)
             self._together(see)
@@ -259,15 +252,18 @@ class Checkpoints:
             self._together(lambda: publish(files))
         except UserError as error:
             if rank() == 0:
-                remove(partial)
-            raise UserError(f"{failed}; {kept}: {error}") from None
+                with suppress(OSError):
+                    remove(partial)
+            before = (
+                "there is none before it" if self.newest is None else f"that of step {self.newest} is kept"
+            )
+            raise UserError(f"{folder}: not written, {before}: {error}") from error.__cause__
         self.newest = step
 
     def _remove_older(self, step: int) -> None:
         """Removes what need not stay beside the checkpoint of `step`; rank 0."""
-        for old in [folder for folder in self._folders() if step_of(folder) < step][
-            : -self.config.keep + 1 or None
-        ]:
+        older = [folder for folder in self._folders() if step_of(folder) < step]
+        for old in older[: len(older) + 1 - self.config.keep]:
             if not (self.config.keep_phase_ends and ends_phase(old)):
                 self._take_away(old)
 
@@ -316,70 +312,51 @@ class Checkpoints:
         """Removes what a killed run left half-done; rank 0."""
         if rank() > 0:
             return
-        for replaced in self.out.glob("checkpoint-*.replaced"):
-            whole = replaced.with_name(replaced.name.removesuffix(".replaced"))
+        for old in self.out.glob("checkpoint-*.replaced"):
+            whole = old.with_name(old.name.removesuffix(".replaced"))
             if whole.exists():
-                remove(replaced)
+                remove(old)
             else:
-                os.replace(replaced, whole)
+                os.replace(old, whole)
         for partial in self.out.glob(".checkpoint-*.partial"):
             remove(partial)
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        """Returns the newest checkpoint that is whole and what its run.json says; sets newer ones aside.
+
+        Raises:
+            UserError: it is of another configuration, or all are damaged.
+        """
         folders = self._together(lambda: [str(folder) for folder in reversed(self._folders())])[0]
-        damaged: list[tuple[Path, str]] = []
+        problems: dict[Path, str] = {}
         for folder in map(Path, folders):
-            about, problem = self._together(
-                lambda folder=folder: self._about(folder) if rank() == 0 else None
-            )[0]
-            if about is not None:
-                wrong = self._together(
+            about = self._together(lambda folder=folder: read_about(folder) if rank() == 0 else {})[0]
+            if "problem" not in about:
+                if differing := differences(about["matches"], self.matches):
+                    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+                    raise UserError(
+                        f"{folder}: made with another configuration: {'; '.join(differing[:5])}{more}; "
+                        "give what it was made with, or another `out`"
+                    )
+                found = self._together(
                     lambda folder=folder, about=about: damage(folder, about["files"], rank(), ranks())
                 )
-                problem = next(filter(None, wrong), None)
-            if problem is None and about is not None:
-                self._set_aside(damaged, folder)
+                if problem := next(filter(None, found), None):
+                    about["problem"] = problem
+            if "problem" not in about:
+                self._together(lambda folder=folder: self._set_aside(problems, folder))
                 return folder, about
-            damaged.append((folder, str(problem)))
-        if damaged:
+            problems[folder] = about["problem"]
+        for folder, problem in problems.items():
             raise UserError(
-                f"{damaged[0][1]}, and there is no other whole checkpoint; "
-                f"remove {damaged[0][0]} to start from the beginning"
+                f"{problem}, and there is no older whole checkpoint; remove {folder} to start from the beginning"
             )
         return None
 
-    def _about(self, folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-        """Reads run.json; returns it, or what is wrong with it.
-
-        Raises:
-            UserError: it is of another configuration.
-        """
-        try:
-            about = read_json(folder / "run.json")
-            given, files = about["matches"], about["files"]
-            whole = (
-                isinstance(files, dict)
-                and about["step"] == step_of(folder)
-                and about["tensor"]
-                and about["run"] is not None
-            )
-        except UserError as error:
-            return None, str(error)
-        except (KeyError, TypeError):
-            whole = False
-        if not whole:
-            return None, f"{folder / 'run.json'}: damaged"
-        differing = differences(given, self.matches)
-        if differing:
-            raise UserError(
-                f"{folder}: made with another configuration: {'; '.join(differing[:5])}"
-                f"{' and more' if len(differing) > 5 else ''}; give what it was made with, or another `out`"
-            )
-        return about, None
-
-    def _set_aside(self, damaged: list[tuple[Path, str]], folder: Path) -> None:
+    def _set_aside(self, problems: Mapping[Path, str], folder: Path) -> None:
+        """Renames the damaged checkpoints that are newer than the one in use; rank 0."""
         if rank() == 0:
-            for bad, problem in damaged:
+            for bad, problem in problems.items():
                 aside = bad.with_name(f"{bad.name}.damaged")
                 remove(aside)
                 os.replace(bad, aside)
@@ -439,15 +416,15 @@ class Checkpoints:
         self.thread.shutdown(wait=True)
         if self.stager is not None:
             self.stager.close()
-            self.stager = None
-        if self.group is not None and distributed.is_initialized():
-            distributed.destroy_process_group(self.group)
-        self.group = None
+        groups, self.group, self.asking, self.stager = [self.group, self.asking], None, None, None
+        for group in groups:
+            if group is not None and distributed.is_initialized():
+                distributed.destroy_process_group(group)
 
     def _folders(self) -> list[Path]:
         """Whole checkpoints, oldest first, by step."""
         return sorted(
-            (path for path in self.out.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=_step
+            (path for path in self.out.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=step_of
         )
 
     def _together(self, work: Callable[[], T]) -> list[T]:
@@ -468,3 +445,9 @@ class Checkpoints:
             if error is not None:
                 raise UserError(error) from own
         return [value for value, _ in told]
+
+
+def _new_group(timeout: float) -> Any:
+    if ranks() == 1 or not distributed.is_initialized():
+        return None
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
