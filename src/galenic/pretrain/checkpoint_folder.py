@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from galenic.pretrain.tensor_parallel import regrouped_rows
 from galenic.runtime import UserError, read_json, sha256_file
 
 FILE_BYTES = 2**28
@@ -56,6 +57,24 @@ def empty_state(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]
         else:  # a fused optimizer counts its steps where the parameter is
             state[entry] = torch.zeros((), dtype=dtype, device=like.device)
     return state
+
+
+def tensor_degree(model: torch.nn.Module) -> int:
+    """Returns how many devices share each matrix."""
+    for parameter in model.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and "tensor" in (mesh.mesh_dim_names or ()):
+            return mesh["tensor"].size()
+    return 1
+
+
+def moves(name: str, value: torch.Tensor, model: Any, saved: int, now: int) -> bool:
+    """Whether a tensor's rows stand in another order when `now` devices share it than when `saved` do."""
+    if saved == now or value.ndim != 2:
+        return False
+    official = torch.arange(len(value)).unsqueeze(1)
+    orders = [regrouped_rows(name, official, model.config, degree) for degree in (saved, now)]
+    return not torch.equal(*orders)
 
 
 def fill(target: torch.Tensor, whole: torch.Tensor) -> None:

@@ -38,15 +38,18 @@ from galenic.pretrain.checkpoint_folder import (
     ends_phase,
     fill,
     flush,
+    moves,
     one_line,
     optimizer_state,
     read_about,
     replaced,
     spread,
     step_of,
+    tensor_degree,
     trained,
 )
 from galenic.pretrain.config import CheckpointConfig
+from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows
 from galenic.ranks import rank, ranks
 from galenic.runtime import UserError, read_json, remove, sha256_file
 
@@ -73,9 +76,6 @@ class Checkpoints:
         config: when, how many, and whether in the background.
         run: what must be the same for a run to continue (JSON values): architecture, optimizer, phases, seed, digest of
             the data, precision.
-        tensor: devices that share each matrix; the rows of some matrices are grouped by them.
-        rows: `rows(name, tensor)` tells which of its official rows a parameter holds, in their order, when so many
-            devices share it: (rows,) int64, or None where they stand as they are.
         timeout: seconds after which a rank gives up waiting for another.
     """
 
@@ -85,11 +85,9 @@ class Checkpoints:
         config: CheckpointConfig,
         *,
         run: Mapping[str, Any] | None = None,
-        tensor: int = 1,
-        rows: Callable[[str, int], torch.Tensor | None] | None = None,
         timeout: float = 600.0,
     ) -> None:
-        self.out, self.config, self.tensor, self.rows = Path(out), config, tensor, rows
+        self.out, self.config = Path(out), config
         self.matches = json.loads(json.dumps(run or {}))  # as it will be read back
         self.group = _new_group(timeout)  # of the thread
         self.asking = _new_group(timeout)  # of `due`
@@ -174,7 +172,7 @@ class Checkpoints:
             "phase_end": phase_end,
             "run": json.loads(as_text(run)),
             "ranks": ranks(),
-            "tensor": self.tensor,
+            "tensor": tensor_degree(model),
             "matches": self.matches,
         }
         if self.config.asynchronous:
@@ -263,7 +261,7 @@ class Checkpoints:
     def _remove_older(self, step: int) -> None:
         """Removes what need not stay beside the checkpoint of `step`; rank 0."""
         older = [folder for folder in self._folders() if step_of(folder) < step]
-        for old in older[: len(older) + 1 - self.config.keep]:
+        for old in older[: max(0, len(older) + 1 - self.config.keep)]:
             if not (self.config.keep_phase_ends and ends_phase(old)):
                 self._take_away(old)
 
@@ -295,9 +293,9 @@ class Checkpoints:
             return None
         folder, about = found
         weights = {name: parameter.detach() for name, parameter in trained(model)}
-        self._read(folder / "model", weights, about["tensor"])
         state = empty_state(folder / "optimizer", model)
-        self._read(folder / "optimizer", state, about["tensor"])
+        self._read(folder / "model", weights, model, about["tensor"])
+        self._read(folder / "optimizer", state, model, about["tensor"])
         parameters = dict(trained(model))
         optimizer.state.clear()
         for entry, value in state.items():
@@ -362,32 +360,19 @@ class Checkpoints:
                 os.replace(bad, aside)
                 print(f"galenic: warning: {problem}; continuing from {folder}", file=sys.stderr, flush=True)
 
-    def _read(self, folder: Path, values: dict[str, torch.Tensor], saved: int) -> None:
-        """Fills tensors from a folder; those whose rows were in another order, one at a time from whole ones."""
+    def _read(self, folder: Path, values: dict[str, torch.Tensor], model: Any, saved: int) -> None:
+        """Fills tensors from a folder; where `saved` devices grouped their rows in another way, one after the other."""
         there = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         if missing := sorted(values.keys() ^ there.keys()):
             raise UserError(f"{folder}: holds other tensors than this run's, {missing[0]} first")
-        orders = {name: self._orders(name, saved) for name, value in values.items() if value.ndim}
-        moved = {name: order for name, order in orders.items() if order is not None}
+        now = tensor_degree(model)
+        moved = {name for name, value in values.items() if moves(name, value, model, saved, now)}
         self._load({name: value for name, value in values.items() if name not in moved}, folder)
-        for name, (was, now) in moved.items():
+        for name in sorted(moved):
             whole = torch.empty(values[name].shape, dtype=values[name].dtype)
             self._load({name: whole}, folder)
-            official = torch.empty_like(whole)
-            official[was] = whole
-            fill(values[name], official[now])
-
-    def _orders(self, name: str, saved: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns the order of a tensor's rows in the folder and here, where they differ."""
-        if self.rows is None or saved == self.tensor:
-            return None
-        parameter = re.sub(r"^[a-z_]+\.(?=model\.|lm_head)", "", name)
-        orders = [self.rows(parameter, degree) for degree in (saved, self.tensor)]
-        known = next((order for order in orders if order is not None), None)
-        if known is None:
-            return None
-        was, now = (torch.arange(len(known)) if order is None else order for order in orders)
-        return was, now
+            official = official_rows(name, whole, model.config, saved)
+            fill(values[name], regrouped_rows(name, official, model.config, now))
 
     def _load(self, values: dict[str, torch.Tensor], folder: Path) -> None:
         reader = HuggingFaceStorageReader(str(folder))
