@@ -10,7 +10,6 @@ from galenic.pretrain import watch as module
 from galenic.pretrain.config import WatchConfig
 from galenic.pretrain.sinks import MODULES, run_name, scalars
 from galenic.pretrain.watch import (
-    Stage,
     Watch,
     matmul_peak,
     memory_gb,
@@ -49,14 +48,8 @@ def test_mfu_is_the_models_own_flops_over_what_the_devices_could():
 
 
 def test_time_left_counts_later_phases_by_their_flops():
-    stages = {
-        "a": Stage(tokens=100, flops_per_token=2.0),
-        "b": Stage(tokens=50, flops_per_token=4.0),
-    }
-    # 40 tokens at 10/s take 4 s; a token of b costs twice as much: 50 at 5/s take 10 s
-    assert seconds_left({"a": 40, "b": 50}, stages, 10.0, "a") == pytest.approx(14.0)
-    unknown = {name: Stage(tokens=1, flops_per_token=0.0) for name in "ab"}
-    assert seconds_left({"a": 40, "b": 50}, unknown, 10.0, "a") == pytest.approx(9.0)
+    # 40 tokens of 2 FLOP at 20 FLOP/s take 4 s; 50 of 4 FLOP take 10 s
+    assert seconds_left([(40, 2.0), (50, 4.0)], 20.0) == pytest.approx(14.0)
 
 
 def test_the_peak_is_the_median_of_several_products(monkeypatch):
@@ -92,11 +85,13 @@ def test_memory_is_the_most_this_process_has_held():
 def test_a_row_is_on_disk_at_once_with_what_is_measured(tmp_path, monkeypatch):
     clock = iter([100.0, 103.0, 104.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    stages = {
-        "p": Stage(tokens=40, flops_per_token=5e9),
-        "q": Stage(tokens=20, flops_per_token=10e9),
-    }
-    told = Watch(tmp_path, WatchConfig(peak_tflops=0.2), stages=stages, devices=2)
+    told = Watch(
+        tmp_path,
+        WatchConfig(peak_tflops=0.2),
+        flops_per_token={"p": 5e9, "q": 10e9},
+        tokens={"p": 40, "q": 20},
+        devices=2,
+    )
     told.row(train_row(1))
     (row,) = lines(tmp_path)  # before anything is closed
     assert row.items() >= train_row(1).items()
@@ -113,7 +108,7 @@ def test_a_row_is_on_disk_at_once_with_what_is_measured(tmp_path, monkeypatch):
     told.close()
 
 
-def test_without_stages_there_is_no_mfu_and_no_time_left(tmp_path):
+def test_without_flops_and_phases_there_is_no_mfu_and_no_time_left(tmp_path):
     row = Watch(tmp_path).row(train_row(1))
     assert "mfu" not in row and "eta_seconds" not in row
 
@@ -126,7 +121,7 @@ def test_a_resumed_run_cuts_later_rows_and_a_line_cut_short(tmp_path):
     told.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')
-    again = Watch(tmp_path, stages={"p": Stage(tokens=100, flops_per_token=0.0)})
+    again = Watch(tmp_path, tokens={"p": 100})
     again.resume(3)
     assert [(row["kind"], row["step"]) for row in again.rows()] == [
         *(("train", 1), ("heldout", 1), ("train", 2), ("heldout", 2), ("train", 3), ("heldout", 3)),

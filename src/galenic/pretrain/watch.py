@@ -14,8 +14,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,16 +25,6 @@ from galenic.runtime import human, peak_memory_bytes, read_jsonl, write_jsonl
 
 WINDOW = 100
 """Steps over which the speed is averaged that the time left is told by."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What a phase has to do."""
-
-    tokens: int
-    """Of all its steps."""
-    flops_per_token: float
-    """Of forward and backward pass; 0: not known."""
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -51,19 +40,16 @@ def model_flops_utilisation(
     return tokens_per_second * flops_per_token / (devices * peak)
 
 
-def seconds_left(left: Mapping[str, float], stages: Mapping[str, Stage], speed: float, now: str) -> float:
+def seconds_left(left: Sequence[tuple[float, float]], flops_per_second: float) -> float:
     """Seconds to the end of the curriculum, if the machine keeps the FLOP/s it has now.
 
-    A token of a phase with a longer context costs more; where FLOPs are not known, all tokens cost the same.
+    A token of a phase with a longer context costs more.
 
     Args:
-        left: phase -> tokens still to train on.
-        stages: the phases.
-        speed: tokens per second in the present phase.
-        now: the present phase.
+        left: (tokens still to train on, FLOPs of a token) of each phase.
+        flops_per_second: that training has reached lately.
     """
-    cost = {name: stages[name].flops_per_token or 1.0 for name in left}
-    return sum(tokens * cost[name] for name, tokens in left.items()) / (speed * cost[now])
+    return sum(tokens * cost for tokens, cost in left) / flops_per_second
 
 
 def matmul_peak(device: str, dtype: Any, *, size: int | None = None, repeats: int = 9) -> float:
@@ -113,7 +99,8 @@ class Watch:
     Args:
         out: folder of `metrics.jsonl`.
         config: where else rows go, what MFU is measured against.
-        stages: phase -> what it has to do; without, no MFU and no time left are told.
+        flops_per_token: phase -> of forward and backward pass, or one number for all; 0: not known, no MFU.
+        tokens: phase -> tokens of all its steps, in order; without, no time left is told.
         devices: accelerators (or processes) in all.
         device: `cpu` or `cuda`.
     """
@@ -123,12 +110,13 @@ class Watch:
         out: Path,
         config: WatchConfig | None = None,
         *,
-        stages: Mapping[str, Stage] | None = None,
+        flops_per_token: Mapping[str, float] | float = 0.0,
+        tokens: Mapping[str, int] | None = None,
         devices: int = 1,
         device: str = "cpu",
     ) -> None:
         self.out, self.config = out, config or WatchConfig()
-        self.stages = dict(stages or {})
+        self.flops_per_token, self.phases = flops_per_token, dict(tokens or {})
         self.devices, self.device = devices, device
         self.scored: set[int] = set()
         """Steps after which the held-out documents were scored."""
@@ -214,18 +202,18 @@ class Watch:
                     self._sinks.remove(sink)
         return row
 
+    def _flops(self, phase: str) -> float:
+        known = self.flops_per_token
+        return known.get(phase, 0.0) if isinstance(known, Mapping) else known
+
     def _measured(self, row: dict[str, Any]) -> dict[str, Any]:
+        """MFU, memory and time left, where they are known."""
         phase, found = row.get("phase", ""), {}
-        stage = self.stages.get(phase)
-        if stage and stage.flops_per_token:
-            found["mfu"] = round(
-                model_flops_utilisation(
-                    row["tokens_per_second"], stage.flops_per_token, devices=self.devices, peak=self.peak()
-                ),
-                4,
-            )
+        if cost := self._flops(phase):
+            speed, peak = row["tokens_per_second"], self.peak()
+            found["mfu"] = round(model_flops_utilisation(speed, cost, devices=self.devices, peak=peak), 4)
         found["memory_gb"] = round(memory_gb(self.device), 3)
-        if stage:
+        if phase in self.phases:
             found["eta_seconds"] = round(self._eta(phase, row), 1)
         return found
 
@@ -238,12 +226,13 @@ class Watch:
             self._pace.append((now - row["seconds"], row["tokens"] - self._step_tokens(row)))
         self._pace.append((now, row["tokens"]))
         (then, before), (now, after) = self._pace[0], self._pace[-1]
-        names = list(self.stages)
-        left = {
-            name: max(0, self.stages[name].tokens - self._done.get(name, 0))
+        names = list(self.phases)
+        cost = {name: self._flops(name) or 1.0 for name in names}  # not known: all tokens cost the same
+        left = [
+            (max(0, self.phases[name] - self._done.get(name, 0)), cost[name])
             for name in names[names.index(phase) :]
-        }
-        return seconds_left(left, self.stages, (after - before) / max(now - then, 1e-9), phase)
+        ]
+        return seconds_left(left, cost[phase] * (after - before) / max(now - then, 1e-9))
 
     @staticmethod
     def _step_tokens(row: dict[str, Any]) -> int:
