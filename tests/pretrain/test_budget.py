@@ -12,10 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain import budget
-from galenic.pretrain.budget import Layout
-from galenic.pretrain.config import ParallelConfig
-from galenic.runtime import UserError
+from galenic.pretrain import budget, memory
+from galenic.pretrain.memory import ALONE
+from galenic.pretrain.parallel import Degrees
 
 SMALL = {
     "vocab_size": 512,
@@ -113,36 +112,6 @@ def test_seconds():
     assert budget.seconds(1e15, devices=5, peak_tflops=100, mfu=0.5) == pytest.approx(4.0)
 
 
-# ---------------------------------------------------------------------------- devices
-
-
-def test_devices_are_laid_out_or_refused():
-    left = budget.lay_out(ParallelConfig(replicate=2, context=2), 16)
-    assert (left.shard, left.data_ranks, left.sharers, left.devices) == (4, 8, 8, 16)
-    with pytest.raises(UserError, match="fewer devices than asked: .*= 8, there are 4"):
-        budget.lay_out(ParallelConfig(replicate=2, shard=4), 4)
-    with pytest.raises(UserError, match="fewer devices than asked"):
-        budget.lay_out(ParallelConfig(tensor=8), 4)
-    with pytest.raises(UserError, match="left over: .* = 6, there are 8"):
-        budget.lay_out(ParallelConfig(shard=3, tensor=2), 8)
-
-
-@pytest.mark.parametrize(
-    ("parallel", "says"),
-    [
-        ({"shard": 3}, "3 data ranks .* cannot share evenly"),
-        ({"shard": 2, "micro_rows": 3}, "3 does not divide the 4 rows"),
-        ({"shard": 2, "micro_rows": 8}, "8 does not divide the 4 rows"),
-        ({"shard": 1, "context": 3}, "no multiple of 6"),
-    ],
-)
-def test_rows_that_cannot_be_dealt_out_are_refused(parallel, says):
-    parallel = ParallelConfig(**parallel)
-    layout = budget.lay_out(parallel, parallel.shard * parallel.context)
-    with pytest.raises(UserError, match=says):
-        budget.micro_rows(parallel, layout, 8, 64, "p")
-
-
 # ---------------------------------------------------------------------------- memory
 
 
@@ -152,16 +121,16 @@ def test_the_state_of_one_device_is_that_of_its_tensors():
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(**packed(), labels=packed()["input_ids"]).loss.backward()
     optimizer.step()
-    found = budget.state(config, Layout())
+    found = memory.state(config, ALONE)
     assert found.weights == found.gradients == sum(p.nbytes for p in model.parameters())
     moments = [value for one in optimizer.state.values() for key, value in one.items() if key != "step"]
     assert found.moments == sum(moment.nbytes for moment in moments)
-    assert budget.checkpoint_bytes(config) == found.saved == 12 * budget.parameters(config).total
+    assert memory.checkpoint_bytes(config) == found.saved == 12 * budget.parameters(config).total
 
 
 def test_muon_keeps_one_moment_for_matrices():
     config, found = make_config(), budget.parameters(make_config())
-    assert budget.state(config, Layout(), "muon").moments == 8 * found.total - 4 * found.matrices
+    assert memory.state(config, ALONE, "muon").moments == 8 * found.total - 4 * found.matrices
 
 
 SHARDED = """
@@ -169,7 +138,8 @@ import json, os, sys, torch
 import torch.distributed as distributed
 from torch.distributed.fsdp import fully_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain import budget
+from galenic.pretrain import memory
+from galenic.pretrain.parallel import Degrees
 distributed.init_process_group("gloo")
 rank, ranks = distributed.get_rank(), distributed.get_world_size()
 mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
@@ -187,9 +157,9 @@ def local(tensor):
 weights = sum(local(p) for p in model.parameters())
 gradients = sum(local(p.grad) for p in model.parameters())
 moments = sum(local(v) for one in optimizer.state.values() for k, v in one.items() if k != "step")
-found = budget.state(config, budget.Layout(shard=ranks), rank=rank)
+found = memory.state(config, Degrees(1, ranks, 1, 1), rank=rank)
 assert (weights, gradients, moments) == (found.weights, found.gradients, found.moments), (rank, found)
-other = budget.state(config, budget.Layout(shard=ranks), rank=0)
+other = memory.state(config, Degrees(1, ranks, 1, 1), rank=0)
 assert other.total >= found.total and (rank == 0 or other.total > found.total)
 distributed.destroy_process_group()
 """
@@ -228,7 +198,7 @@ def test_tensor_parallelism_splits_what_the_heads_allow():
     whole = budget.shapes(config)
 
     def split(name, tensor):
-        return budget.split_shape(config, name, whole[name], tensor)
+        return memory.split_shape(config, name, whole[name], tensor)
 
     assert split("model.layers.0.self_attn.W_pack.weight", 2) == (3072, 5120)
     assert split("model.layers.0.self_attn.W_pack.weight", 4) == (6144, 5120)  # 2 global KV heads
@@ -239,7 +209,7 @@ def test_tensor_parallelism_splits_what_the_heads_allow():
     assert split("model.layers.1.mlp.down_proj.weight", 4) == (5120, 4352)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"):
         assert split(name, 4) == whole[name]
-    full, quarter = budget.state(config, Layout()), budget.state(config, Layout(tensor=4))
+    full, quarter = memory.state(config, ALONE), memory.state(config, Degrees(1, 1, 1, 4))
     assert quarter.weights < full.weights * 0.4
     assert quarter.weights == 4 * sum(prod(split(name, 4)) for name in whole)
 
@@ -271,19 +241,19 @@ def test_activations_are_what_autograd_keeps(changes, precision):
     model = BaichuanM1ForCausalLM(config).to(precision).train()
     bfloat16 = precision == torch.bfloat16
     kept = saved_bytes(model, packed(batch=3))
-    found = budget.memory(
-        config, Layout(), rows=3, micro=3, context=64, bfloat16=bfloat16, grouped=False
+    found = memory.memory(
+        config, ALONE, rows=3, micro=3, context=64, bfloat16=bfloat16, grouped=False
     ).activations
-    last_norm = 3 * 64 * (budget.norm_bytes(config, precision.itemsize) - 64 * precision.itemsize)
+    last_norm = 3 * 64 * (memory.norm_bytes(config, precision.itemsize) - 64 * precision.itemsize)
     assert kept == pytest.approx(found + last_norm, rel=0.02)
 
 
 def test_memory_adds_up_and_reacts():
     config = BaichuanM1Config()
-    layout = Layout(shard=64)
+    spread = Degrees(1, 64, 1, 1)
 
-    def of(layout=layout, **changes):
-        return budget.memory(config, layout, **{"rows": 256, "micro": 1, "context": 8192, **changes})
+    def of(spread=spread, **changes):
+        return memory.memory(config, spread, **{"rows": 256, "micro": 1, "context": 8192, **changes})
 
     plain, selective, full = of(), of(recompute="selective"), of(recompute="full")
     assert plain.activations > selective.activations > full.activations
@@ -291,7 +261,7 @@ def test_memory_adds_up_and_reacts():
     rotary = 8192 * 8 * (128 + 256)
     assert full.activations == 8192 * 40 * 5120 * 2 + rotary
     assert of(micro=2, recompute="full").activations == 2 * full.activations
-    halved = of(Layout(shard=32, context=2), recompute="full")
+    halved = of(Degrees(1, 32, 2, 1), recompute="full")
     assert (halved.activations, halved.state) == (full.activations // 2, full.state)
     assert of().accumulates and not of(rows=64).accumulates
     assert full.peak > full.at_loss - 1 and full.peak > full.state.total
