@@ -150,9 +150,10 @@ def test_muon_is_torchs_up_to_its_bfloat16():
         weights.append(weight.detach())
     moved = [weight - start for weight in weights]
     assert float((moved[0] - moved[1]).norm() / moved[0].norm()) < 0.02
-    assert float(moved[0].norm() / start.norm()) > 0.1
+    assert float(moved[0].norm() / start.norm()) > 0.02
 
 
+@pytest.mark.slow
 def test_sharded_parameters_take_the_steps_of_whole_ones():
     """Four processes: FSDP over four, and over two with tensor parallelism over two."""
     with socket.socket() as free:

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -124,7 +125,7 @@ def test_constant_is_the_peak_throughout():
 def test_no_step_changes_the_rate_by_much(steps, warm, schedule, decay):
     """Phases that go on where the one before ended make one continuous curve, whatever the warm-up covers."""
     phases = [{"final_lr": 1.0 - 0.9 * (k + 1) / len(steps), "decay": decay} for k in range(len(steps))]
-    for before, phase in zip(phases, phases[1:], strict=False):
+    for before, phase in pairwise(phases):
         phase["lr"] = before["final_lr"]
     config = make(phases, schedule, warmup_steps=warm)
     found = [value for phase in rates(config, steps) for value in phase]
@@ -134,5 +135,5 @@ def test_no_step_changes_the_rate_by_much(steps, warm, schedule, decay):
     lengths = [min(n, max(first + n - warm, 1)) for n, first in zip(steps, firsts, strict=True)]
     most = math.pi / 2 * 0.9 / (len(steps) * min(lengths)) if schedule == "wsd" else 0
     most = max(most, math.pi / 2 * 0.9 / max(sum(steps) - warm, 1), 1 / warm if warm else 0)
-    jumps = [abs(b - a) for a, b in zip(found, found[1:], strict=False)]
+    jumps = [abs(b - a) for a, b in pairwise(found)]
     assert max(jumps, default=0) <= most + 1e-12
