@@ -356,12 +356,15 @@ def build(recipe: Path, run_dir: Path) -> None:
 
 
 def plan(recipe: Path, run_dir: Path) -> None:
-    """Prints what each step would do; a step whose inputs are not there yet says which."""
+    """Prints what each step would do; a step whose inputs are not there yet says which.
+
+    A configuration that says what it expects of its inputs is planned without them.
+    """
     for step in read_recipe(recipe, run_dir):
         module = importlib.import_module(VERBS[step.verb][1])
         waits = [path for path in step.config.reads() if not Path(path).exists()]
         inside = [path for path in waits if Path(path).is_relative_to(run_dir)]
-        if inside:
+        if inside and getattr(step.config, "expected", None) is None:
             print(f"{step.name}\n  waits for  {', '.join(p.replace(f'{run_dir}/', 'RUN/') for p in inside)}")
         else:
             print_plan(step.name, module.plan(step.config))
