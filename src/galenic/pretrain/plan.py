@@ -16,7 +16,6 @@ from galenic.corpus.mixtures.mixture_tree import (
     Size,
     check_repeats,
     mixture_preview,
-    repeats_by_source,
     tree,
 )
 from galenic.corpus.tokens.shards import read_meta
@@ -32,6 +31,9 @@ EXPECTED_MFU = {"cpu": 0.55, "cuda": 0.4}
 
 WIDTH = 78
 """Characters of a line's text."""
+
+FITS = 0.9
+"""Of a device's memory: the rest is for what the allocator loses and the kernels' own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,35 +347,47 @@ def _lines(one: PhasePlan, config: PretrainConfig, on: Machines) -> list[str]:
         "loss": kept.loss,
     }
     told = ", ".join(f"{name} {human_bytes(size)}" for name, size in parts.items() if size)
-    data = ", ".join(f"{name} {share:.1%} {times:.2g}x" for name, (share, times) in one.repeats.items())
+    data = ", ".join(f"{name} {share:.1%} ({times:.2g}x)" for name, (share, times) in one.repeats.items())
     rows = {
         "rate": f"{begin:.3g} to {end:.3g}{warmup}",
-        "positions": f"RoPE base {phase.rope_theta:g}",
+        "positions": f"RoPE base {phase.rope_theta:,.10g}, {phase.context:,} tokens",
         "FLOPs": f"{one.work:.3g}; {human(one.flops.trained)} a token{computed}",
         "memory": f"{human_bytes(kept.peak)} of {human_bytes(on.memory)} a device: {told}",
         "time": f"{days(one.seconds)} at {human(one.tokens_per_second)} tokens/s",
         "data": data,
         "packing": one.packing,
     }
-    lines = [f"{one.steps} steps of {phase.rows} x {phase.context} tokens, {human(one.tokens)} tokens"]
+    head = f"{one.steps:,} steps of {phase.rows:,} x {phase.context:,} tokens, {human(one.tokens)} tokens"
+    return [head, *_table(rows)]
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    """Lays labelled texts in two columns; long ones go on below."""
+    lines = []
     for label, text in rows.items():
-        wrapped = textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)
-        if label == "packing":
-            wrapped = [text]
+        # Packing's one line is what other programs look for.
+        wrapped = [text] if label == "packing" else textwrap.wrap(text, WIDTH, break_on_hyphens=False)
         lines += [f"{label if i == 0 else '':<11}{line}" for i, line in enumerate(wrapped)]
     return lines
 
 
 def _total(phases: list[PhasePlan], parameters: int, on: Machines) -> list[str]:
     tokens, seconds = sum(one.tokens for one in phases), sum(one.seconds for one in phases)
+    times: dict[str, float] = {}
+    for one in phases:
+        for source, (_, repeats) in one.repeats.items():
+            times[source] = times.get(source, 0.0) + repeats
     rows = {
         "tokens": f"{human(tokens)} in {sum(one.steps for one in phases):,} steps",
         "FLOPs": f"{sum(one.work for one in phases):.3g}; 6 x parameters x tokens is {6 * parameters * tokens:.3g}",
         "memory": f"{human_bytes(max(one.memory.peak for one in phases))} of {human_bytes(on.memory)} a device",
         "time": days(seconds)
         + (f", {human(seconds / 3600 * on.devices)} device hours" if on.devices > 1 else ""),
+        "read": ", ".join(
+            f"{source} {times[source]:.2g}x" for source in sorted(times, key=lambda name: -times[name])
+        ),
     }
-    return [f"{label:<11}{text}" for label, text in rows.items()]
+    return _table(rows)
 
 
 def _warnings(
@@ -382,9 +396,9 @@ def _warnings(
     """Says what will not work out, with the way out."""
     found = []
     for one in phases:
-        if one.memory.peak <= on.memory:
+        if one.memory.peak <= FITS * on.memory:
             continue
-        says = f"{one.phase.name}: {human_bytes(one.memory.peak)} do not fit {human_bytes(on.memory)}"
+        says = f"{one.phase.name}: {human_bytes(one.memory.peak)} do not fit {FITS:.0%} of {human_bytes(on.memory)}"
         found.append(f"{says}; {way_out(config, shape, spread, one.phase, on)}")
     return found
 
@@ -398,7 +412,7 @@ def way_out(config: PretrainConfig, shape: Any, spread: Any, phase: PhaseConfig,
     ):
         other = replace(config, parallel=replace(config.parallel, **changes))
         peak = phase_memory(other, shape, spread, phase, cuda=on.cuda).peak
-        if peak <= on.memory:
+        if peak <= FITS * on.memory:
             words = ", ".join(f"{name}: {value}" for name, value in changes.items())
             return f"parallel {{{words}}} needs {human_bytes(peak)}"
     return "share it among more devices (parallel.shard, parallel.context), or take a smaller network"
