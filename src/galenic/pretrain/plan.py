@@ -13,8 +13,9 @@ from typing import Any
 
 from galenic.corpus.mixtures.mixture_tree import (
     Node,
-    Size,
     check_repeats,
+    expected,
+    held,
     mixture_preview,
     tree,
 )
@@ -116,20 +117,8 @@ def mixture(config: PretrainConfig, meta: Mapping[str, Any]) -> Node:
     Raises:
         UserError: an unknown or empty source, or one that would be read too often.
     """
-    sizes = {}
-    for source, counts in meta["sources"].items():
-        train = counts["train"]
-        held, epoch = train["tokens"], train.get("epoch_tokens", train["tokens"])
-        sizes[source] = Size(
-            group=counts.get("group", "general"),
-            documents=train.get("documents", 0),
-            tokens=held,
-            bytes=train.get("bytes", 0),
-            epoch=epoch,
-            heaviest=1.0,
-            fingerprint="",
-        )
-    root = tree(sizes, config.phases)
+    at_hand = config.expected is None or has_shards(config)
+    root = tree(held(meta) if at_hand else expected(config.expected.tokens), config.phases)
     check_repeats(root, config.most_repeats)
     return root
 
