@@ -8,7 +8,6 @@ import os
 import sys
 
 import torch
-import torch.distributed as distributed
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
