@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -316,3 +317,35 @@ def test_contradictory_phases_are_refused(changes, says):
     values = {"name": "p", "tokens": 8192, "mixture": {"a": 1.0}}
     with pytest.raises(UserError, match=says):
         PhaseConfig(**{**values, **changes})
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(trained, tmp_path, tokenizer_step):
+    config = make_config(tmp_path, tokenizer_step, checkpoints=CheckpointConfig(seconds=1e9))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    code = (
+        "import json, sys\nfrom galenic.cli import parse_config\nfrom galenic.pretrain import pretrain\n"
+        "pretrain.run(parse_config('pretrain', json.loads(sys.argv[1]))[0])\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config))],
+            env={**base, "RANK": str(number), "OMP_NUM_THREADS": "1"},
+        )
+        for number in range(2)
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    ours, theirs = rows(tmp_path, "train"), rows(trained, "train")
+    for column in ("step", "tokens", "lr", "skipped", "repeats"):
+        assert [row[column] for row in ours] == [row[column] for row in theirs]
+    assert losses(tmp_path) == pytest.approx(losses(trained), rel=1e-4)
+    for phase in ("phase-1", "phase-2"):
+        a, b = (load_file(folder / phase / "model.safetensors") for folder in (tmp_path, trained))
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
+    assert len(rows(tmp_path, "heldout")) == 2
+    assert not list(tmp_path.glob("*checkpoint-*"))
