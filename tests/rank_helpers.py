@@ -104,7 +104,12 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
     os.dup2(errors, 2)
     os.dup2(errors, 1)
     if job["count"] > 1:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["count"], "LOCAL_WORLD_SIZE": job["count"]}
+        told = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": job["count"],
+            "LOCAL_WORLD_SIZE": job["count"],
+        }
         told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in told.items()})
     module, name = job["call"].split(":")

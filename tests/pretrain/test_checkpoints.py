@@ -20,7 +20,9 @@ from galenic.pretrain.parallel import Parallel
 from galenic.runtime import UserError
 
 
-def run(out, last, *, matches=None, seconds=60.0, keep=1, keep_phase_ends=False, asynchronous=True, **options):
+def run(
+    out, last, *, matches=None, seconds=60.0, keep=1, keep_phase_ends=False, asynchronous=True, **options
+):
     config = CheckpointConfig(
         seconds=seconds, keep=keep, keep_phase_ends=keep_phase_ends, asynchronous=asynchronous
     )
@@ -102,7 +104,7 @@ def test_the_last_ones_stay_and_phase_ends(tmp_path):
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-3])
 
 
 def flip(path):
@@ -122,7 +124,11 @@ TENSORS = "model/shard-00001-model-00001-of-00001.safetensors"
     ("name", "harm", "says"),
     [
         (TENSORS, truncate, "damaged \\(\\d+ bytes, \\d+ were written\\)"),
-        (TENSORS.replace("model/", "optimizer/"), flip, "damaged \\(its bytes are not those that were written\\)"),
+        (
+            TENSORS.replace("model/", "optimizer/"),
+            flip,
+            "damaged \\(its bytes are not those that were written\\)",
+        ),
         (TENSORS, lambda path: path.unlink(), "missing"),
         ("reader.json", rubbish, "damaged"),
         ("run.json", rubbish, "damaged"),
@@ -137,21 +143,29 @@ def test_a_damaged_newest_one_is_told_and_the_one_before_taken(
     harm(tmp_path / "checkpoint-00000005" / name)
     state = run(tmp_path, 9, keep=2)
     told = capsys.readouterr().err
-    assert f"checkpoint-00000005/{name}" in told and "continuing from" in told and "checkpoint-00000004" in told
+    assert (
+        f"checkpoint-00000005/{name}" in told and "continuing from" in told and "checkpoint-00000004" in told
+    )
     assert same(state, uninterrupted)
     assert visible(tmp_path) == [f"checkpoint-0000000{i}" for i in ("5.damaged", "8", "9")]
     for newest in ("8", "9"):
         target = tmp_path / f"checkpoint-0000000{newest}" / name
         if target.exists():
             harm(target)
-    with pytest.raises(UserError, match=f"checkpoint-00000009/{name}.*{says}.*no older whole checkpoint") as caught:
+    with pytest.raises(
+        UserError, match=f"checkpoint-00000009/{name}.*{says}.*no older whole checkpoint"
+    ) as caught:
         run(tmp_path, 9)
     assert "\n" not in str(caught.value)
     assert "checkpoint-00000009" in visible(tmp_path)
 
 
 def test_another_configuration_is_refused_with_what_differs(tmp_path):
-    matches = {"seed": 0, "optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "phases": [{"name": "a"}, {"name": "b"}]}
+    matches = {
+        "seed": 0,
+        "optim": {"lr": 0.1, "betas": (0.9, 0.95)},
+        "phases": [{"name": "a"}, {"name": "b"}],
+    }
     run(tmp_path, 2, matches=matches)
     run(tmp_path, 3, matches=matches)
     other = {"seed": 1, "optim": {"lr": 0.2, "betas": (0.9, 0.95)}, "phases": [{"name": "a"}, {"name": "c"}]}

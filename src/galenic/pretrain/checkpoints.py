@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from galenic.pretrain.checkpoint_folder import (
@@ -419,7 +420,7 @@ class Checkpoints:
         value, error, own = None, None, None
         try:
             value = work()
-        except Exception as caught:
+        except (Exception, CheckpointException) as caught:  # which is no Exception
             own, error = caught, one_line(caught)
         told: list[Any] = [(value, error)]
         if self.group is not None:
