@@ -59,7 +59,7 @@ def heldout_bits(model: Any, config: PretrainConfig, context: int, parallel: "Pa
     """Scores held-out documents of every source, at most `heldout_tokens` each. All processes call it together.
 
     Args:
-        model: the network as it trains; it is left in evaluation mode.
+        model: the network as it trains; it is left in training mode.
         config: names the shards and `heldout_tokens`.
         context: most tokens the model takes at once.
         parallel: how the work is spread.
@@ -86,7 +86,7 @@ def heldout_bits(model: Any, config: PretrainConfig, context: int, parallel: "Pa
     pad = special_tokens(meta)["pad"]
     device = next(model.parameters()).device
     sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    model.eval()
+    model.train()  # context parallelism splits rows in this mode only; the network draws nothing in it
     with torch.no_grad():
         for call in range(calls):
             rows = packed[call * size : (call + 1) * size]
