@@ -1,12 +1,9 @@
-"""A process of a small sharded training, for the tests of checkpoints: one argument, JSON.
+"""A small sharded training, for the tests of checkpoints; `main` is what each rank runs.
 
-    {"out": folder, "last": step, "kind": "rows" or "plain", ...}
-
-The model is a tiny network under FSDP2 (alone: plain), the batches follow from the step, and each rank takes its share
-of their rows. At the end rank 0 writes the whole weights and moments to `out`/state-<ranks>.safetensors.
+The network is tiny and under FSDP2 (one rank: plain), a batch follows from its step, and each rank takes its share of
+the rows. At the end rank 0 writes the whole weights and moments to `out`/state-<ranks>.safetensors.
 """
 
-import json
 import os
 import sys
 
@@ -94,7 +91,7 @@ def train(out, last, *, checkpoints, every=1, phase_ends=(), finish=False, aband
     return whole_state(model, optimizer)
 
 
-def main(out, last, config=None, run=None, fault=None, **options):
+def work(out, last, config=None, run=None, fault=None, **options):
     if fault:  # on one rank, at the moment when its part is on disk
         from galenic.pretrain import checkpoints as module
 
@@ -114,10 +111,11 @@ def main(out, last, config=None, run=None, fault=None, **options):
         save_file(state, os.path.join(out, f"state-{ranks()}.safetensors"))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def main(options):
+    """Trains; mistakes of the user end it as they end the command line."""
     try:
-        main(**json.loads(sys.argv[1]))
+        work(**options)
     except UserError as error:
         print(f"galenic: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0

@@ -149,6 +149,20 @@ def describe(degrees: Degrees, architecture: ArchitectureConfig) -> list[str]:
     return lines
 
 
+def compile_layer(layer: Any, backend: str = "inductor") -> None:
+    """Compiles a layer for training, in place; in `eval()`, where texts of any length come by, it stays as it was.
+
+    Batches of a phase have one shape, so nothing is made dynamic (with DTensors that fails in torch 2.13).
+    """
+    plain = layer.forward
+    compiled = torch.compile(plain, backend=backend, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training else plain)(*args, **kwargs)
+
+    layer.forward = forward
+
+
 class Parallel:
     """The processes of a run and what each of them does.
 
@@ -253,9 +267,9 @@ class Parallel:
             if how.activation_checkpointing != "none":
                 from galenic.pretrain.recompute import recompute
 
-                recompute(layer, how.activation_checkpointing)
+                recompute(layer, how.activation_checkpointing, compiled=how.compile)
             if how.compile:
-                layer.compile()
+                compile_layer(layer)
             self._shard(layer)
         model.to(self.device)
         self._shard(model)
