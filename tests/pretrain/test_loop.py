@@ -146,6 +146,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
     with torch.no_grad():
         trainer.model.lm_head.weight[0, 0] = float("inf")
     before = weights(trainer)
-    with pytest.raises(UserError, match=r"step 0: loss .* is not finite.*drawn:3"):
+    with pytest.raises(UserError, match=r"step 1: loss .* is not finite.*drawn:3"):
         trainer.train_step(Drawn(), 0, 1e-3)
     assert torch.equal(weights(trainer), before)
