@@ -233,7 +233,8 @@ def run(config: SftConfig) -> None:
     if config.lora:
         model = add_adapter(model, config.lora, config.seed)
     saving = CheckpointConfig(seconds=config.checkpoint_seconds, asynchronous=False)
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "checkpoint_seconds")}
+    paths = ("out", "model", "conversations", "heldout")  # the build knows whether these changed
+    identity = {k: v for k, v in asdict(config).items() if k not in (*paths, "checkpoint_seconds")}
     checkpoints = Checkpoints(out, saving, run=identity)
     trainer = Trainer(model, config.optim, config.guard, out, checkpoints=checkpoints)
     after = None
