@@ -10,7 +10,7 @@ their positions in most of them; it is tried on the model itself, and one that m
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -118,11 +118,10 @@ def pack_samples(
 class Conversations:
     """The batches of a fine-tuning run (`galenic.pretrain.loop.Batches`)."""
 
-    domains: ClassVar[list[str]] = []
-
     def __init__(self, samples: list[Sample], packed: list[list[int]], rows: int, context: int) -> None:
         self.samples, self.packed, self.rows, self.context = samples, packed, rows, context
         self.steps = len(packed) // rows
+        self.domains: list[str] = []
 
     def laid_rows(self, step: int) -> list[list[Sample]]:
         """Returns the samples of each row of a batch."""
