@@ -1,9 +1,12 @@
 """Pre-training killed, or on a full disk: what was saved last is there, and the run ends with the same bytes."""
 
+import hashlib
 import os
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,36 +105,63 @@ def test_another_seed_does_not_go_on_with_a_checkpoint(tmp_path, ranks, config):
     os.kill(job.pids[0], signal.SIGKILL)
     job.wait()
     before = sorted(path.name for path in out.glob("checkpoint-*"))
-    codes, told = ranks.run(1, CALL, [*words(config, out), "--seed", "7", "--optim.lr", "0.02"])
-    assert codes == [2]
-    assert "another configuration" in told and "seed: 7 given, 0 found" in told
-    assert "optim.lr: 0.02 given, 0.01 found" in told and "Traceback" not in told
+    other = [*words(config, out), "--seed", "7", "--optim.lr", "0.02"]
+    codes, told = ranks.run(1, CALL, other)
+    assert codes == [2] and "unfinished work of another configuration" in told
+    (out / "config.yaml").unlink()  # the checkpoint itself knows as well
+    codes, told = ranks.run(1, CALL, other)
+    assert codes == [2] and "Traceback" not in told
+    assert "seed: 7 given, 0 found" in told and "optim.lr: 0.02 given, 0.01 found" in told
     assert before and sorted(path.name for path in out.glob("checkpoint-*")) == before
 
 
 # ---------------------------------------------------------------------------- a full disk
 
 
-def listing(folder):
-    """Runs where the disk is mounted: what is on it goes to stderr."""
-    subprocess.run(["find", folder, "-not", "-name", "*.json", "-type", "f"], stdout=2)
+def listing(disk):
+    """Runs where the disk is mounted: tells what is on it."""
+    for path in sorted(Path(disk).rglob("*")):
+        print(path.relative_to(disk))
+
+
+def grow(disk):
+    """Runs where the disk is mounted: makes it large enough."""
+    return subprocess.run(["mount", "-o", "remount,size=8000k", disk]).returncode
+
+
+def digests(out):
+    """Runs where the disk is mounted: tells the models."""
+    for name, data in models(out).items():
+        print(name, hashlib.sha256(data).hexdigest())
 
 
 @pytest.mark.skipif(not CAN_MOUNT, reason="needs user namespaces to mount a small disk")
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_disk_that_is_full_in_the_middle_keeps_the_checkpoint_before(tmp_path, config, whole, count):
-    expected = whole(count)
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path, config, whole, count):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # Room for the metrics, a checkpoint and half of the next one.
+    # Room for what the first phase leaves and a checkpoint, but not for two.
     script = f'mount -t tmpfs -o size=1200k tmpfs {disk} && exec "$0" "$@"'
-    small = Ranks(
-        "galenic.cli", "galenic.pretrain.loop", folder="faults", prefix=[*NAMESPACE, "sh", "-c", script]
-    )
+    modules = ("galenic.cli", "galenic.pretrain.loop", "test_pretrain_faults")
+    small = Ranks(*modules, folder="faults", prefix=[*NAMESPACE, "sh", "-c", script])
     try:
         codes, told = small.run(count, CALL, words(config, disk / "out"))
-        print(codes, told)
-        _, held = small.run(1, "test_pretrain_faults:listing", str(disk))
-        print(held)
+        assert codes == [2] * count and "Traceback" not in told, told
+        errors = [line for line in told.splitlines() if line.startswith("galenic: error: ")]
+        assert len(errors) == count and len(set(errors)) == 1, told
+        assert re.search(
+            r"checkpoint-\d+: not written, that of step \d+ is kept: no space left on device", errors[0]
+        )
+        step = int(re.search(r"that of step (\d+)", errors[0])[1])
+        held = small.run(1, "test_pretrain_faults:listing", str(disk))[1]
+        assert ".partial" not in held and held.count("run.json") == 1
+        assert f"checkpoint-{step:08d}/run.json" in held
+        # With more room, the same command ends with the same bytes.
+        assert small.run(1, "test_pretrain_faults:grow", str(disk))[0] == [0]
+        codes, told = small.run(count, CALL, words(config, disk / "out"))
+        assert codes == [0] * count, told
+        found = small.run(1, "test_pretrain_faults:digests", str(disk / "out"))[1]
     finally:
         small.close()
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in models(whole(count)).items()}
+    assert len(expected) == 2 and found == "".join(f"{name} {value}\n" for name, value in expected.items())
