@@ -167,9 +167,9 @@ def test_only_process_0_writes_and_all_know_what_was_scored(tmp_path, monkeypatc
 def test_the_note_is_short(tmp_path):
     told = Watch(tmp_path)
     row = train_row(1, tokens=6000)
-    assert told.note(row) == "loss 3.000, lr 1.0e-03, 12k tok/s"
+    assert told.note(row) == "loss 3.000, 12k tok/s, lr 1.0e-03"
     told.row(train_row(2, skipped=True))
-    assert told.note({**row, "mfu": 0.414}) == "loss 3.000, lr 1.0e-03, 12k tok/s, MFU 41%, 1 skipped"
+    assert told.note({**row, "mfu": 0.414}) == "loss 3.000, 12k tok/s, MFU 41%, 1 skipped, lr 1.0e-03"
 
 
 # ---------------------------------------------------------------------------- sinks

@@ -252,12 +252,12 @@ class Watch:
 
     def note(self, row: dict[str, Any]) -> str:
         """What the progress bar says of a row."""
-        parts = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.1e}", f"{human(row['tokens_per_second'])} tok/s"]
+        parts = [f"loss {row['loss']:.3f}", f"{human(row['tokens_per_second'])} tok/s"]
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
         if self.skips:
             parts.append(f"{self.skips} skipped")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"lr {row['lr']:.1e}"])  # a narrow terminal cuts the end
 
     def _close_file(self) -> None:
         if self._file is not None:
