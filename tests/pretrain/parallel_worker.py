@@ -2,7 +2,8 @@
 
 `FOLDER/jobs.json` holds {name: {"parallel", "architecture", "steps", "rows", "context", "precision", "dtype",
 "micro_rows", "lr"}}. For each, process 0 writes into `FOLDER/name` `losses.json`, loss and gradient norm of every step,
-and `weights.safetensors`: the whole weights in the official order, and logits of the trained model.
+and `weights.safetensors`: the whole weights in the official order. The last of the losses is the sum over a batch
+not trained on, in evaluation.
 """
 
 import json
@@ -104,15 +105,17 @@ def work(job, out):
     trace = train(job, model, parallel)
     model.eval()
     with torch.no_grad():
-        batch = packed(2, job["context"], 999)
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        batch, own = packed(job["rows"], job["context"], 999), parallel.rows(job["rows"])
+        part = parallel.local({name: tensor[own] for name, tensor in batch.items()})
+        losses = model(**part, skip_logits=True, num_items_in_batch=1).token_losses
+        trace.append([float(parallel.added(losses.double().sum())), 0.0])
     weights = {
         name: parallel.official_rows(name, whole(tensor)).contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir()
-        save_file({**weights, "logits": logits.contiguous()}, out / "weights.safetensors")
+        save_file(weights, out / "weights.safetensors")
         (out / "losses.json").write_text(json.dumps(trace))
 
 

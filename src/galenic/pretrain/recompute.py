@@ -1,6 +1,6 @@
 """Activation checkpointing: what the backward pass computes again instead of keeping.
 
-`full` keeps a layer's input only. `selective` keeps the results of matrix products, attention and communication as well,
+`full` keeps a layer's input only. `selective` keeps the results of matrix products, attention and communication too,
 which cost the most to compute, and repeats what lies between: norms, rotation, convolution, gates.
 
 Source: arXiv 2205.05198, section 5 (selective activation recomputation).
