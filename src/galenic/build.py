@@ -30,7 +30,7 @@ import yaml
 
 from galenic import __version__
 from galenic.cli import VERBS, parse_config, print_plan
-from galenic.ranks import gathered, process_group, rank, ranks
+from galenic.ranks import TIMEOUT_SECONDS, gathered, process_group, rank, ranks
 from galenic.runtime import (
     UserError,
     atomic_path,
@@ -256,7 +256,8 @@ def run_verb(verb: str, config: Any) -> None:
     """
     if ranks() > 1 and verb not in SHARED:
         raise UserError(f"{verb}: runs in one process, but {ranks()} were started; leave the launcher out")
-    with process_group():
+    parallel = getattr(config, "parallel", None)
+    with process_group(parallel.timeout_seconds if parallel else TIMEOUT_SECONDS):
         state, marks = "", {}
         refused: Exception | None = None
         if rank() == 0:
