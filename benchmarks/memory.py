@@ -80,14 +80,28 @@ def most_alive(run):
     return most
 
 
+def predicted(size, recompute):
+    """Returns the peak that the plan's formulas give."""
+    from galenic.pretrain import memory
+
+    return memory.memory(
+        network(size),
+        memory.ALONE,
+        rows=ROWS,
+        micro=ROWS,
+        context=CONTEXT,
+        recompute=recompute,
+        bfloat16=False,
+        grouped=False,
+    ).peak
+
+
 def worker(name, recompute, measure):
     """Prints predicted and measured bytes of one case."""
     import resource
     from pathlib import Path
 
     import torch
-
-    from galenic.pretrain import memory
 
     torch.set_num_threads(1)
     tiny = {"hidden": 64, "inner": 64, "layers": 2, "vocab": 600}
@@ -103,17 +117,7 @@ def worker(name, recompute, measure):
     else:
         step(model, optimizer, batch)
         found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    said = memory.memory(
-        network(size),
-        memory.ALONE,
-        rows=ROWS,
-        micro=ROWS,
-        context=CONTEXT,
-        recompute=recompute,
-        bfloat16=False,
-        grouped=False,
-    ).peak
-    print(json.dumps({"predicted": said, "measured": found}))
+    print(json.dumps({"predicted": predicted(size, recompute), "measured": found}))
 
 
 def measure(name, recompute, how):

@@ -111,7 +111,11 @@ def test_memory(phases):
     )  # the built model's, without taps
     weights = 4 * (everything // 2 + 2 * 2 + 2 * 2)
     found = phases[0].memory
-    assert (found.state.weights, found.state.gradients, found.state.moments) == (weights, weights, 2 * weights)
+    assert (found.state.weights, found.state.gradients, found.state.moments) == (
+        weights,
+        weights,
+        2 * weights,
+    )
     layer = 32 * 96 + 32 * 32 + 3 * 32 * 64 + 2 * 32 + 4
     root = 2 * 32 * VOCABULARY + 32
     assert found.gathered == 2 * (root + 2 * layer)
@@ -135,7 +139,9 @@ def test_the_plan_says_it_all(capsys):
     assert facts["parameters"].startswith(f"{sum(p.numel() for p in _model().parameters()):,}: layers")
     assert facts["machines"].startswith("4 x Test: 1e-06 TFLOP/s and 1GB each, 50%")
     assert facts["layout"].startswith("replicate 2 x shard 2 x context 1 x tensor 1\n")
-    assert facts["phase-1"].startswith("10 steps of 4 x 32 tokens, 1.28k tokens\nrate       0.000833 to 0.00833;")
+    assert facts["phase-1"].startswith(
+        "10 steps of 4 x 32 tokens, 1.28k tokens\nrate       0.000833 to 0.00833;"
+    )
     assert "warm-up 10 steps, 1.28k tokens" in facts["phase-1"]
     assert "RoPE base 1,000,000, 64 tokens" in facts["phase-2"]
     assert "general 25.0% (0.65x), medical 75.0% (3.9x)" in facts["phase-2"]
@@ -150,9 +156,7 @@ def test_the_plan_says_it_all(capsys):
 
 
 def test_activation_checkpointing_costs_its_recomputation():
-    config = make_config(
-        parallel=ParallelConfig(replicate=2, micro_rows=1, activation_checkpointing="full")
-    )
+    config = make_config(parallel=ParallelConfig(replicate=2, micro_rows=1, activation_checkpointing="full"))
     one = phase_plans(config, machines(config))[0]
     again = one.flops.matrices - 2 * 2 * 32 * 64 + one.flops.attention + one.flops.convolution
     assert one.hardware_flops == pytest.approx(one.flops.trained + again)
@@ -197,8 +201,14 @@ def test_this_machine_is_measured():
         ({"expected": None}, "no token shards"),
         ({"parallel": ParallelConfig(shard=3)}, "parallel: .* takes 3 devices, but there are 4"),
         ({"parallel": ParallelConfig(shard=8)}, "needs 8 devices, there are 4, fewer than asked"),
-        ({"parallel": ParallelConfig(context=4, tensor=1), "shrink": 36}, "does not divide into 2 x 4 chunks"),
-        ({"architecture": dataclasses.replace(ARCHITECTURE, num_attention_heads=3)}, "must divide hidden_size"),
+        (
+            {"parallel": ParallelConfig(context=4, tensor=1), "shrink": 36},
+            "does not divide into 2 x 4 chunks",
+        ),
+        (
+            {"architecture": dataclasses.replace(ARCHITECTURE, num_attention_heads=3)},
+            "must divide hidden_size",
+        ),
     ],
 )
 def test_what_the_run_refuses_the_plan_refuses(changes, says):
@@ -216,4 +226,9 @@ def test_rows_that_do_not_divide_are_refused():
 
 
 def test_long_times_are_told_in_fitting_units():
-    assert [days(s) for s in (30, 90, 7200, 200_000)] == ["0.5 minutes", "1.5 minutes", "2 hours", "2.31 days"]
+    assert [days(s) for s in (30, 90, 7200, 200_000)] == [
+        "0.5 minutes",
+        "1.5 minutes",
+        "2 hours",
+        "2.31 days",
+    ]
