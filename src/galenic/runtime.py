@@ -342,11 +342,14 @@ def torch_setup(seed: int) -> None:
     import torch
     import torch.utils.deterministic as determinism
 
+    from galenic.products import prefer_onednn
+
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory cost 4.5% of a training step and guards against code that reads it before writing.
     setattr(determinism, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module, unknown to types)
     torch.set_flush_denormal(True)
+    prefer_onednn()
 
 
 def peak_memory_bytes() -> int:
