@@ -8,10 +8,12 @@ import gc
 import importlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +35,33 @@ class Job:
             self.server.job = None
         return self.codes
 
+    def ended(self) -> bool:
+        """Whether all ranks have ended; it does not wait."""
+        if self.codes is None and select.select([self.server.process.stdout], [], [], 0)[0]:
+            self.wait()
+        return self.codes is not None
+
     def stderr(self) -> str:
         """What the ranks wrote there, one after the other."""
         return "".join(path.read_text() for path in self.errors)
 
 
 class Ranks:
-    """Starts jobs, one after the other; every module named in `modules` is imported once."""
+    """Starts jobs, one after the other.
 
-    def __init__(self, *modules: str) -> None:
+    Args:
+        modules: imported once; those of `folder` as well.
+        folder: of tests, where such modules lie.
+        prefix: command that runs the command of the process.
+    """
+
+    def __init__(self, *modules: str, folder: str = "pretrain", prefix: Sequence[str] = ()) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.job: Job | None = None
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        places = [str(Path(__file__).parent / folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *modules],
+            [*prefix, sys.executable, __file__, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,7 +111,12 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
     os.dup2(errors, 2)
     os.dup2(errors, 1)
     if job["count"] > 1:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["count"], "LOCAL_WORLD_SIZE": job["count"]}
+        told = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": job["count"],
+            "LOCAL_WORLD_SIZE": job["count"],
+        }
         told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in told.items()})
     module, name = job["call"].split(":")

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from galenic.pretrain.checkpoint_folder import (
@@ -49,7 +50,7 @@ from galenic.pretrain.checkpoint_folder import (
 )
 from galenic.pretrain.config import CheckpointConfig
 from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows
-from galenic.ranks import rank, ranks
+from galenic.ranks import lost, rank, ranks
 from galenic.runtime import UserError, read_json, remove, sha256_file
 
 T = TypeVar("T")
@@ -419,15 +420,15 @@ class Checkpoints:
         value, error, own = None, None, None
         try:
             value = work()
-        except Exception as caught:
+        except (Exception, CheckpointException) as caught:  # which is no Exception
             own, error = caught, one_line(caught)
         told: list[Any] = [(value, error)]
         if self.group is not None:
             told = [None] * ranks()
             try:
                 distributed.all_gather_object(told, (value, error), group=self.group)
-            except RuntimeError as lost:
-                raise UserError(error or f"another rank is gone ({one_line(lost)})") from own
+            except RuntimeError as gone:
+                raise UserError(lost(gone, self.timeout.total_seconds()) or error or one_line(gone)) from own
         for _, error in told:
             if error is not None:
                 raise UserError(error) from own
