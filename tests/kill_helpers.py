@@ -81,7 +81,16 @@ def _reached(where, out, step, phases, deadline):
     return time.monotonic() >= deadline
 
 
-def kill_until_done(ranks, count, config, out, kills, seed, total):
+def _end_others(job, victims, seconds=30):
+    """Ends processes that wait for one that never came to the start, as a launcher does at once."""
+    end = time.monotonic() + seconds
+    while not job.ended() and time.monotonic() < end:
+        time.sleep(0.01)
+    for pid in set(job.pids) - set(victims) if not job.ended() else ():
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_until_done(ranks, count, config, out, kills, seed, total, wheres=WHERE):
     """Starts the run, kills it at a place drawn from `seed`, starts it again, and lets it end after so many kills.
 
     Args:
@@ -92,6 +101,7 @@ def kill_until_done(ranks, count, config, out, kills, seed, total):
         kills: how many.
         seed: of places and victims.
         total: steps of the whole run.
+        wheres: places, in turn.
 
     Returns:
         How often it was killed at which place, and how the processes that outlived a killed one ended.
@@ -100,7 +110,7 @@ def kill_until_done(ranks, count, config, out, kills, seed, total):
     out.mkdir(parents=True, exist_ok=True)
     places, ends = Counter(), Counter()
     for kill in range(kills):
-        where = WHERE[kill % len(WHERE)]
+        where = wheres[kill % len(wheres)]
         # Forward on the whole, so that the last kills are near the end.
         step = min(total - 1, int(total * (kill + draw.random()) / kills))
         if where == "phase end" and len(models(out)) == 2:
@@ -113,6 +123,7 @@ def kill_until_done(ranks, count, config, out, kills, seed, total):
             if _reached(where, out, step, phases, deadline):
                 for pid in victims:
                     os.kill(pid, signal.SIGKILL)
+                _end_others(job, victims)
                 break
             time.sleep(0.0005)
         codes = job.wait()

@@ -62,7 +62,7 @@ class Checkpoints:
 
     Asynchronous: `save` copies this rank's part of the state to the CPU (12 bytes for each parameter it holds, with
     AdamW) and returns; a thread writes the copy. There is one copy, used again for each save, so that a save first
-    waits for the one before; the writer needs three times `FILE_BYTES` beside it, or three times the largest tensor of
+    waits for the one before; the writer needs twice `FILE_BYTES` beside it, or twice the largest tensor of
     this rank. Synchronous: no copy. What the threads tell each other goes through a process group of their own, which
     ends only after them: collectives of two threads in one group would mix.
 
