@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     print(
-        "| documents | tokens | s to the first block | s to the next | s to resume there | pieces | MB of a block | MB at most |"
+        "| documents | tokens | s to the first block | s to the next | s to resume there | pieces | MB of a block "
+        "| MB at most |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for documents in given.documents:

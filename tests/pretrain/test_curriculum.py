@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus.tokens.shards import Shard, read_shard, write_meta, write_shard
-from galenic.pretrain import drawing
+from galenic.pretrain import drawing, pretrain
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
 from galenic.pretrain.curriculum import Curriculum, PhaseBatches, Place, open_shards, phase_report
 from galenic.pretrain.drawing import Cursor, Stream, draw_documents, scattered
@@ -342,6 +343,25 @@ def test_a_curriculum_is_checked_before_it_starts(folder):
         open_shards(make_config(folder, make_phase(tokens=30_000)))
     with pytest.raises(UserError, match="'c' is not a source"):
         open_shards(make_config(folder, make_phase(mixture={"c": 1})))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("fault", ["cut short", "altered", "gone"])
+def test_damaged_shards_stop_a_run_before_it_trains(tokenizer_step, tmp_path, split, fault):
+    step, out = tmp_path / "step", tmp_path / "out"
+    shutil.copytree(tokenizer_step, step)
+    file = step / "tokens" / f"medical.{split}.tokens.npy"
+    whole = file.read_bytes()
+    file.write_bytes(
+        {"cut short": whole[:-2], "altered": whole[:-1] + bytes([whole[-1] ^ 1]), "gone": b""}[fault]
+    )
+    if fault == "gone":
+        file.unlink()
+    phase = make_phase(tokens=256, mixture={"general": 1.0, "medical": 1.0})
+    config = replace(make_config(step, phase), out=str(out))
+    with pytest.raises(UserError, match=rf"medical\.{split}\.tokens\.npy: .*run the tokenizer step again"):
+        pretrain.run(config)
+    assert not list(out.rglob("*.safetensors"))
 
 
 def test_the_report_is_of_what_is_trained_on(folder):

@@ -40,6 +40,10 @@ def open_shards(config: PretrainConfig) -> dict[str, Shard]:
     shards = {name: read_shard(config.tokenizer, name, "train") for name in names}
     check_repeats(tree(held(meta), config.phases), config.most_repeats)
     check_shards(config.tokenizer, names)
+    # Those that are scored at a phase's end: better to know now.
+    check_shards(
+        config.tokenizer, [s for s, parts in meta["sources"].items() if "heldout" in parts], "heldout"
+    )
     return shards
 
 
