@@ -84,7 +84,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without drawings, where the drawings are not what is tested."""
-    monkeypatch.setattr("galenic.report.charts.draw", lambda key, label, *_: Markup("<svg></svg>"))
+    monkeypatch.setattr("galenic.report.charts.draw_figure", lambda key, label, *_: Markup("<svg></svg>"))
 
 
 @pytest.fixture(scope="module")
