@@ -519,7 +519,6 @@ def stretches(age: torch.Tensor, window: int | None, least: int = 96) -> Documen
     return Documents(lengths, masks)
 
 
-@torch.compiler.disable
 def documents_attention_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float
 ) -> torch.Tensor:
@@ -1000,10 +999,16 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             raise ValueError(
                 "packed documents under flash attention need a batch of one row; flatten the batch"
             )
-        if layout.age is not None and implementation == "sdpa" and hidden.device.type == "cpu":
-            if not torch.compiler.is_compiling():
-                window = self.config.sliding_window
-                return {kind: stretches(layout.age, window if kind else None) for kind in kinds}
+        # A CPU computes what a dense mask hides; stretches leave it out. Compiled code would be made again for each.
+        compiled = torch.compiler.is_compiling() or self.layers[0]._compiled_call_impl is not None
+        if (
+            layout.age is not None
+            and implementation == "sdpa"
+            and hidden.device.type == "cpu"
+            and not compiled
+        ):
+            window = self.config.sliding_window
+            return {kind: stretches(layout.age, window if kind else None) for kind in kinds}
         arguments = {
             "config": self.config,
             "inputs_embeds": hidden,
