@@ -142,7 +142,8 @@ def on_cuda() -> list[str]:
         near = "met" if abs(found / planned - 1) <= 0.1 else "**not met**"
         verdict = "" if least is None else f" {'met' if mfu >= least else '**not met**'}: >= {least:.0%}"
         lines.append(
-            f"| {size} | {tokens / seconds:,.0f} | {mfu:.0%}{verdict} | {found / 1e9:.1f} | {planned / 1e9:.1f} {near} |"
+            f"| {size} | {tokens / seconds:,.0f} | {mfu:.0%}{verdict} "
+            f"| {found / 1e9:.1f} | {planned / 1e9:.1f} {near} |"
         )
     print(f"matrix-product peak {peak / 1e12:.0f} TFLOP/s, {torch.cuda.get_device_name()}\n")
     head = ["size", "tokens/s", "MFU", "peak memory, GB", "planned, GB (within 10%)"]
