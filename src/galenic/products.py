@@ -1,8 +1,8 @@
 """Matrix products in float32 on AMD processors: through oneDNN, which uses AVX-512 there, instead of MKL.
 
 PyTorch's x86 wheels carry both libraries. They multiply float32 matrices with MKL, which keeps its AVX-512 kernels to
-Intel's processors; oneDNN was 2.2 times as fast on an AMD EPYC of 2024. Precision is the same, the order of additions and
-so the last bits are not.
+Intel's processors; oneDNN was 2.2 times as fast on an AMD EPYC of 2024. Precision is the same; the order of additions,
+and so the last bits, are not.
 """
 
 import functools
@@ -33,7 +33,9 @@ def prefer_onednn() -> bool:
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.dtype is b.dtype is torch.float32 and a.shape[0] * a.shape[1] * b.shape[1] >= SMALLEST:
             return linear(_dense(a), _dense(b).t(), None, "none", [], "")
-        return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # a kernel of its own, which is still PyTorch's
+        return torch.mm(
+            a, b, out=a.new_empty(a.shape[0], b.shape[1])
+        )  # a kernel of its own, which is still PyTorch's
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced

@@ -519,7 +519,6 @@ def stretches(age: torch.Tensor, window: int | None, least: int = 96) -> Documen
     return Documents(lengths, masks)
 
 
-@torch.compiler.disable
 def documents_attention_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float
 ) -> torch.Tensor:
@@ -639,6 +638,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += slope.T @ hidden[rows]
             elif needs_weight:
                 grad_weight = (slope.T @ hidden[rows]).to(exact)
+        if needs_weight and grad_weight is None:  # no token has a target
+            grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
         if grad_weight is not None and scale is not None:  # what would only lengthen a row does nothing
             along = torch.linalg.vecdot(grad_weight, weight.to(exact)) * scale**2
             grad_weight.addcmul_(weight.to(exact), along[:, None], value=-1)
@@ -1000,10 +1001,16 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             raise ValueError(
                 "packed documents under flash attention need a batch of one row; flatten the batch"
             )
-        if layout.age is not None and implementation == "sdpa" and hidden.device.type == "cpu":
-            if not torch.compiler.is_compiling():
-                window = self.config.sliding_window
-                return {kind: stretches(layout.age, window if kind else None) for kind in kinds}
+        # A CPU computes what a dense mask hides; stretches leave it out. Compiled code would be made again for each.
+        compiled = torch.compiler.is_compiling() or self.layers[0]._compiled_call_impl is not None
+        if (
+            layout.age is not None
+            and implementation == "sdpa"
+            and hidden.device.type == "cpu"
+            and not compiled
+        ):
+            window = self.config.sliding_window
+            return {kind: stretches(layout.age, window if kind else None) for kind in kinds}
         arguments = {
             "config": self.config,
             "inputs_embeds": hidden,
