@@ -86,8 +86,9 @@ def needs():
 
 def fits():
     """Prints peak memory of one device for rows of 8k and 32k under each setting."""
+    print("\npeak memory of one device in GB, bfloat16, one row at a time; recomputed:")
     print(
-        f"\n{'size':<7}{'shards':>7}{'context':>8}{'ranks':>6}{'none':>8}{'selective':>11}{'full':>7}   GB, one row at a time"
+        f"{'size':<7}{'devices':>8}{'tokens':>8}{'context ranks':>15}{'none':>8}{'selective':>11}{'full':>7}"
     )
     for name, shards in (("1.5B", (1, 8)), ("14B", (8, 64, 512))):
         architecture, vocabulary, _, _ = sizes()[name]
@@ -99,9 +100,7 @@ def fits():
                 degrees = dataclasses.replace(memory.ALONE, shard=shard // ranks, context=ranks)
                 rows = 8 * degrees.data
                 peaks = [
-                    memory.memory(
-                        shape, degrees, rows=8 * degrees.data, micro=1, context=context, recompute=how
-                    ).peak
+                    memory.memory(shape, degrees, rows=rows, micro=1, context=context, recompute=how).peak
                     for how in ("none", "selective", "full")
                 ]
                 line = f"{name:<7}{shard:>8}{context:>8}{ranks:>15}"

@@ -21,7 +21,7 @@ from galenic.corpus.mixtures.mixture_tree import (
 )
 from galenic.corpus.tokens.shards import read_meta
 from galenic.pretrain import budget, memory
-from galenic.pretrain.config import PhaseConfig, PretrainConfig
+from galenic.pretrain.config import ParallelConfig, PhaseConfig, PretrainConfig
 from galenic.pretrain.schedules import rate
 from galenic.ranks import ranks
 from galenic.runtime import Plan, UserError, device, human, human_bytes
@@ -194,7 +194,9 @@ def phase_plans(config: PretrainConfig, on: Machines) -> list[PhasePlan]:
                 repeats=repeats,
                 flops=cost,
                 hardware_flops=cost.computed(config.parallel.activation_checkpointing),
-                memory=phase_memory(config, shape, spread, phase, cuda=on.cuda),
+                memory=phase_memory(
+                    config, shape, spread, phase, cuda=on.cuda, document=_mean_document(phase, meta)
+                ),
                 seconds=seconds,
                 tokens_per_second=steps[number] * phase.rows * phase.context / seconds,
                 packing=packing[number],
@@ -221,13 +223,18 @@ def model_config(config: PretrainConfig, meta: Mapping[str, Any]) -> Any:
 
 
 def phase_memory(
-    config: PretrainConfig, shape: Any, spread: Any, phase: PhaseConfig, *, cuda: bool
+    config: PretrainConfig,
+    shape: Any,
+    spread: Any,
+    phase: PhaseConfig,
+    *,
+    cuda: bool,
+    document: float | None = None,
 ) -> memory.Memory:
-    """Returns the memory of one device in a phase."""
+    """Returns the memory of one device in a phase; `document`: its mean length, if known."""
     parallel = config.parallel
     own = phase.rows // spread.data
     bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and cuda)
-    kernel = parallel.attention
     return memory.memory(
         shape,
         spread,
@@ -237,8 +244,29 @@ def phase_memory(
         recompute=parallel.activation_checkpointing,
         optimizer=config.optim.name,
         bfloat16=bfloat16,
-        grouped=kernel == "flex_attention" or (kernel == "auto" and cuda),
+        kernel=_kernel(parallel, cuda),
+        document=document,
     )
+
+
+def _kernel(parallel: ParallelConfig, cuda: bool) -> memory.Kernel:
+    if parallel.attention == "flex_attention" or (parallel.attention == "auto" and cuda):
+        return "flex"
+    if parallel.attention == "eager":
+        return "eager"
+    return "masked" if cuda or parallel.context > 1 else "documents"
+
+
+def _mean_document(phase: PhaseConfig, meta: Mapping[str, Any]) -> float | None:
+    """Returns the mean length of the documents of a phase's longest-winded source; None if any is unknown."""
+    means = []
+    for source, share in phase.mixture.items():
+        counts = meta["sources"][source]["train"]
+        if share and not counts.get("documents"):
+            return None
+        if share:
+            means.append(counts["tokens"] / counts["documents"])
+    return max(means)
 
 
 def _flops(
