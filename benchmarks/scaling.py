@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from galenic.build import read_recipe
-from galenic.pretrain import budget, memory, plan
+from galenic.pretrain import budget, estimate, memory, plan
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
+from galenic.runtime import human
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GIGA = 1e9
@@ -64,7 +65,7 @@ def shape_of(architecture, vocabulary, context):
     """Makes the model's configuration."""
     phase = PhaseConfig(name="p", tokens=context, mixture={"x": 1}, context=context, rows=1)
     config = PretrainConfig(out="x", tokenizer="x", phases=[phase], architecture=architecture)
-    return plan.model_config(config, {"vocab_size": vocabulary})
+    return estimate.model_config(config, {"vocab_size": vocabulary})
 
 
 def needs():
@@ -76,7 +77,7 @@ def needs():
         shape = shape_of(architecture, vocabulary, context)
         count, each = budget.parameters(shape).total, budget.flops_per_token(shape, context)
         state = memory.state(shape, memory.ALONE).total
-        line = f"{name:<9}{count:>15,}{plan.human(tokens):>8}{each / GIGA:>13.3g}{tokens * each:>10.2g}"
+        line = f"{name:<9}{count:>15,}{human(tokens):>8}{each / GIGA:>13.3g}{tokens * each:>10.2g}"
         line += f"{state / GIGA:>10.3g}{memory.checkpoint_bytes(shape) / GIGA:>9.3g}"
         for devices in DEVICES:
             took = budget.seconds(tokens * each, devices=devices, peak_tflops=PEAK, mfu=MFU)
