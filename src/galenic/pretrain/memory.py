@@ -195,8 +195,8 @@ def loss_bytes(tokens: int, vocabulary: int, head: int, size: int) -> int:
     """Returns the bytes of the loss without logits (`linear_cross_entropies`) at its fullest.
 
     The head's gradient is in float32, from the first chunk's end on. A chunk of logits has its softmax beside it, and
-    the slopes of the chunk before it; at the end the gradient is made orthogonal to the head's rows, with one product as
-    large as the head (in bfloat16 a float32 copy of the head, too).
+    the slopes of the chunk before it; at the end the gradient is made orthogonal to the head's rows, with one product
+    as large as the head (in bfloat16 a float32 copy of the head, too).
     """
     rows = max(1, LOSS_CHUNK // vocabulary)
     first, other = vocabulary * min(tokens, rows), vocabulary * min(max(tokens - rows, 0), rows)
