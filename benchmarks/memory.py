@@ -20,7 +20,7 @@ SIZES = {
     "14M": {"hidden": 256, "inner": 832, "layers": 6, "vocab": 16000},
     "38M": {"hidden": 384, "inner": 1280, "layers": 8, "vocab": 32000},
 }
-ROWS, CONTEXT, DOCUMENT = 4, 512, 200
+ROWS, CONTEXT, DOCUMENT = 4, 512, 256
 
 
 def network(size):
@@ -92,7 +92,8 @@ def predicted(size, recompute):
         context=CONTEXT,
         recompute=recompute,
         bfloat16=False,
-        grouped=False,
+        kernel="documents",
+        document=DOCUMENT,
     ).peak
 
 

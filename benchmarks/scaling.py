@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from galenic.build import read_recipe
-from galenic.pretrain import budget, memory, plan
+from galenic.pretrain import budget, estimate, memory, plan
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
+from galenic.runtime import human
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GIGA = 1e9
@@ -64,7 +65,7 @@ def shape_of(architecture, vocabulary, context):
     """Makes the model's configuration."""
     phase = PhaseConfig(name="p", tokens=context, mixture={"x": 1}, context=context, rows=1)
     config = PretrainConfig(out="x", tokenizer="x", phases=[phase], architecture=architecture)
-    return plan.model_config(config, {"vocab_size": vocabulary})
+    return estimate.model_config(config, {"vocab_size": vocabulary})
 
 
 def needs():
@@ -76,7 +77,7 @@ def needs():
         shape = shape_of(architecture, vocabulary, context)
         count, each = budget.parameters(shape).total, budget.flops_per_token(shape, context)
         state = memory.state(shape, memory.ALONE).total
-        line = f"{name:<9}{count:>15,}{plan.human(tokens):>8}{each / GIGA:>13.3g}{tokens * each:>10.2g}"
+        line = f"{name:<9}{count:>15,}{human(tokens):>8}{each / GIGA:>13.3g}{tokens * each:>10.2g}"
         line += f"{state / GIGA:>10.3g}{memory.checkpoint_bytes(shape) / GIGA:>9.3g}"
         for devices in DEVICES:
             took = budget.seconds(tokens * each, devices=devices, peak_tflops=PEAK, mfu=MFU)
@@ -86,8 +87,9 @@ def needs():
 
 def fits():
     """Prints peak memory of one device for rows of 8k and 32k under each setting."""
+    print("\npeak memory of one device in GB, bfloat16, one row at a time; recomputed:")
     print(
-        f"\n{'size':<7}{'shards':>7}{'context':>8}{'ranks':>6}{'none':>8}{'selective':>11}{'full':>7}   GB, one row at a time"
+        f"{'size':<7}{'devices':>8}{'tokens':>8}{'context ranks':>15}{'none':>8}{'selective':>11}{'full':>7}"
     )
     for name, shards in (("1.5B", (1, 8)), ("14B", (8, 64, 512))):
         architecture, vocabulary, _, _ = sizes()[name]
@@ -99,9 +101,7 @@ def fits():
                 degrees = dataclasses.replace(memory.ALONE, shard=shard // ranks, context=ranks)
                 rows = 8 * degrees.data
                 peaks = [
-                    memory.memory(
-                        shape, degrees, rows=8 * degrees.data, micro=1, context=context, recompute=how
-                    ).peak
+                    memory.memory(shape, degrees, rows=rows, micro=1, context=context, recompute=how).peak
                     for how in ("none", "selective", "full")
                 ]
                 line = f"{name:<7}{shard:>8}{context:>8}{ranks:>15}"

@@ -244,7 +244,7 @@ def test_activations_are_what_autograd_keeps(changes, precision):
     bfloat16 = precision == torch.bfloat16
     kept = saved_bytes(model, packed(batch=3))
     found = memory.memory(
-        config, ALONE, rows=3, micro=3, context=64, bfloat16=bfloat16, grouped=False
+        config, ALONE, rows=3, micro=3, context=64, bfloat16=bfloat16, kernel="documents", document=32
     ).activations
     last_norm = 3 * 64 * (memory.norm_bytes(config, precision.itemsize) - 64 * precision.itemsize)
     assert kept == pytest.approx(found + last_norm, rel=0.02)

@@ -17,7 +17,8 @@ from galenic.pretrain.config import (
     PhaseConfig,
     PretrainConfig,
 )
-from galenic.pretrain.plan import days, has_shards, machines, phase_plans, plan, preview
+from galenic.pretrain.estimate import has_shards, machines, phase_plans
+from galenic.pretrain.plan import days, plan, preview
 from galenic.runtime import UserError
 
 ARCHITECTURE = ArchitectureConfig(

@@ -22,6 +22,13 @@ LOSS_CHUNK = 2**25
 
 Optimizer = Literal["adamw", "muon"]
 
+Kernel = Literal["flex", "documents", "masked", "eager"]
+"""Of attention: flex or flash; sdpa on CPUs, which takes packed documents one after another; sdpa with whole masks;
+attention written out."""
+
+SHARED_STRETCH = 96
+"""Tokens up to which the `documents` kernel puts documents together, under a mask."""
+
 ALONE = Degrees(1, 1, 1, 1)
 """One process."""
 
@@ -127,7 +134,7 @@ class Memory:
         return max(self.at_loss, self.at_backward, self.state.total)
 
 
-def layer_bytes(config: Any, kind: Kind, degrees: Degrees, *, size: int, grouped: bool) -> dict[str, float]:
+def layer_bytes(config: Any, kind: Kind, degrees: Degrees, *, size: int, kernel: Kernel) -> dict[str, float]:
     """Returns the bytes per local token that a layer keeps for its backward pass: recompute -> bytes.
 
     Args:
@@ -136,7 +143,7 @@ def layer_bytes(config: Any, kind: Kind, degrees: Degrees, *, size: int, grouped
         degrees: of the processes; tensor parallelism splits heads and the inner width, context parallelism gathers keys
             and values.
         size: bytes of a number in the products' precision.
-        grouped: the attention kernel takes grouped KV heads (flex, flash); else they are copied for every head.
+        kernel: of attention; with whole masks, sdpa copies KV heads for every query head.
     """
     width, inner = config.hidden_size, config.intermediate_size
     if splits_mlp(config, degrees.tensor):
@@ -146,10 +153,13 @@ def layer_bytes(config: Any, kind: Kind, degrees: Degrees, *, size: int, grouped
     mixed = query * size + 4 * kind.heads / split  # the output and each query's log-sum
     convolved = kv * (config.conv_window > 1)
     # Rotated keys, and the values with what lies beside them: the keys before rotation or, unconvolved, all of W_pack.
-    copied = not grouped and 1 < kind.kv_heads < kind.heads
+    copied = kernel == "masked" and 1 < kind.kv_heads < kind.heads
     keys = (2 * query if copied else kv / 2 + (convolved or query + kv)) * degrees.context
     return {
-        "none": 2 * norm_bytes(config, size) + (convolved + query + keys + 4 * inner) * size + mixed,
+        "none": 2 * norm_bytes(config, size)
+        + (convolved + query + keys + 4 * inner) * size
+        + mixed
+        + query * size * (kernel == "documents"),  # their outputs, put together again
         "selective": (width + query + kv + 2 * inner + 2 * width) * size + mixed,
         "full": width * size,
     }
@@ -160,20 +170,41 @@ def norm_bytes(config: Any, size: int) -> int:
     return config.hidden_size * (4 + 2 * size)
 
 
+def mask_bytes(
+    layers: list[Kind], tokens: int, context: int, *, size: int, kernel: Kernel, document: float
+) -> tuple[int, list[int]]:
+    """Returns the bytes of masks that all layers share, and of what each layer's attention keeps for each pair."""
+    if kernel == "flex":
+        return 0, [0] * len(layers)
+    if kernel == "documents":
+        stretch = min(context, max(SHARED_STRETCH, document))
+        masked = [
+            document < SHARED_STRETCH or (kind.window is not None and document > kind.window)
+            for kind in layers
+        ]
+        shared = len({kind.window for kind, hides in zip(layers, masked, strict=True) if hides})
+        return int(tokens * stretch * shared), [int(tokens * stretch * size) * hides for hides in masked]
+    pairs, shared = tokens * context, len({kind.window for kind in layers})
+    if kernel == "masked":
+        return pairs * shared, [pairs * size] * len(layers)
+    each = 4 if size == 4 else 6
+    return pairs * shared * size, [pairs * kind.heads * each for kind in layers]
+
+
 def loss_bytes(tokens: int, vocabulary: int, head: int, size: int) -> int:
     """Returns the bytes of the loss without logits (`linear_cross_entropies`) at its fullest.
 
-    The head's gradient is in float32 throughout. A chunk of logits has its softmax beside it, and the slopes of the
-    chunk before it; at the end the gradient is made orthogonal to the head's rows, with one product as large as the
-    head (in bfloat16 a float32 copy of the head, too).
+    The head's gradient is in float32, from the first chunk's end on. A chunk of logits has its softmax beside it, and
+    the slopes of the chunk before it; at the end the gradient is made orthogonal to the head's rows, with one product
+    as large as the head (in bfloat16 a float32 copy of the head, too).
     """
     rows = max(1, LOSS_CHUNK // vocabulary)
-    first, other = min(tokens, rows), min(max(tokens - rows, 0), rows)
-    before = 4 if size == 4 else 6
-    chunks = vocabulary * max(8 * first, before * first + 8 * other if other else 0)
-    if size == 4:
-        return 4 * head + max(chunks, 4 * head)
-    return 4 * head + max(chunks + size * head, 8 * head)
+    first, other = vocabulary * min(tokens, rows), vocabulary * min(max(tokens - rows, 0), rows)
+    before, cast = (4, 0) if size == 4 else (6, size)  # of the slopes; of a product that is added in float32
+    moments = [8 * first, before * first + (4 + cast) * head, (8 if size == 4 else 12) * head]
+    if other:
+        moments += [4 * head + before * first + 8 * other, (4 + cast) * head + before * other]
+    return max(moments)
 
 
 def memory(
@@ -186,7 +217,8 @@ def memory(
     recompute: Recompute = "none",
     optimizer: Optimizer = "adamw",
     bfloat16: bool = True,
-    grouped: bool = True,
+    kernel: Kernel = "flex",
+    document: float | None = None,
 ) -> Memory:
     """Adds up the memory of the fullest device (rank 0); the compiler's and the allocator's losses are not in it.
 
@@ -199,16 +231,16 @@ def memory(
         recompute: activation checkpointing.
         optimizer: whose moments are kept.
         bfloat16: precision of the products, else float32.
-        grouped: see `layer_bytes`; without it masks are held, too: one byte a pair for both kinds of layers, and a
-            number a pair in each layer.
+        kernel: of attention; all but flex keep masks or scores.
+        document: tokens of a document, for the masks of the `documents` kernel; None: each row is one.
     """
     size = 2 if bfloat16 else 4
     tokens = micro * context // degrees.context
     layers = kinds(config)
-    kept = [layer_bytes(config, kind, degrees, size=size, grouped=grouped) for kind in layers]
-    pairs = micro * context**2 // degrees.context
-    masks = 0 if grouped else pairs * len({kind.window for kind in layers})
-    scores = 0 if grouped else pairs * size  # the mask as numbers to add, which each layer's attention keeps
+    kept = [layer_bytes(config, kind, degrees, size=size, kernel=kernel) for kind in layers]
+    masks, scores = mask_bytes(
+        layers, tokens, context, size=size, kernel=kernel, document=context if document is None else document
+    )
     rotary = tokens * 8 * sum({kind.head_dim for kind in layers})
 
     # ---- units of FSDP: each layer, and the rest
@@ -229,8 +261,10 @@ def memory(
         gathered=0 if plain else (root + 2 * layer) * size,
         reduced=0 if plain else max(root, layer) * (size + 4),
         activations=int(tokens * sum(one[recompute] for one in kept))
-        + (masks + rotary + (0 if again else scores * len(layers))),
-        recomputed=int(tokens * max(one["none"] - one[recompute] for one in kept)) + scores if again else 0,
+        + (masks + rotary + (0 if again else sum(scores))),
+        recomputed=int(tokens * max(one["none"] - one[recompute] for one in kept)) + max(scores)
+        if again
+        else 0,
         loss=tokens * (norm_bytes(config, size) + 2 * config.hidden_size * size)
         + loss_bytes(tokens, config.vocab_size, head, size),
         accumulates=rows // degrees.data > micro,
