@@ -41,7 +41,11 @@ def together(folder, processes, jobs):
         )
         for rank in range(processes)
     ]
-    errors = [rank.communicate()[1] for rank in ranks]
+    try:
+        errors = [rank.communicate()[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert not any(rank.returncode for rank in ranks), errors[0][-4000:]
     return {name: read(folder / name) for name in jobs}
 
