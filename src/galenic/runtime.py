@@ -208,8 +208,12 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator[dict[str, Any]]:
     """Reads a JSON-lines file row by row.
+
+    Args:
+        path: the file.
+        growing: someone may be writing it: a last line without its end is left out.
 
     Raises:
         UserError: the file is missing, or a line is not a JSON object (file and line number named).
@@ -220,7 +224,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: no such file") from None
     with file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            if not line.strip() or (growing and not line.endswith("\n")):
                 continue
             try:
                 row = json.loads(line)
@@ -291,22 +295,31 @@ def progress(total: float, label: str, unit: str = "it") -> Iterator[Bar]:
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
+    from rich.text import Text
 
+    class NoteColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(task.fields["note"], style="dim", no_wrap=True, overflow="ellipsis")
+
+    console = Console(stderr=True)
+    wide = console.width >= 110
     columns = (
         TextColumn("  {task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=24 if wide else 8),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if wide else []),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        NoteColumn(table_column=Column(no_wrap=False)),  # the column that gives way on a narrow terminal
     )
-    with Progress(*columns, console=Console(stderr=True)) as rich_progress:
+    with Progress(*columns, console=console) as rich_progress:
         task = rich_progress.add_task(label, total=total, note="")
 
         class RichBar:
@@ -329,11 +342,14 @@ def torch_setup(seed: int) -> None:
     import torch
     import torch.utils.deterministic as determinism
 
+    from galenic.products import prefer_onednn
+
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory cost 4.5% of a training step and guards against code that reads it before writing.
     setattr(determinism, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module, unknown to types)
     torch.set_flush_denormal(True)
+    prefer_onednn()
 
 
 def peak_memory_bytes() -> int:

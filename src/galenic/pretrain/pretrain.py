@@ -2,7 +2,7 @@
 
 Source: Baichuan-M1 report, section 4.2: three phases (general; medical basic; medical advanced) under one optimizer
 state, warm-up then constant learning rate, cosine decay, longer context and a larger RoPE base in the last phase,
-AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
+AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard. `plan` tells what `run` would do.
 """
 
 from collections.abc import Iterator
@@ -12,68 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from galenic.corpus.mixtures.mixture_tree import mixture_preview
-from galenic.corpus.tokens.shards import Shard, read_meta, read_shard, special_tokens
+from galenic.corpus.tokens.shards import read_meta, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.plan import plan as plan
+from galenic.pretrain.plan import preview as preview
 from galenic.ranks import gathered, process_group, rank, ranks
-from galenic.runtime import (
-    Bar,
-    Plan,
-    UserError,
-    device,
-    human,
-    human_bytes,
-    progress,
-    sha256_file,
-    torch_setup,
-)
+from galenic.runtime import Bar, device, progress, sha256_file, torch_setup
 
 if TYPE_CHECKING:
     from galenic.pretrain.curriculum import PhaseBatches
     from galenic.pretrain.loop import Trainer
-
-# ---------------------------------------------------------------------------- plan
-
-
-def plan(config: PretrainConfig) -> Plan:
-    """What the verb would do: parameters, steps, repeats per source, FLOPs, memory."""
-    import torch
-
-    meta = read_meta(config.tokenizer)
-    with torch.device("meta"):
-        model = build_model(config.architecture, meta, config.phases[0])
-    total = sum(parameter.numel() for parameter in model.parameters())
-    matmul = total - model.get_input_embeddings().weight.numel()
-    tokens = sum(phase.tokens for phase in config.phases)
-    facts = {
-        "parameters": f"{human(total)} ({human(matmul)} in matrix products)",
-        "tokens": human(tokens),
-        "FLOPs": f"{human(6 * matmul * tokens)} (6 x parameters x tokens)",
-        "state": f"{human_bytes(16 * total)} (weights, gradients, two moments in float32)",
-    }
-    for phase in config.phases:
-        steps = phase.tokens // (phase.context * phase.rows)
-        shares = sum(phase.mixture.values())
-        repeats = []
-        for source, share in phase.mixture.items():
-            if source not in meta["sources"]:
-                raise UserError(
-                    f"phases: '{phase.name}' names source '{source}', which the shards do not have"
-                )
-            size = meta["sources"][source]["train"]["tokens"]
-            repeats.append(f"{source} {phase.tokens * share / shares / max(size, 1):.2g}x")
-        end = phase.final_lr if phase.final_lr is not None else config.optim.lr
-        facts[phase.name] = (
-            f"{steps} steps of {phase.rows} x {phase.context} tokens, RoPE base {phase.rope_theta:g}, "
-            f"learning rate {config.optim.lr:g} to {end:g}; {', '.join(repeats)}; "
-            f"{_packing(config, phase)}"
-        )
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/{phase.name}" for phase in config.phases],
-        facts=facts,
-    )
-
 
 # ---------------------------------------------------------------------------- model and data
 
@@ -109,28 +57,6 @@ def set_context(model: Any, phase: PhaseConfig) -> None:
     """Gives a model the context length and RoPE base of a phase; weights stay."""
     model.config.max_position_embeddings = phase.context
     model.config.rope_theta = phase.rope_theta
-
-
-def packed_rows(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> Any:
-    """Returns the rows of a phase in training order."""
-    from galenic.pretrain.packing import phase_rows
-
-    return phase_rows(
-        shards, phase.mixture, tokens=phase.tokens, context=phase.context, seed=config.seed, name=phase.name
-    )
-
-
-def preview(config: PretrainConfig) -> list[str]:
-    """The mixture of all phases as a tree: tokens, documents, repeats and fingerprints of groups and sources."""
-    return mixture_preview(config.tokenizer, config.phases)
-
-
-def _packing(config: PretrainConfig, phase: PhaseConfig) -> str:
-    """Packs a phase as training will and tells what that costs."""
-    from galenic.pretrain.packing import packing_report
-
-    shards = {source: read_shard(config.tokenizer, source, "train") for source in phase.mixture}
-    return str(packing_report(packed_rows(config, phase, shards), phase.context))
 
 
 # ---------------------------------------------------------------------------- run
