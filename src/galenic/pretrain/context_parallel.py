@@ -185,7 +185,8 @@ def piece_mask(
             return visible(queries[query], keys[key], places[row, query], window)
 
         places = positions.expand(hidden.shape[0], -1)
-        return create_block_mask(seen, hidden.shape[0], None, length, len(keys), device=device)
+        rows, compiled = hidden.shape[0], device.type == "cuda"  # compiled, it never holds the whole mask
+        return create_block_mask(seen, rows, None, length, len(keys), device=device, _compile=compiled)
     mask = visible(queries[:, None], keys, positions[:, None, :, None], window)
     if implementation == "eager":
         low = torch.finfo(hidden.dtype).min
