@@ -1,0 +1,255 @@
+"""The starter's curriculum at a size that fits five seeds of many arms: what `guard.py` and `curriculum.py` train.
+
+The starter's corpus, tokenizer, mixtures and phase proportions; a network of 96 instead of 256 dimensions and about a
+quarter of the tokens; contexts of 192 and then 768 tokens, the report's ratio (8K, then 32K).
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timing
+import torch
+import yaml
+
+from galenic.corpus.tokens.shards import Shard, read_meta, read_shard
+from galenic.evaluate.likelihood import token_log_probs
+from galenic.pretrain.config import ArchitectureConfig, OptimConfig, PhaseConfig, PretrainConfig
+
+WIDTH = 96
+ARCHITECTURE = ArchitectureConfig(
+    hidden_size=WIDTH,
+    intermediate_size=264,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    num_swa_attention_heads=4,
+    num_swa_key_value_heads=2,
+    sliding_window=64,
+    initializer_range=0.1,  # about 1 / sqrt(width)
+)
+OPTIM = OptimConfig(lr=4e-3, warmup_steps=50)
+FINAL_LR = 2e-4  # a twentieth of the peak, as in the report
+SHAPES = ((192, 4), (192, 4), (768, 1))
+"""(context, rows) of the three phases: 768 tokens a batch in all."""
+SHARE = 0.22
+"""Of the starter's tokens."""
+BANDS = ((1, 192), (192, 384), (384, 768))
+"""Positions in a document, of the predicted token."""
+
+
+def phases(recipes: Path) -> list[PhaseConfig]:
+    """Returns the starter's three phases at this size, constant learning rate, then a cosine in the last."""
+    recipe = yaml.safe_load((recipes / "30-pretrain.yaml").read_text(encoding="utf-8"))
+    return [
+        PhaseConfig(
+            name=phase["name"],
+            mixture=phase["mixture"],
+            tokens=round(SHARE * phase["tokens"] / 768) * 768,
+            context=context,
+            rows=rows,
+            rope_theta=float(phase["rope_theta"]),
+            final_lr=FINAL_LR if "final_lr" in phase else None,
+        )
+        for phase, (context, rows) in zip(recipe["phases"], SHAPES, strict=True)
+    ]
+
+
+def config(tokenizer: Path, out: Path, phases: list[PhaseConfig], seed: int, **more: Any) -> PretrainConfig:
+    """Returns what `galenic pretrain` would be given."""
+    settings = {"optim": OPTIM, "precision": "float32"} | more
+    return PretrainConfig(
+        out=str(out),
+        tokenizer=str(tokenizer),
+        architecture=ARCHITECTURE,
+        phases=phases,
+        seed=seed,
+        **settings,
+    )
+
+
+def training_shards(tokenizer: Path, phases: Sequence[PhaseConfig]) -> dict[str, Shard]:
+    """Opens the sources of the phases."""
+    names = sorted({source for phase in phases for source in phase.mixture})
+    return {source: read_shard(tokenizer, source, "train") for source in names}
+
+
+# ---------------------------------------------------------------------------- held-out documents
+
+
+@cache
+def token_bytes(tokenizer: Path) -> np.ndarray:
+    """Returns (vocabulary,) int64: UTF-8 bytes that each token stands for; special ones stand for none."""
+    from galenic.model.folder import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    special = set(loaded.all_special_tokens)
+    names = loaded.convert_ids_to_tokens(list(range(read_meta(tokenizer)["vocab_size"])))
+    sizes = [0 if name in special else 1 if _is_byte(name) else len(name.encode()) for name in names]
+    return np.array(sizes, dtype=np.int64)
+
+
+def _is_byte(name: str) -> bool:
+    return len(name) == 6 and name.startswith("<0x") and name.endswith(">")
+
+
+def heldout(tokenizer: Path, sources: Sequence[str], most: int) -> list[tuple[str, np.ndarray]]:
+    """Returns (source, ids) of the first held-out documents of each source, `most` tokens of a source at most."""
+    found = []
+    for source in sources:
+        shard = read_shard(tokenizer, source, "heldout")
+        count = max(1, int(np.searchsorted(shard.offsets[1:], most, side="right")))
+        found += [(source, shard.document(index)) for index in range(min(count, len(shard)))]
+    return found
+
+
+def score(
+    model: Any,
+    documents: list[tuple[str, np.ndarray]],
+    tokenizer: Path,
+    context: int,
+    rope_theta: float | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores documents in windows of `context` tokens: bits per byte by source and by position in the document.
+
+    The model may be asked for a longer context than it was trained for, or for another RoPE base; it stays as it was.
+
+    Returns:
+        {"sources": {source: bits per byte}, "bands": {"192-384": bits per byte}}; `</s>` is not text and left out.
+    """
+    was = model.training, model.config.max_position_embeddings, model.config.rope_theta
+    model.eval()
+    model.config.max_position_embeddings, model.config.rope_theta = context, rope_theta or was[2]
+    logs = token_log_probs(model, [ids for _, ids in documents], context=context, batch_tokens=4096)
+    model.train(was[0])
+    model.config.max_position_embeddings, model.config.rope_theta = was[1:]
+    sizes = token_bytes(tokenizer)
+    bits: dict[str, dict[str, float]] = {"sources": {}, "bands": {}}
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    for (source, ids), log in zip(documents, logs, strict=True):
+        part = np.stack([-log[:-1] / np.log(2), sizes[ids[1:-1]]])  # positions 1, 2, ... without </s>
+        keys = {("sources", source): part}
+        for low, high in BANDS:
+            keys["bands", f"{low}-{high}"] = part[:, low - 1 : high - 1]
+        for key, columns in keys.items():
+            sums[key] = sums.get(key, np.zeros(2)) + columns.sum(axis=1)
+    for (kind, name), (nats, count) in sums.items():
+        if count:
+            bits[kind][name] = float(nats / count)
+    return bits
+
+
+def groups(tokenizer: Path) -> dict[str, list[str]]:
+    """Returns group -> its sources, in the corpus' order."""
+    found: dict[str, list[str]] = {}
+    for source, facts in read_meta(tokenizer)["sources"].items():
+        found.setdefault(facts["group"], []).append(source)
+    return dict(sorted(found.items()))
+
+
+def by_group(bits: dict[str, float], known: dict[str, list[str]]) -> dict[str, float]:
+    """Returns the mean bits per byte over each group's sources, and over all sources."""
+    means = {group: float(np.mean([bits[source] for source in of])) for group, of in known.items()}
+    return means | {"all": float(np.mean(list(bits.values())))}
+
+
+# ---------------------------------------------------------------------------- training
+
+
+class PackedBatches:
+    """One phase's batches, as the loop asks for them."""
+
+    def __init__(self, config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> None:
+        from galenic.corpus.tokens.shards import special_tokens
+        from galenic.pretrain.pretrain import packed_rows
+
+        self.shards, self.context, self.rows = shards, phase.context, phase.rows
+        self.packed = packed_rows(config, phase, shards)
+        self.steps = len(self.packed) // phase.rows
+        self.pad = special_tokens(read_meta(config.tokenizer))["pad"]
+        self.domains: list[str] = []
+
+    def batch(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        from galenic.pretrain.packing import collate
+
+        laid = []
+        for row in rows:
+            pieces = self.packed[step * self.rows + row]
+            texts = [self.shards[p.source].document(p.document)[p.start : p.start + p.length] for p in pieces]
+            laid.append([(text, text) for text in texts])
+        return collate(laid, self.context, self.pad)
+
+    def documents(self, step: int) -> list[str]:
+        pieces = [p for row in self.packed[step * self.rows : (step + 1) * self.rows] for p in row]
+        return [f"{piece.source}:{piece.document}" for piece in pieces]
+
+
+def make_trainer(config: PretrainConfig, model: Any) -> Any:
+    from galenic.pretrain.loop import Trainer
+
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    return Trainer(model, config.optim, config.guard, Path(config.out), 1e9)
+
+
+def train(trainer: Any, batches: Any, *, first: int, last: int, lr: Any, phase: str) -> None:
+    """Takes the steps up to the run's step `last`; `batches` begin at step `first`."""
+    from galenic.runtime import _PlainBar
+
+    bar = _PlainBar(1e18, phase, "")
+    bar.printed = 1e18
+    every = range(batches.rows)
+    trainer.train(
+        lambda step: batches.batch(step, every), first=first, last=last, lr=lr, bar=bar, phase=phase
+    )
+
+
+def stable(step: int) -> float:
+    """Learning rate of the phases before the last: warm-up, then the peak."""
+    from galenic.pretrain.loop import warmup_stable_decay
+
+    return warmup_stable_decay(step, peak=OPTIM.lr, warmup=OPTIM.warmup_steps)
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def settings() -> list[Any]:
+    """What every unit's result depends on."""
+    return [asdict(ARCHITECTURE), asdict(OPTIM), FINAL_LR, SHAPES, SHARE, BANDS]
+
+
+def arguments(description: str, out: str) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/starter"), help="a starter run (for its tokens)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm, 2 or more")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), help="finished runs; a killed script continues"
+    )
+    parser.add_argument("--figures", type=Path, default=Path("docs/img"), help="where the figures go")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes/starter"), help="the starter's recipe")
+    found = parser.parse_args()
+    found.tokenizer = found.run / "20-tokenizer"
+    if found.seeds < 2:
+        parser.error(f"--seeds {found.seeds}: an interval needs 2 at least")
+    if not (found.tokenizer / "tokens" / "meta.json").is_file():
+        parser.error(f"{found.tokenizer}: no token shards; run `make starter` first, or give --run RUN_DIR")
+    return found
+
+
+def conditions(given: argparse.Namespace, results: Iterable[list[dict[str, Any]]]) -> str:
+    """The line above the tables: date, machine, versions, runs."""
+    runs = [unit for units in results for unit in units]
+    seconds = sum(unit["seconds"] for unit in runs)
+    return timing.conditions(
+        1, f"{len(runs)} runs, {given.seeds} seeds, {seconds:.0f} s of one thread in all"
+    )
