@@ -30,8 +30,9 @@ from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.config import OptimConfig
-from galenic.pretrain.loop import cosine_decay, make_optimizer, warmup_stable_decay
+from galenic.pretrain.optimizers import make_optimizer
 from galenic.pretrain.packing import IGNORE, best_fit, collate, cut, phase_rows
+from galenic.pretrain.schedules import cosine_decay, warmup
 from galenic.runtime import append_jsonl, read_jsonl, torch_setup
 
 Batch = dict[str, torch.Tensor]
@@ -230,7 +231,7 @@ def train(name: str, variant: str, seed: int, lr: float, steps: int, tokenizer: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         decayed = cosine_decay((step + 1) / steps, start=lr, end=lr / 10)
         for group in optimizer.param_groups:
-            group["lr"] = min(warmup_stable_decay(step, peak=lr, warmup=task.warmup), decayed)
+            group["lr"] = min(lr * warmup(step, task.warmup), decayed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not corpus:  # batches never repeat, so this is accuracy on unseen sequences

@@ -5,14 +5,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from galenic.pretrain.config import GuardConfig, OptimConfig
-from galenic.pretrain.loop import Trainer, cosine_decay, make_optimizer, warmup_stable_decay
+from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
+from galenic.pretrain.loop import Silent, Trainer
 from galenic.runtime import UserError
-
-
-class NoBar:
-    def update(self, n=1, note=""):
-        pass
 
 
 def tiny():
@@ -28,46 +24,42 @@ def tiny():
     return LlamaForCausalLM(config)
 
 
-def batches(step):
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, 64, (4, 16), generator=generator)
-    return {"input_ids": ids, "labels": ids}
+class Drawn:
+    """Batches of random tokens, one seed a step."""
+
+    steps, rows, context = 1000, 4, 16
+    domains = ()
+
+    def batch(self, step, rows):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 64, (self.rows, self.context), generator=generator)[list(rows)]
+        return {"input_ids": ids, "labels": ids}
+
+    def documents(self, step):
+        return [f"drawn:{step * self.rows + row}" for row in range(self.rows)]
+
+    def state(self, step):
+        return {"row": step * self.rows}
 
 
-def make_trainer(out, **guard):
+def make_trainer(out, micro_rows=0, model=None, **guard):
     out.mkdir(exist_ok=True)
     return Trainer(
-        tiny(), OptimConfig(lr=1e-2, warmup_steps=3), GuardConfig(**guard), out, checkpoint_seconds=1e9
+        model or tiny(),
+        OptimConfig(lr=1e-2, warmup_steps=3),
+        GuardConfig(**guard),
+        out,
+        checkpoints=Checkpoints(out, CheckpointConfig(seconds=1e9), run={}),
+        micro_rows=micro_rows,
     )
 
 
 def train(trainer, last):
-    trainer.train(batches, first=0, last=last, lr=lambda step: 1e-2 * (step + 1) / 20, bar=NoBar())
+    trainer.train(Drawn(), first=0, last=last, lr=lambda step: 1e-2 * (step + 1) / 20, bar=Silent())
 
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def test_schedule_ends():
-    assert warmup_stable_decay(0, peak=1.0, warmup=4) == 0.25
-    assert [warmup_stable_decay(s, peak=1.0, warmup=4) for s in (3, 4, 999)] == [1.0, 1.0, 1.0]
-    assert warmup_stable_decay(0, peak=1.0, warmup=0) == 1.0
-    assert cosine_decay(0.0, start=4e-4, end=2e-5) == 4e-4
-    assert cosine_decay(1.0, start=4e-4, end=2e-5) == pytest.approx(2e-5)
-    assert cosine_decay(0.5, start=4e-4, end=2e-5) == pytest.approx(2.1e-4)
-
-
-def test_decay_spares_norms_embedding_and_head():
-    model = tiny()
-    decayed, spared = make_optimizer(model, OptimConfig()).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for p in spared["params"]} == {
-        *("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm")
-    }
-    assert {p.ndim for p in decayed["params"]} == {2}
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
 
 
 def test_a_step_is_adamw_after_clipping(tmp_path):
@@ -84,13 +76,13 @@ def test_a_step_is_adamw_after_clipping(tmp_path):
         lr = 1e-2 * (step + 1) / 20
         for group in optimizer.param_groups:
             group["lr"] = lr
-        oracle(**batches(step)).loss.backward()
+        oracle(**Drawn().batch(step, range(4))).loss.backward()
         norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in oracle.parameters()))
         for p in oracle.parameters():
             p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
         optimizer.step()
         optimizer.zero_grad()
-        row = trainer.train_step(batches(step), lr)
+        row = trainer.train_step(Drawn(), step, lr)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
     expected = torch.cat([p.detach().flatten() for p in oracle.parameters()])
     torch.testing.assert_close(weights(trainer), expected, atol=1e-6, rtol=1e-5)
@@ -105,6 +97,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, cut):
     train(first, cut)
     first.save()
     train(first, min(cut + 2, 10))  # steps after the checkpoint are lost to the kill ...
+    first.checkpoints.wait()
     second = make_trainer(tmp_path / "cut", history=4)
     assert second.resume()
     assert second.step == cut
@@ -121,6 +114,7 @@ def test_only_the_newest_checkpoint_stays_and_none_after_the_end(tmp_path):
     for last in (1, 2, 3):
         train(trainer, last)
         trainer.save()
+        trainer.checkpoints.wait()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000003"]
     trainer.finish()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -128,15 +122,15 @@ def test_only_the_newest_checkpoint_stays_and_none_after_the_end(tmp_path):
 
 def test_a_skipped_step_changes_nothing_but_the_record(tmp_path):
     trainer = make_trainer(tmp_path, history=1, factor=0.0, offset=0.0)  # every later norm is a spike
-    trainer.train_step(batches(0), 1e-3)
+    train(trainer, 1)
     before = weights(trainer)
-    row = trainer.train_step(batches(1), 1e-3)
-    assert row["skipped"]
+    train(trainer, 2)
     assert torch.equal(weights(trainer), before)
-    assert not trainer.train_step(batches(2), 1e-3)["skipped"]
+    train(trainer, 3)
     assert not torch.equal(weights(trainer), before)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [False, True, False]
+    assert [row.get("documents") for row in rows] == [None, Drawn().documents(1), None]
 
 
 def test_a_row_cut_short_by_a_kill_is_dropped(tmp_path):
@@ -152,6 +146,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
     with torch.no_grad():
         trainer.model.lm_head.weight[0, 0] = float("inf")
     before = weights(trainer)
-    with pytest.raises(UserError, match=r"step 0: loss .* is not finite"):
-        trainer.train_step(batches(0), 1e-3)
+    with pytest.raises(UserError, match=r"step 0: loss .* is not finite.*drawn:3"):
+        trainer.train_step(Drawn(), 0, 1e-3)
     assert torch.equal(weights(trainer), before)

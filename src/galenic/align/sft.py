@@ -7,15 +7,17 @@ Models of other architectures are trained too, with their own chat template. tra
 their positions in most of them; it is tried on the model itself, and one that mixes samples gets one a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from galenic.align.config import SftConfig
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
+from galenic.pretrain.config import CheckpointConfig
 from galenic.pretrain.packing import IGNORE, best_fit, collate
 from galenic.runtime import (
     Plan,
@@ -113,6 +115,35 @@ def pack_samples(
     return rows[: max(1, tokens // context)]
 
 
+class Conversations:
+    """The batches of a fine-tuning run (`galenic.pretrain.loop.Batches`)."""
+
+    domains: ClassVar[list[str]] = []
+
+    def __init__(self, samples: list[Sample], packed: list[list[int]], rows: int, context: int) -> None:
+        self.samples, self.packed, self.rows, self.context = samples, packed, rows, context
+        self.steps = len(packed) // rows
+
+    def laid_rows(self, step: int) -> list[list[Sample]]:
+        """Returns the samples of each row of a batch."""
+        chosen = self.packed[step * self.rows : (step + 1) * self.rows]
+        return [[self.samples[i] for i in row] for row in chosen]
+
+    def batch(self, step: int, rows: Sequence[int]) -> dict[str, Any]:
+        """Returns these rows of a batch."""
+        laid = self.laid_rows(step)
+        return collate([laid[row] for row in rows], self.context, PAD)
+
+    def documents(self, step: int) -> list[str]:
+        """Names the conversations of a batch by their place among those that were not too long, from 0."""
+        chosen = self.packed[step * self.rows : (step + 1) * self.rows]
+        return [f"conversation:{i}" for row in chosen for i in row]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the reader stands before a step."""
+        return {"row": step * self.rows}
+
+
 def keeps_apart(model: Any, sample: Sample) -> bool:
     """Whether the model keeps packed samples apart: another first sample must not change what the second one gives."""
     import torch
@@ -160,7 +191,9 @@ def run(config: SftConfig) -> None:
     from galenic.align.lora import add_adapter, save_adapter
     from galenic.model import BaichuanM1ForCausalLM, load_tokenizer
     from galenic.model.foreign import load_any, save_any
-    from galenic.pretrain.loop import Trainer, cosine_decay, warmup_stable_decay
+    from galenic.pretrain.checkpoints import Checkpoints
+    from galenic.pretrain.loop import Trainer
+    from galenic.pretrain.schedules import cosine_decay, warmup
 
     torch_setup(config.seed)
     out = Path(config.out)
@@ -182,12 +215,7 @@ def run(config: SftConfig) -> None:
     if not steps:
         raise UserError(f"{config.conversations}: fewer than {config.rows} rows of {config.context} tokens")
 
-    def laid_rows(step: int) -> list[list[Sample]]:
-        chosen = rows[step * config.rows : (step + 1) * config.rows]
-        return [[samples[i] for i in row] for row in chosen]
-
-    def batch(step: int) -> dict[str, Any]:
-        return collate(laid_rows(step), config.context, PAD)
+    batches = Conversations(samples, rows, config.rows, config.context)
 
     heldout: list[Sample] = []
     if config.heldout:
@@ -204,23 +232,26 @@ def run(config: SftConfig) -> None:
     # ---- training
     if config.lora:
         model = add_adapter(model, config.lora, config.seed)
-    trainer = Trainer(model, config.optim, config.guard, out, config.checkpoint_seconds)
+    saving = CheckpointConfig(seconds=config.checkpoint_seconds, asynchronous=False)
+    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "checkpoint_seconds")}
+    checkpoints = Checkpoints(out, saving, run=identity)
+    trainer = Trainer(model, config.optim, config.guard, out, checkpoints=checkpoints)
     after = None
     if config.shift:
         from galenic.align.shifting import shifter
 
-        after = shifter(config.shift, trainer, config.shift.steps(steps), laid_rows)
+        after = shifter(config.shift, trainer, config.shift.steps(steps), batches.laid_rows)
     trainer.resume()
     if trainer.step == 0:
         score(0)
 
     def lr(step: int) -> float:
-        warm = warmup_stable_decay(step, peak=config.optim.lr, warmup=config.optim.warmup_steps)
+        warm = config.optim.lr * warmup(step, config.optim.warmup_steps)
         return min(warm, cosine_decay((step + 1) / steps, start=config.optim.lr, end=config.final_lr))
 
     with progress(steps * config.rows * config.context, out.name, "tokens") as bar:
         bar.update(trainer.step * config.rows * config.context)
-        trainer.train(batch, first=0, last=steps, lr=lr, bar=bar, after=after)
+        trainer.train(batches, first=0, last=steps, lr=lr, bar=bar, after=after)
     score(steps)
 
     # ---- result

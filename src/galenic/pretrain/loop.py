@@ -1,91 +1,105 @@
-"""The training loop that pre-training and fine-tuning share: one step, its schedule, its checkpoint.
+"""The training loop that pre-training and fine-tuning share: what happens in one step, and in which order.
 
-A checkpoint is a folder `checkpoint-<step>/` with `state.safetensors` (weights and optimizer moments) and
-`state.json` (step, guard). It appears by rename, the older one goes only afterwards; nothing is pickled. A step
-draws no random number, so a resumed run repeats the uninterrupted one bit for bit.
+    micro-batches --forward, backward--> gradients --norm--> finite? --guard--> clip --> optimizer --> row, checkpoint
+
+How the work is spread over devices (`parallel.py`), what a checkpoint is (`checkpoints.py`) and who is told what
+(`watch.py`) come from outside; one process on its own needs nothing of it. A step draws no random number, so a
+resumed run repeats the uninterrupted one bit for bit.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from galenic.model import BaichuanM1ForCausalLM
-from galenic.pretrain.config import GuardConfig, OptimConfig
+from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, WatchConfig
 from galenic.pretrain.guard import GradientGuard
-from galenic.runtime import (
-    Bar,
-    UserError,
-    append_jsonl,
-    atomic_path,
-    device,
-    human,
-    read_json,
-    read_jsonl,
-    remove,
-    write_json,
-    write_jsonl,
-)
+from galenic.pretrain.optimizers import make_optimizer
+from galenic.pretrain.packing import IGNORE
+from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.watch import Watch
+from galenic.ranks import rank
+from galenic.runtime import Bar, UserError, device, human, read_jsonl, write_jsonl
+
+NAMED = 8
+"""Documents that an error names; the metrics row names all."""
 
 
-def warmup_stable_decay(step: int, *, peak: float, warmup: int) -> float:
-    """Learning rate of the stable part: linear warm-up over `warmup` steps, then `peak` (step counts from 0)."""
-    return peak * min(1.0, (step + 1) / warmup) if warmup else peak
+class Batches(Protocol):
+    """The batches of a phase, each a function of its step."""
 
+    steps: int
+    """How many there are."""
+    rows: int
+    """Rows of a whole batch, of all ranks together."""
+    context: int
+    """Tokens in a row."""
+    domains: list[str]
+    """Names of what `domains` in a batch points to; empty: the batches have no such tensor."""
 
-def cosine_decay(progress: float, *, start: float, end: float) -> float:
-    """Learning rate on a half cosine from `start` (progress 0) to `end` (progress 1)."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    def batch(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Returns rows of a batch: `input_ids`, `labels`, ... (rows, context) int64, on the CPU.
 
+        `domains`, of the same shape, is each token's domain, negative for none. No label stands on the first token of
+        a document.
+        """
+        ...
 
-def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the layers' matrices; norms, convolution taps, embedding and head are spared.
+    def documents(self, step: int) -> list[str]:
+        """Names the documents of a batch."""
+        ...
 
-    Only the direction of a NormHead row counts: decay would shrink the rows of rare words and so raise their
-    gradients without end.
-    """
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim != 2 or "embed_tokens" in name or "lm_head" in name
-            (others if spared else matrices).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the reader stands before a step, in a few numbers."""
+        ...
 
 
 class Trainer:
     """A model, its optimizer and guard, and where they are in the run.
 
     Args:
-        model: causal language model that returns `.loss`.
+        model: causal language model that returns `.loss`; already applied to `parallel`.
         optim: optimizer settings.
         guard: gradient guard settings.
-        out: folder for checkpoints and `metrics.jsonl`.
-        checkpoint_seconds: seconds between checkpoints.
+        out: folder of `metrics.jsonl` and the checkpoints.
+        parallel: how the work is spread; not given: one process.
+        checkpoints: where and when the run is written down.
+        watch: who is told.
+        micro_rows: rows computed at a time; 0: all of this rank's at once.
     """
 
     def __init__(
-        self, model: Any, optim: OptimConfig, guard: GuardConfig, out: Path, checkpoint_seconds: float
+        self,
+        model: Any,
+        optim: OptimConfig,
+        guard: GuardConfig,
+        out: Path,
+        *,
+        parallel: Parallel | None = None,
+        checkpoints: Checkpoints | None = None,
+        watch: Watch | None = None,
+        micro_rows: int = 0,
     ) -> None:
         self.device = device()
+        self.parallel = parallel or Parallel(device=self.device)
         self.model, self.optim, self.guard_config, self.out = model.to(self.device), optim, guard, out
+        self.checkpoints = checkpoints or Checkpoints(out, CheckpointConfig(), run={})
+        self.watch = watch or Watch(out, WatchConfig(), flops_per_token=0.0, devices=1, device=self.device)
+        self.micro_rows = micro_rows
         # Our network can do without holding the logits; others have no such argument.
-        self.forward_options = {"use_cache": False}
-        if isinstance(model, BaichuanM1ForCausalLM):
-            self.forward_options["skip_logits"] = True
+        self.ours = isinstance(model, BaichuanM1ForCausalLM)
         self.optimizer = make_optimizer(model, optim)
         self.guard = self._make_guard()
         self.step = 0
         self.tokens = 0
-        self.checkpoint_seconds = checkpoint_seconds
-        self.saved_at = time.monotonic()
+        self.read: dict[str, int] = {}
+        self.schedule: dict[str, Any] = {}
+        self.reader: dict[str, Any] = {}
 
     def _make_guard(self, **state: Any) -> GradientGuard:
         config = self.guard_config
@@ -99,35 +113,59 @@ class Trainer:
 
     # ------------------------------------------------------------------------ the step
 
-    def train_step(self, batch: dict[str, torch.Tensor], lr: float, **extra: Any) -> dict[str, Any]:
-        """Takes one step and appends its row to `metrics.jsonl`.
+    def train_step(self, batches: Batches, index: int, lr: float, **extra: Any) -> dict[str, Any]:
+        """Takes one step and tells of it.
+
+        Args:
+            batches: where the batch comes from.
+            index: of the batch.
+            lr: learning rate.
+            extra: columns of the row.
 
         Raises:
-            UserError: the loss or the gradient is not finite; the last checkpoint is kept.
+            UserError: the loss or the gradient is not finite; weights, optimizer and the last checkpoint are as before.
         """
         started = time.monotonic()
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        loss = self.model(**batch, **self.forward_options).loss
-        loss.backward()
-        # The guard looks at the norm before clipping: afterwards it could never exceed the clip.
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip))
-        value = float(loss.detach())
+        parts = self._micro_batches(batches, index)
+        domains = batches.domains
+
+        # ---- what all ranks' batches hold: targets, and each domain's targets and tokens
+        counts = torch.zeros(1 + 2 * len(domains), dtype=torch.float64)
+        for part in parts:
+            wanted = _wanted(part)
+            counts[0] += wanted.sum()
+            if domains:
+                of = part["domains"]
+                counts[1:] += torch.cat([_per_domain(x, of, len(domains)) for x in (wanted, of >= 0)])
+        targets, *rest = self.parallel.added(counts).tolist()
+        wanted, read = rest[: len(domains)], rest[len(domains) :]
+
+        # ---- gradients
+        sums = torch.zeros(1 + len(domains), dtype=torch.float64, device=self.device)
+        for part in parts:
+            sums += self._backward(part, targets, len(domains))
+        value, *losses = self.parallel.added(sums).tolist()
+        norm = self.parallel.norm(self.model.parameters())
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise UserError(
-                f"step {self.step}: loss {value} or gradient norm {norm} is not finite; lower optim.lr "
-                f"(the last checkpoint in {self.out} is kept)"
-            )
+            self._stop(value, norm, batches.documents(index))
+
+        # ---- the update; the guard looks at the norm before clipping: afterwards it could never exceed the clip
         accepted = self.guard.accept(norm)
         if accepted:
+            self._clip(norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        count = batch["input_ids"].numel()
+
+        # ---- what is told
+        count = batches.rows * batches.context
         self.step += 1
         self.tokens += count
+        for name, tokens in zip(domains, read, strict=True):
+            self.read[name] = self.read.get(name, 0) + int(tokens)
         seconds = time.monotonic() - started
-        row = {
+        row: dict[str, Any] = {
             "kind": "train",
             **extra,
             "step": self.step,
@@ -139,89 +177,136 @@ class Trainer:
             "tokens_per_second": round(count / seconds, 1),
             "seconds": round(seconds, 4),
         }
-        append_jsonl(self.out / "metrics.jsonl", row)
+        if any(losses):  # a model that is not ours does not tell
+            row["domains"] = {n: s / c for n, s, c in zip(domains, losses, wanted, strict=True) if c}
+        if not accepted:
+            row["documents"] = batches.documents(index)
         return row
+
+    def _micro_batches(self, batches: Batches, index: int) -> list[dict[str, torch.Tensor]]:
+        """Returns this rank's part of a batch, `micro_rows` at a time."""
+        rows = self.parallel.rows(batches.rows)
+        size = self.micro_rows or len(rows)
+        return [
+            self.parallel.local(batches.batch(index, rows[first : first + size]))
+            for first in range(0, len(rows), size)
+        ]
+
+    def _backward(self, part: dict[str, torch.Tensor], targets: float, domains: int) -> torch.Tensor:
+        """Adds a micro-batch's gradients.
+
+        Returns:
+            (1 + domains,) float64: its share of the mean loss over all targets, and each domain's summed losses.
+        """
+        own = int(_wanted(part).sum())
+        part = {name: tensor.to(self.device) for name, tensor in part.items()}
+        of = part.pop("domains", None)
+        sums = torch.zeros(1 + domains, dtype=torch.float64, device=self.device)
+        scale = self.parallel.loss_scale
+        if self.ours:
+            divisor = max(targets, 1) / scale
+            output = self.model(**part, num_items_in_batch=divisor, skip_logits=True, use_cache=False)
+            output.loss.backward()
+            sums[0] = output.loss.detach().double() / scale
+            if output.token_losses is not None and of is not None:
+                sums[1:] = _per_domain(output.token_losses.detach(), of, domains)
+        elif own:  # the mean of nothing is not a number
+            loss = self.model(**part, use_cache=False).loss * (own / targets)
+            (loss * scale).backward()
+            sums[0] = loss.detach()
+        return sums
+
+    def _clip(self, norm: float) -> None:
+        """Scales the gradients down to the largest norm that is allowed."""
+        scale = self.optim.clip / (norm + 1e-6)
+        if scale < 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            for gradient in gradients:
+                getattr(gradient, "_local_tensor", gradient).mul_(scale)
+
+    def _stop(self, loss: float, norm: float, documents: list[str]) -> None:
+        """Ends the run before the optimizer has seen what is not finite."""
+        self.checkpoints.wait()
+        more = f" and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
+        raise UserError(
+            f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; look at its documents "
+            f"({', '.join(documents[:NAMED])}{more}) or lower optim.lr "
+            f"(the last checkpoint in {self.out} is kept)"
+        )
 
     def train(
         self,
-        batches: Callable[[int], dict[str, torch.Tensor]],
+        batches: Batches,
         *,
         first: int,
         last: int,
         lr: Callable[[int], float],
         bar: Bar,
         after: Callable[[int], None] | None = None,
+        sizes: Mapping[str, int] | None = None,
         **extra: Any,
     ) -> None:
         """Takes the steps from where the run is up to `last`.
 
         Args:
-            batches: step (counted from `first`) -> batch.
+            batches: by step, counted from `first`.
             first: the run's step at which these batches begin.
             last: the run's step at which to stop.
             lr: step (counted from `first`) -> learning rate.
             bar: progress in tokens.
             after: called with the run's step after each, before its checkpoint; what it changes must follow from
                 the step and what a checkpoint holds.
-            extra: columns added to each metrics row.
+            sizes: domain -> tokens there are, to tell how often they have been read.
+            extra: columns added to each metrics row, such as the phase.
         """
         self.model.train()
         while self.step < last:
             index = self.step - first
-            batch = batches(index)
-            row = self.train_step(batch, lr(index), **extra)
+            row = self.train_step(batches, index, lr(index), **extra)
+            if sizes and self.read:
+                row["repeats"] = {n: round(t / sizes[n], 4) for n, t in self.read.items() if sizes.get(n)}
+            if rank() == 0:
+                self.watch.row(row)
             note = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {human(row['tokens_per_second'])} tok/s"
-            bar.update(batch["input_ids"].numel(), note)
+            bar.update(batches.rows * batches.context, note)
+            self.schedule = {"step": self.step, "lr": row["lr"], **extra}
+            self.reader = batches.state(index + 1)
             if after is not None:
                 after(self.step)
-            if time.monotonic() - self.saved_at >= self.checkpoint_seconds and self.step < last:
+                self.model.train()
+            if self.checkpoints.due() and self.step < last:
                 self.save()
 
     # ------------------------------------------------------------------------ checkpoints
 
-    def save(self) -> None:
-        """Writes a checkpoint, then removes older ones."""
-        tensors = {}
-        for name, parameter in self._trained():
-            tensors[f"model.{name}"] = parameter.detach()
-            state = self.optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                tensors[f"optimizer.{key}.{name}"] = value.contiguous()
-        with atomic_path(self.out / f"checkpoint-{self.step:08d}") as folder:
-            folder.mkdir()
-            save_file(tensors, folder / "state.safetensors")
-            state = {"step": self.step, "tokens": self.tokens, "guard": self.guard.state()}
-            write_json(folder / "state.json", state)
-        for old in self._checkpoints()[:-1]:
-            remove(old)
-        self.saved_at = time.monotonic()
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The parameters that training changes: all, or an adapter's."""
-        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.out.glob("checkpoint-*"))
+    def save(self, phase_end: str | None = None) -> None:
+        """Writes a checkpoint."""
+        self.checkpoints.save(
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            reader=self.reader,
+            run={
+                "step": self.step,
+                "tokens": self.tokens,
+                "read": self.read,
+                "guard": self.guard.state(),
+            },
+            phase_end=phase_end,
+        )
 
     def resume(self) -> bool:
         """Continues from the newest checkpoint, if there is one; later rows of `metrics.jsonl` are cut off."""
-        found = self._checkpoints()
+        found = self.checkpoints.load(self.model, self.optimizer)
         if found:
-            tensors = load_file(found[-1] / "state.safetensors")
-            with torch.no_grad():
-                for name, parameter in self._trained():
-                    parameter.copy_(tensors[f"model.{name}"])
-                    self.optimizer.state[parameter] = {
-                        key: tensors[f"optimizer.{key}.{name}"]
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                        if f"optimizer.{key}.{name}" in tensors
-                    }
-            state = read_json(found[-1] / "state.json")
-            self.step, self.tokens = state["step"], state["tokens"]
-            self.guard = self._make_guard(**state["guard"])
-        rows = self.rows()
-        if rows:
-            write_jsonl(self.out / "metrics.jsonl", [row for row in rows if row["step"] <= self.step])
+            self.schedule, self.reader, run = found["schedule"], found["reader"], found["run"]
+            self.step, self.tokens, self.read = run["step"], run["tokens"], dict(run["read"])
+            self.guard = self._make_guard(**run["guard"])
+        if rank() == 0:
+            rows = self.rows()
+            if rows:
+                write_jsonl(self.out / "metrics.jsonl", [row for row in rows if row["step"] <= self.step])
         return bool(found)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -236,5 +321,26 @@ class Trainer:
 
     def finish(self) -> None:
         """Removes the checkpoints of a run that is complete."""
-        for folder in self._checkpoints():
-            remove(folder)
+        self.watch.close()
+        self.checkpoints.finish()
+
+
+def _wanted(part: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where a token's successor is predicted, (rows, context) bool."""
+    if "shift_labels" in part:
+        return part["shift_labels"] != IGNORE
+    return torch.nn.functional.pad(part["labels"][:, 1:] != IGNORE, (0, 1))
+
+
+def _per_domain(values: torch.Tensor, domains: torch.Tensor, count: int) -> torch.Tensor:
+    """Sums (rows, context) values by domain, (count,) float64; tokens of no domain do not count."""
+    places = torch.where(domains < 0, count, domains).flatten()
+    sums = torch.zeros(count + 1, dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, places, values.flatten().double())[:count]
+
+
+class Silent:
+    """No progress bar: of a process or a run that others tell of."""
+
+    def update(self, n: float = 1, note: str = "") -> None:
+        """Shows nothing."""

@@ -1,7 +1,6 @@
-"""Which documents a phase reads, and how they are packed into rows. Pure functions of seeds: nothing to save."""
+"""How documents are cut, packed into rows and laid into tensors. Pure functions of seeds: nothing to save."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from galenic.corpus.tokens.shards import Shard
 from galenic.pretrain.bins import fill_bins
-from galenic.runtime import UserError
+from galenic.pretrain.drawing import stable_hash, draw_documents
 
 IGNORE = -100
 """Label of tokens that carry no loss."""
@@ -66,41 +65,7 @@ class Rows(Sequence[list[Piece]]):
         ]
 
 
-# ---------------------------------------------------------------------------- draw and cut
-
-
-def draw_documents(shard: Shard, tokens: float, *, seed: int, key: str) -> np.ndarray:
-    """Draws documents of one source, epoch after epoch in a new order, until `tokens` are reached.
-
-    A document of weight w appears floor(w) times an epoch, and once more with probability w - floor(w).
-
-    Returns:
-        (drawn,) int64 numbers of documents.
-
-    Raises:
-        UserError: the source has no training documents.
-    """
-    if len(shard) == 0:
-        raise UserError(f"source '{key}' has no training documents; take it out of the mixture")
-    lengths = np.diff(shard.offsets)
-    chosen: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    epoch, drawn = 0, 0
-    while drawn < tokens:
-        generator = np.random.Generator(np.random.Philox(key=[seed, _hash(f"{key}/{epoch}")]))
-        repeats = np.floor(shard.weights + generator.random(len(shard)).astype(np.float32)).astype(np.int64)
-        if not repeats.any():
-            repeats[:] = 1
-        order = generator.permutation(np.repeat(np.arange(len(shard)), repeats))
-        total = drawn + np.cumsum(lengths[order])
-        count = int(np.searchsorted(total, tokens)) + 1
-        chosen.append(order[:count])
-        drawn = int(total[min(count, len(total)) - 1])
-        epoch += 1
-    return np.concatenate(chosen)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+# ---------------------------------------------------------------------------- cut
 
 
 def cut(source: str, document: int, length: int, context: int) -> list[Piece]:
@@ -166,16 +131,35 @@ def phase_rows(
         Rows of pieces, shuffled.
     """
     total = sum(mixture.values())
-    sources = [source for source in sorted(mixture) if mixture[source]]
+    drawn = {
+        source: draw_documents(
+            shards[source], tokens * mixture[source] / total, seed=seed, key=f"{name}/{source}"
+        )
+        for source in sorted(mixture)
+        if mixture[source]
+    }
+    return pack(shards, drawn, context=context, seed=seed, name=name)
+
+
+def pack(
+    shards: Mapping[str, Shard], drawn: Mapping[str, np.ndarray], *, context: int, seed: int, name: str
+) -> Rows:
+    """Packs documents into rows of `context` tokens, in an order by chance.
+
+    Args:
+        shards: source -> training shard.
+        drawn: source -> (documents,) int64 numbers, each as often as it is read; its order numbers `Rows.source`.
+        context: tokens in a row.
+        seed: of the run.
+        name: what else the order depends on.
+    """
     columns: list[tuple[np.ndarray, ...]] = []
-    for number, source in enumerate(sources):
-        budget = tokens * mixture[source] / total
-        drawn = draw_documents(shards[source], budget, seed=seed, key=f"{name}/{source}")
-        whole = np.diff(shards[source].offsets)[drawn]
+    for number, (source, documents) in enumerate(drawn.items()):
+        whole = shards[source].offsets[documents + 1] - shards[source].offsets[documents]
         owner, starts, lengths = cut_all(whole, context)
-        columns.append((np.full(len(owner), number), drawn[owner], starts, lengths, whole[owner]))
+        columns.append((np.full(len(owner), number), documents[owner], starts, lengths, whole[owner]))
     pieces = [np.concatenate(column) for column in zip(*columns, strict=True)]
-    generator = np.random.Generator(np.random.Philox(key=[seed, _hash(f"{name}/rows")]))
+    generator = np.random.Generator(np.random.Philox(key=[seed, stable_hash(f"{name}/rows")]))
     shuffled = generator.permutation(len(pieces[0]))
     order, bounds = fill_bins(pieces[3][shuffled], context)
     rows = generator.permutation(len(bounds) - 1)
@@ -186,7 +170,7 @@ def phase_rows(
     chosen = shuffled[order[places]]
     source, document, start, length, whole = (column[chosen] for column in pieces)
     return Rows(
-        sources=sources,
+        sources=list(drawn),
         source=source,
         document=document,
         start=start,

@@ -5,16 +5,21 @@ state, warm-up then constant learning rate, cosine decay, longer context and a l
 AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from galenic.corpus.mixtures.mixture_tree import mixture_preview
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
+from galenic.ranks import gathered, process_group, rank, ranks
 from galenic.runtime import (
+    Bar,
     Plan,
     UserError,
-    append_jsonl,
+    device,
     human,
     human_bytes,
     progress,
@@ -110,50 +115,6 @@ def packed_rows(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Sh
     )
 
 
-def phase_batches(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> tuple[int, Any]:
-    """Returns (steps, step -> batch) of a phase: a pure function of the seed, so a resume needs only the step."""
-    from galenic.pretrain.packing import collate
-
-    pad = special_tokens(read_meta(config.tokenizer))["pad"]
-    rows = packed_rows(config, phase, shards)
-    steps = len(rows) // phase.rows
-
-    def batch(step: int) -> dict[str, Any]:
-        chosen = rows[step * phase.rows : (step + 1) * phase.rows]
-        laid = []
-        for row in chosen:
-            documents = []
-            for piece in row:
-                ids = shards[piece.source].document(piece.document)[piece.start : piece.start + piece.length]
-                documents.append((ids, ids))
-            laid.append(documents)
-        return collate(laid, phase.context, pad)
-
-    return steps, batch
-
-
-def heldout_bits(model: Any, config: PretrainConfig, context: int) -> dict[str, float]:
-    """Scores held-out documents of every source, at most `heldout_tokens` each."""
-    from galenic.evaluate.bits_per_byte import bits_per_byte, document
-
-    scores = {}
-    sources = read_meta(config.tokenizer)["sources"]
-    with progress(len(sources), "held-out bits per byte", "sources") as bar:
-        for source in sources:
-            shard = read_shard(config.tokenizer, source, "heldout")
-            texts, tokens = [], 0
-            for index in range(len(shard)):
-                ids = shard.document(index)
-                tokens += len(ids)
-                if texts and tokens > config.heldout_tokens:
-                    break
-                texts.append(document(ids, int(shard.bytes[index])))
-            if texts:
-                scores[source], _ = bits_per_byte(model, texts, context=context, batch_tokens=8192)
-            bar.update(1)
-    return scores
-
-
 def preview(config: PretrainConfig) -> list[str]:
     """The mixture of all phases as a tree: tokens, documents, repeats and fingerprints of groups and sources."""
     return mixture_preview(config.tokenizer, config.phases)
@@ -172,61 +133,130 @@ def _packing(config: PretrainConfig, phase: PhaseConfig) -> str:
 
 def run(config: PretrainConfig) -> None:
     """Trains through the phases; continues where a killed run stopped, to the same bytes."""
-    from galenic.model import save
-    from galenic.pretrain.loop import Trainer, cosine_decay, warmup_stable_decay
+    with process_group():
+        _train(config)
+
+
+def _train(config: PretrainConfig) -> None:
+    from galenic.pretrain.checkpoints import Checkpoints
+    from galenic.pretrain.curriculum import PhaseBatches
+    from galenic.pretrain.export import export_model
+    from galenic.pretrain.heldout import heldout_bits
+    from galenic.pretrain.loop import Trainer
+    from galenic.pretrain.parallel import Parallel
+    from galenic.pretrain.schedules import rate
+    from galenic.pretrain.watch import Watch
 
     torch_setup(config.seed)
-    out = Path(config.out)
-    meta = read_meta(config.tokenizer)
+    out, meta = Path(config.out), read_meta(config.tokenizer)
+    # What process 0 sees decides for all, or some would wait for others that left.
+    there = gathered([phase.name for phase in config.phases if (out / phase.name).exists()])[0]
+    data = sha256_file(Path(config.tokenizer) / "tokens" / "meta.json")
+    checkpoints = Checkpoints(out, config.checkpoints, run=_identity(config, data))
+    if len(there) == len(config.phases):
+        checkpoints.finish()
+        return
     shards = {}
     for phase in config.phases:
         for source in phase.mixture:
             shards.setdefault(source, read_shard(config.tokenizer, source, "train"))
-    if all((out / phase.name).exists() for phase in config.phases):
-        return
+    stages = [PhaseBatches(config, phase, shards) for phase in config.phases]
+    steps = [batches.steps for batches in stages]
 
+    # ---- the network, spread over the devices
+    parallel = Parallel(config.parallel, precision=config.precision, device=device())
+    for phase in config.phases:
+        parallel.check(config.architecture, phase.rows, phase.context)
     model = build_model(config.architecture, meta, config.phases[0])
-    trainer = Trainer(model, config.optim, config.guard, out, config.checkpoints.seconds)
+    parallel.apply(model)
+    trainer = Trainer(
+        model,
+        config.optim,
+        config.guard,
+        out,
+        parallel=parallel,
+        checkpoints=checkpoints,
+        watch=Watch(out, config.watch, flops_per_token=0.0, devices=ranks(), device=device()),
+        micro_rows=config.parallel.micro_rows,
+    )
     if not trainer.resume():
         trainer.save()  # the seeded start itself, so that a resume never draws weights again
+    scored = set(gathered([row["step"] for row in trainer.rows() if row["kind"] == "heldout"])[0])
 
+    def score(phase: PhaseConfig) -> None:
+        """Tells the held-out bits per byte of where the run is, unless a run before this one did."""
+        if trainer.step not in scored:
+            model.eval()
+            bits = heldout_bits(model, config, phase.context)
+            row = {"kind": "heldout", "phase": phase.name, "step": trainer.step, "bits_per_byte": bits}
+            if rank() == 0:
+                trainer.watch.row(row)
+            scored.add(trainer.step)
+
+    sizes = {source: counts["train"]["tokens"] for source, counts in meta["sources"].items()}
     first = 0
     learned: dict[str, str] = {}  # source -> licence, of what the network has read so far
-    for phase in config.phases:
+    for number, (phase, batches) in enumerate(zip(config.phases, stages, strict=True)):
         for source in sorted(source for source, share in phase.mixture.items() if share):
             learned[source] = meta["sources"][source].get("licence", "unknown")
-        steps, batches = phase_batches(config, phase, shards)
-        last = first + steps
-        if trainer.step <= last and not (out / phase.name).exists():
-            set_context(model, phase)
+        last = first + batches.steps
+        set_context(model, phase)
 
-            # ---- learning rate: warm-up-stable, and a cosine where the phase names its end
-            def lr(step: int, phase: PhaseConfig = phase, steps: int = steps, first: int = first) -> float:
-                if phase.final_lr is None:
-                    optim = config.optim
-                    return warmup_stable_decay(first + step, peak=optim.lr, warmup=optim.warmup_steps)
-                return cosine_decay((step + 1) / steps, start=config.optim.lr, end=phase.final_lr)
+        def after(step: int, phase: PhaseConfig = phase, last: int = last) -> None:
+            every = config.watch.heldout_steps
+            if every and step % every == 0 and step < last:
+                score(phase)
 
-            with progress(steps * phase.rows * phase.context, phase.name, "tokens") as bar:
+        def lr(step: int, number: int = number) -> float:
+            return rate(config, steps, number, step)
+
+        if trainer.step < last:
+            with _bar(batches, phase.name) as bar:
                 bar.update((trainer.step - first) * phase.rows * phase.context)
-                trainer.train(batches, first=first, last=last, lr=lr, bar=bar, phase=phase.name)
-
+                trainer.train(
+                    batches,
+                    first=first,
+                    last=last,
+                    lr=lr,
+                    bar=bar,
+                    after=after,
+                    sizes=sizes,
+                    phase=phase.name,
+                )
+        if trainer.step == last and phase.name not in there:
             # ---- the phase's end: held-out losses, checkpoint, model folder
+            score(phase)
             model.eval()
-            scored = {row["phase"] for row in trainer.rows() if row["kind"] == "heldout"}
-            if phase.name not in scored:
-                bits = heldout_bits(model, config, phase.context)
-                row = {"kind": "heldout", "phase": phase.name, "step": last, "bits_per_byte": bits}
-                append_jsonl(out / "metrics.jsonl", row)
-            trainer.save()
+            trainer.save(phase_end=phase.name)
+            trainer.checkpoints.wait()
             provenance = {
                 "verb": "pretrain",
                 "phase": phase.name,
                 "tokens": trainer.tokens,
                 "steps": trainer.step,
-                "data": sha256_file(Path(config.tokenizer) / "tokens" / "meta.json"),
+                "data": data,
                 "licences": dict(sorted(learned.items())),
             }
-            save(model, out / phase.name, tokenizer=config.tokenizer, provenance=provenance)
+            export_model(model, parallel, out / phase.name, config.tokenizer, provenance)
         first = last
     trainer.finish()
+
+
+def _identity(config: PretrainConfig, data: str) -> dict[str, Any]:
+    """What a checkpoint must agree with: everything that decides which weights come out."""
+    values = asdict(config)
+    for name in (*config.incidental, "out", "tokenizer"):
+        del values[name]
+    return {**values, "data": data}
+
+
+@contextmanager
+def _bar(batches: Any, label: str) -> Iterator[Bar]:
+    """Shows the progress of a phase, on one process."""
+    from galenic.pretrain.loop import Silent
+
+    if rank() > 0:
+        yield Silent()
+        return
+    with progress(batches.steps * batches.rows * batches.context, label, "tokens") as bar:
+        yield bar

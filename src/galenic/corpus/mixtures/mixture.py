@@ -27,6 +27,7 @@ from galenic.corpus.mixtures.mixture_tree import mixture_preview, shard_sizes
 from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.pretrain.config import (
     ArchitectureConfig,
+    CheckpointConfig,
     GuardConfig,
     OptimConfig,
     PhaseConfig,
@@ -68,8 +69,11 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from galenic.evaluate.bits_per_byte import bits_per_byte, document
-    from galenic.pretrain.loop import Trainer, cosine_decay, warmup_stable_decay
-    from galenic.pretrain.pretrain import build_model, phase_batches
+    from galenic.pretrain.checkpoints import Checkpoints
+    from galenic.pretrain.curriculum import PhaseBatches
+    from galenic.pretrain.loop import Silent, Trainer
+    from galenic.pretrain.pretrain import build_model
+    from galenic.pretrain.schedules import cosine_decay, warmup
     from galenic.runtime import torch_setup
 
     values = dict(unit["config"])
@@ -101,17 +105,19 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
         shards = {
             s: read_shard(config.tokenizer, s, "train") for s, share in unit["mixture"].items() if share
         }
-        steps, batches = phase_batches(small, phase, shards)
+        batches = PhaseBatches(small, phase, shards)
         model = build_model(config.architecture, read_meta(config.tokenizer), phase)
 
         def lr(step: int) -> float:
             if step < config.optim.warmup_steps:
-                return warmup_stable_decay(step, peak=config.optim.lr, warmup=config.optim.warmup_steps)
-            return cosine_decay((step + 1) / steps, start=config.optim.lr, end=config.optim.lr / 20)
+                return config.optim.lr * warmup(step, config.optim.warmup_steps)
+            return cosine_decay((step + 1) / batches.steps, start=config.optim.lr, end=config.optim.lr / 20)
 
         with tempfile.TemporaryDirectory() as work:  # its metrics are not kept
-            trainer = Trainer(model, config.optim, GuardConfig(), Path(work), checkpoint_seconds=math.inf)
-            trainer.train(batches, first=0, last=steps, lr=lr, bar=_Silent())
+            never = Checkpoints(Path(work), CheckpointConfig(seconds=math.inf), run={})
+            trainer = Trainer(model, config.optim, GuardConfig(), Path(work), checkpoints=never)
+            trainer.train(batches, first=0, last=batches.steps, lr=lr, bar=Silent())
+            trainer.finish()
         model.eval()
         bits = {}
         for domain in unit["domains"]:
@@ -128,13 +134,6 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
     row = {"name": unit["name"], "seed": unit["seed"], "mixture": unit["mixture"], "bits_per_byte": bits}
     write_json(path, row)
     return row
-
-
-class _Silent:
-    """No progress of a single run: the bar counts runs."""
-
-    def update(self, n: float = 1, note: str = "") -> None:
-        """Shows nothing."""
 
 
 def train_all(

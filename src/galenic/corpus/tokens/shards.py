@@ -4,13 +4,16 @@
     tokens/<source>.<split>.offsets.npy   int64, documents + 1: where each one starts
     tokens/<source>.<split>.bytes.npy     int64, UTF-8 bytes of each document's text
     tokens/<source>.<split>.weights.npy   float32, repeats of each document per epoch
-    tokens/meta.json                      dtype, vocabulary, ids around a text, counts per source and split
+    tokens/<source>.<split>.quality.npy   float32, the corpus' column of the name, if it has one; NaN where unknown
+    tokens/<source>.<split>.difficulty.npy  the same of its bits per byte under an earlier model
+    tokens/meta.json                      dtype, vocabulary, ids around a text, counts per source and split, and the
+                                          size and SHA-256 of each file (`integrity.py`)
 
 Each document is `<s>` + text + `</s>`; with another model's tokenizer, what stands there in place of them.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,12 @@ from typing import Any
 import numpy as np
 
 from galenic.corpus.tokens.chat_format import BOS, EOS, PAD
+from galenic.corpus.tokens.integrity import check_size
 from galenic.runtime import UserError, nearest, read_json, write_json
 
 PARTS = ("tokens", "offsets", "bytes", "weights")
+SCORES = ("quality", "difficulty")
+"""Parts that a shard may have, by which documents are put in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,10 @@ class Shard:
     """(documents,) int64."""
     weights: np.ndarray
     """(documents,) float32."""
+    quality: np.ndarray | None = None
+    """(documents,) float32, NaN where unknown; None if the corpus did not have it."""
+    difficulty: np.ndarray | None = None
+    """(documents,) float32, bits per byte under an earlier model; as `quality`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -45,9 +55,26 @@ class Shard:
 
 
 def write_shard(
-    folder: Path, source: str, split: str, documents: Iterable[tuple[Any, int, float]], dtype: str
+    folder: Path,
+    source: str,
+    split: str,
+    documents: Iterable[tuple[Any, int, float]],
+    dtype: str,
+    scores: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, int]:
-    """Writes (token ids, bytes, weight) documents; returns {"documents", "tokens", "bytes"}."""
+    """Writes a shard.
+
+    Args:
+        folder: where its files go.
+        source: whose documents they are.
+        split: `train` or `heldout`.
+        documents: (token ids, bytes, weight) of each.
+        dtype: of the tokens.
+        scores: name of `SCORES` -> value of each document.
+
+    Returns:
+        {"documents", "tokens", "bytes"}.
+    """
     ids: list[np.ndarray] = []
     sizes, weights = [], []
     for tokens, size, weight in documents:
@@ -61,8 +88,9 @@ def write_shard(
         "bytes": np.array(sizes, dtype=np.int64),
         "weights": np.array(weights, dtype=np.float32),
     }
-    for part in PARTS:
-        np.save(folder / f"{source}.{split}.{part}.npy", arrays[part], allow_pickle=False)
+    arrays |= {part: np.array(values, dtype=np.float32) for part, values in (scores or {}).items()}
+    for part, array in arrays.items():
+        np.save(folder / f"{source}.{split}.{part}.npy", array, allow_pickle=False)
     return {"documents": len(ids), "tokens": int(lengths.sum()), "bytes": int(sum(sizes))}
 
 
@@ -70,7 +98,8 @@ def join_shards(parts: Sequence[Path], folder: Path, source: str, split: str, dt
     """Joins the shards of one source and split that stand in several folders, in their order.
 
     The files are those that `write_shard` would write of all the documents at once, but only a buffer of them is
-    ever in memory. Folders without the shard are passed over.
+    ever in memory. Folders without the shard are passed over. Scores that only some of them have are unknown (NaN)
+    in the others.
 
     Returns:
         {"documents", "tokens", "bytes"}.
@@ -82,7 +111,12 @@ def join_shards(parts: Sequence[Path], folder: Path, source: str, split: str, dt
     for part in ("tokens", "bytes", "weights"):
         _join([place / f"{stem}.{part}.npy" for place in found], folder / f"{stem}.{part}.npy")
     offsets = [np.load(place / f"{stem}.offsets.npy", mmap_mode="r") for place in found]
-    documents, tokens, size = sum(len(own) - 1 for own in offsets), 0, 0
+    lengths = [len(own) - 1 for own in offsets]
+    for part in SCORES:
+        files = [place / f"{stem}.{part}.npy" for place in found]
+        if any(file.exists() for file in files):
+            _join_scores(files, lengths, folder / f"{stem}.{part}.npy")
+    documents, tokens, size = sum(lengths), 0, 0
     with open(folder / f"{stem}.offsets.npy", "wb") as file:
         _write_header(file, np.dtype(np.int64), documents + 1)
         file.write(np.zeros(1, dtype=np.int64).tobytes())
@@ -102,6 +136,15 @@ def _join(files: list[Path], out: Path) -> None:
             with open(file, "rb") as part:
                 part.seek(start)
                 shutil.copyfileobj(part, joined, 2**20)
+
+
+def _join_scores(files: list[Path], lengths: list[int], out: Path) -> None:
+    """Joins files of scores; one that is missing stands for NaN."""
+    with open(out, "wb") as joined:
+        _write_header(joined, np.dtype(np.float32), sum(lengths))
+        for file, length in zip(files, lengths, strict=True):
+            values = np.load(file, allow_pickle=False) if file.exists() else np.full(length, np.nan, np.float32)
+            joined.write(values.tobytes())
 
 
 def _read_header(file: Path) -> tuple[np.dtype, int, int]:
@@ -147,14 +190,18 @@ def read_shard(tokenizer_folder: str | Path, source: str, split: str) -> Shard:
     Raises:
         UserError: unknown source, or a shard file that is missing or damaged.
     """
-    known = read_meta(tokenizer_folder)["sources"]
+    meta = read_meta(tokenizer_folder)
+    known = meta["sources"]
     if source not in known:
         raise UserError(
             f"'{source}' is not a source of {tokenizer_folder}{nearest(source, known)}; known: {', '.join(known)}"
         )
-    arrays = {}
-    for part in PARTS:
+    arrays: dict[str, Any] = {}
+    for part in (*PARTS, *SCORES):
         path = Path(tokenizer_folder) / "tokens" / f"{source}.{split}.{part}.npy"
+        check_size(path, meta)
+        if part in SCORES and not path.exists():
+            continue
         try:
             arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
@@ -165,7 +212,8 @@ def read_shard(tokenizer_folder: str | Path, source: str, split: str) -> Shard:
                 raise UserError(f"{path}: damaged shard ({error}); run the tokenizer step again") from None
             arrays[part] = np.load(path, allow_pickle=False)  # an empty array cannot be mapped
     shard = Shard(**arrays)
-    if len(shard.tokens) != int(shard.offsets[-1]) or len(shard.bytes) != len(shard):
+    lengths = {len(arrays[part]) for part in arrays if part not in ("tokens", "offsets")}
+    if len(shard.tokens) != int(shard.offsets[-1]) or lengths != {len(shard)}:
         raise UserError(
             f"{source}.{split} in {tokenizer_folder}: shard files disagree; run the tokenizer step again"
         )

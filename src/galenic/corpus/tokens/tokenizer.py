@@ -15,6 +15,7 @@ from typing import Any
 
 from galenic.corpus.engine import map_units
 from galenic.corpus.tokens.chat_format import BOS, EOS, PAD, SPECIAL_TOKENS, chat_template
+from galenic.corpus.tokens.integrity import file_facts
 from galenic.corpus.tokens.shards import join_shards, write_meta
 from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
 from galenic.corpus.tokens.tokenizer_merge import Bpe, merge_bpe
@@ -118,6 +119,7 @@ def run(config: TokenizerConfig) -> None:
                 key: sources[source][key] for key in ("group", "title", "licence") if key in sources[source]
             }
             meta["sources"][source] = {**told, **joined}
+        meta["files"] = file_facts(folder)
         write_meta(folder, meta)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from galenic.corpus.tokens.shards import write_shard
+from galenic.corpus.tokens.shards import SCORES, write_shard
 from galenic.runtime import UserError, atomic_path
 
 UNIT_BYTES = 64 * 10**6
@@ -165,20 +165,35 @@ def encode(unit: Unit) -> Unit:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if unit["threads"] else "false"
     tokenizer = _tokenizer(unit["tokenizer"], unit["key"])
     found: dict[tuple[str, str], list[tuple[np.ndarray, int, float]]] = {}
+    scored = _scored(unit)
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     characters = 0
-    for batch in batches(unit):
+    for batch in batches(unit, (*COLUMNS, *scored)):
         texts = batch["text"].to_pylist()
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         columns = (batch[name].to_pylist() for name in ("source", "split", "weight"))
+        places = list(zip(*(batch[name].to_pylist() for name in ("source", "split")), strict=True))
         for text, encoding, source, split, weight in zip(texts, encodings, *columns, strict=True):
             ids = np.array([unit["begin"], *encoding.ids, unit["end"]], dtype=unit["dtype"])
             found.setdefault((source, split), []).append((ids, len(text.encode()), weight))
+        for name in scored:
+            values = batch[name].to_numpy(zero_copy_only=False).astype(np.float64)  # nothing becomes NaN
+            for place, value in zip(places, values.tolist(), strict=True):
+                scores.setdefault(place, {}).setdefault(name, []).append(value)
         characters += sum(map(len, texts))
     with atomic_path(unit["out"]) as folder:
         folder.mkdir()
         for (source, split), documents in found.items():
-            write_shard(folder, source, split, documents, unit["dtype"])
+            write_shard(folder, source, split, documents, unit["dtype"], scores.get((source, split)))
     return {"characters": characters}
+
+
+def _scored(unit: Unit) -> list[str]:
+    """Returns the scores that a unit's documents have."""
+    from pyarrow import parquet, types
+
+    schema = parquet.read_schema(unit["file"])
+    return [name for name in SCORES if name in schema.names and types.is_floating(schema.field(name).type)]
 
 
 @lru_cache(maxsize=1)
