@@ -21,8 +21,8 @@ import units
 from corruption import KINDS, Corruption
 
 from galenic.corpus.tokens.shards import read_meta
+from galenic.model.folder import load_tokenizer
 from galenic.pretrain.config import GuardConfig
-from galenic.runtime import torch_setup
 
 STEPS, SHARE, BURST = 720, 0.05, 4
 EVERY = 60  # steps between scorings of the held-out documents
@@ -60,38 +60,35 @@ class Injected:
     def documents(self, step: int) -> list[str]:
         return self.inner.documents(step)
 
+    def state(self, step: int) -> dict[str, Any]:
+        return self.inner.state(step)
+
 
 def train(recipes: str, tokenizer: str, injection: str, guarded: bool, seed: int) -> Unit:
     """Trains one network through the general phase and returns what happened."""
-    from galenic.model.folder import load_tokenizer
-    from galenic.pretrain.pretrain import build_model
-
-    torch_setup(seed)
     folder = Path(tokenizer)
     phase = small.phases(Path(recipes))[0]
-    tokens = (STEPS + 20) * phase.context * phase.rows
-    phase = replace(phase, tokens=tokens)
+    phase = replace(phase, tokens=(STEPS + 20) * phase.context * phase.rows)
     guard = GuardConfig() if guarded else GuardConfig(max_skips=0)
     meta = read_meta(folder)
-    model = build_model(small.ARCHITECTURE, meta, phase)
     documents = small.heldout(folder, [source for source, share in phase.mixture.items() if share], HELDOUT)
     bad = bad_steps(injection, seed)
-    first = 1 + max(meta.get("special", {}).values())
+    first = 1 + max(meta["special"].values())
     corrupt = Corruption(load_tokenizer(folder), meta["vocab_size"], first, seed)
     bits, probes = [], []
     with tempfile.TemporaryDirectory() as out:
         config = small.config(folder, Path(out), [phase], seed, guard=guard)
-        clean = small.PackedBatches(config, phase, small.training_shards(folder, [phase]))
-        batches = Injected(clean, bad, corrupt)
-        trainer = small.make_trainer(config, model)
+        run = small.Run(config, small.training_shards(folder, [phase]))
+        clean = run.batches[0]
+        run.batches[0] = Injected(clean, bad, corrupt)
         for end in range(EVERY, STEPS + 1, EVERY):
-            small.train(trainer, batches, first=0, last=end, lr=small.stable, phase=phase.name)
-            scored = small.score(model, documents, folder, phase.context)["sources"]
+            run.train(0, until=end)
+            scored = small.score(run.model, documents, folder, phase.context)["sources"]
             bits.append(float(np.mean(list(scored.values()))))
             if injection == "none" and not guarded and end > SILENT:
-                mean = float(np.mean(list(trainer.guard.norms)))
-                probes += probe(model, clean, corrupt, step=STEPS + end // EVERY, mean=mean, at=end)
-        rows = [row for row in trainer.rows() if row["kind"] == "train"]
+                mean = float(np.mean(list(run.trainer.guard.norms)))
+                probes += probe(run.model, clean, corrupt, step=STEPS + end // EVERY, mean=mean, at=end)
+        rows = run.rows()
     named = [{"step": row["step"] - 1, "documents": row["documents"]} for row in rows if row.get("documents")]
     return {
         "bits": bits,
@@ -302,9 +299,10 @@ def curves(results: dict[tuple[str, bool], list[Unit]], path: Path) -> None:
                     np.subtract(unit["bits"], base["bits"])
                     for unit, base in zip(results[arm], clean, strict=True)
                 ]
-                name = "guard" if arm[1] else "no guard"
-                units.draw_band(axes, 2 - chosen.index(arm) if arm in chosen else 0,
-                                f"{arm[0]}, {name}" if arm in chosen else f"clean data, {name}", ends, gaps)  # fmt: skip
+                guarded = "guard" if arm[1] else "no guard"
+                name = f"{arm[0] if arm in chosen else 'clean data'}, {guarded}"
+                k = 1 + chosen.index(arm) if arm in chosen else 0
+                units.draw_band(axes, k, name, ends, gaps)
             axes.axhline(0, color="#888888", linewidth=0.8)
             axes.set_ylabel("held-out bits per byte - clean run's")
         for axes in (losses, left, right):

@@ -6,6 +6,7 @@ quarter of the tokens; contexts of 192 and then 768 tokens, the report's ratio (
 
 import argparse
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,24 @@ from typing import Any
 
 import numpy as np
 import timing
-import torch
 import yaml
 
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard
 from galenic.evaluate.likelihood import token_log_probs
-from galenic.pretrain.config import ArchitectureConfig, OptimConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.config import (
+    ArchitectureConfig,
+    CheckpointConfig,
+    OptimConfig,
+    PhaseConfig,
+    PretrainConfig,
+)
+from galenic.pretrain.curriculum import PhaseBatches
+from galenic.pretrain.guard import GradientGuard
+from galenic.pretrain.loop import Silent, Trainer
+from galenic.pretrain.pretrain import build_model, set_context
+from galenic.pretrain.schedules import rate
+from galenic.runtime import torch_setup
 
 WIDTH = 96
 ARCHITECTURE = ArchitectureConfig(
@@ -38,7 +51,7 @@ SHAPES = ((192, 4), (192, 4), (768, 1))
 """(context, rows) of the three phases: 768 tokens a batch in all."""
 SHARE = 0.22
 """Of the starter's tokens."""
-BANDS = ((1, 192), (192, 384), (384, 768))
+BANDS = ((1, 96), (96, 192), (192, 384), (384, 768))
 """Positions in a document, of the predicted token."""
 
 
@@ -160,58 +173,62 @@ def by_group(bits: dict[str, float], known: dict[str, list[str]]) -> dict[str, f
 # ---------------------------------------------------------------------------- training
 
 
-class PackedBatches:
-    """One phase's batches, as the loop asks for them."""
+class Run:
+    """A network on its way through the phases, by the functions of `galenic pretrain`.
 
-    def __init__(self, config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> None:
-        from galenic.corpus.tokens.shards import special_tokens
-        from galenic.pretrain.pretrain import packed_rows
+    Attributes:
+        trainer: the loop with its state.
+        batches: of each phase.
+    """
 
-        self.shards, self.context, self.rows = shards, phase.context, phase.rows
-        self.packed = packed_rows(config, phase, shards)
-        self.steps = len(self.packed) // phase.rows
-        self.pad = special_tokens(read_meta(config.tokenizer))["pad"]
-        self.domains: list[str] = []
+    def __init__(self, config: PretrainConfig, shards: dict[str, Shard]) -> None:
+        torch_setup(config.seed)
+        self.config, self.shards = config, shards
+        self.batches: list[Any] = [PhaseBatches(config, phase, shards) for phase in config.phases]
+        self.trainer = self._trainer(
+            build_model(config.architecture, read_meta(config.tokenizer), config.phases[0])
+        )
 
-    def batch(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        from galenic.pretrain.packing import collate
+    def _trainer(self, model: Any) -> Trainer:
+        Path(self.config.out).mkdir(parents=True, exist_ok=True)
+        never = CheckpointConfig(seconds=1e9)
+        checkpoints = Checkpoints(Path(self.config.out), never, run={})
+        return Trainer(
+            model, self.config.optim, self.config.guard, Path(self.config.out), checkpoints=checkpoints
+        )
 
-        laid = []
-        for row in rows:
-            pieces = self.packed[step * self.rows + row]
-            texts = [self.shards[p.source].document(p.document)[p.start : p.start + p.length] for p in pieces]
-            laid.append([(text, text) for text in texts])
-        return collate(laid, self.context, self.pad)
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
 
-    def documents(self, step: int) -> list[str]:
-        pieces = [p for row in self.packed[step * self.rows : (step + 1) * self.rows] for p in row]
-        return [f"{piece.source}:{piece.document}" for piece in pieces]
+    def train(self, number: int, until: int | None = None) -> None:
+        """Trains through phase `number`, or up to its step `until`."""
+        steps = [batches.steps for batches in self.batches]
+        first, phase = sum(steps[:number]), self.config.phases[number]
+        set_context(self.model, phase)
+        self.trainer.train(
+            self.batches[number],
+            first=first,
+            last=first + (steps[number] if until is None else until),
+            lr=lambda step: rate(self.config, steps, number, step),
+            bar=Silent(),
+            phase=phase.name,
+        )
 
+    def fork(self, config: PretrainConfig) -> "Run":
+        """Returns a run that goes on from here, weights and optimizer state, under another configuration."""
+        other = Run(config, self.shards)
+        old, new = self.trainer, other.trainer
+        new.model.load_state_dict(old.model.state_dict())
+        new.optimizer.load_state_dict(deepcopy(old.optimizer.state_dict()))
+        guard = asdict(config.guard)
+        new.guard = GradientGuard(**guard, **old.guard.state())
+        new.step, new.tokens, new.read = old.step, old.tokens, dict(old.read)
+        return other
 
-def make_trainer(config: PretrainConfig, model: Any) -> Any:
-    from galenic.pretrain.loop import Trainer
-
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    return Trainer(model, config.optim, config.guard, Path(config.out), 1e9)
-
-
-def train(trainer: Any, batches: Any, *, first: int, last: int, lr: Any, phase: str) -> None:
-    """Takes the steps up to the run's step `last`; `batches` begin at step `first`."""
-    from galenic.runtime import _PlainBar
-
-    bar = _PlainBar(1e18, phase, "")
-    bar.printed = 1e18
-    every = range(batches.rows)
-    trainer.train(
-        lambda step: batches.batch(step, every), first=first, last=last, lr=lr, bar=bar, phase=phase
-    )
-
-
-def stable(step: int) -> float:
-    """Learning rate of the phases before the last: warm-up, then the peak."""
-    from galenic.pretrain.loop import warmup_stable_decay
-
-    return warmup_stable_decay(step, peak=OPTIM.lr, warmup=OPTIM.warmup_steps)
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the steps taken."""
+        return [row for row in self.trainer.rows() if row["kind"] == "train"]
 
 
 # ---------------------------------------------------------------------------- command line
