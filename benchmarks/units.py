@@ -70,9 +70,6 @@ def run_units(
 
 
 def _one(work: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    torch.set_num_threads(1)
     started = time.monotonic()
     return work(**arguments) | {"seconds": round(time.monotonic() - started, 1)}
 
