@@ -754,10 +754,14 @@ class BaichuanM1Attention(nn.Module):
             taps = (1, 1, self.num_key_value_heads, 1, config.conv_window)
             self.conv_k, self.conv_v = nn.Parameter(torch.empty(taps)), nn.Parameter(torch.empty(taps))
 
+    def _taps(self) -> torch.Tensor:
+        """Returns the taps of the keys' heads, then of the values': [1, 1, 2 H_kv, 1, K]."""
+        return torch.cat((self.conv_k, self.conv_v), dim=2)
+
     def _convolve(self, kv: torch.Tensor, layout: Layout, cache: Cache | None) -> torch.Tensor:
         """Convolves raw keys and values [B, T, 2 H_kv, D] along T, after the raw ones the cache kept."""
         length, heads = self.history + kv.shape[1], kv.shape[2:]
-        taps = torch.cat((self.conv_k, self.conv_v), dim=2)  # [1, 1, 2 H_kv, 1, K]
+        taps = self._taps()
         if layout.padding is None:
             if cache is None:
                 return convolve(last_columns(kv, length), taps, layout.age)
