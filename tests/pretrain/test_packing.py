@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 
 import numpy as np
@@ -206,3 +207,14 @@ def test_collate_restarts_positions_and_hides_first_tokens():
     assert batch["input_ids"].tolist() == [[1, 10, 11, 1, 20, 3, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     assert batch["labels"].tolist() == [[IGNORE, 10, 11, IGNORE, 20, IGNORE, IGNORE]]
+
+
+def test_rows_are_those_of_earlier_releases():
+    """Digest of the rows as they were before phases were packed in blocks: a run goes on with what it began with."""
+    generator = np.random.default_rng(1)
+    shards = {name: make_shard(generator.integers(5, 300, 60).tolist(), [1.5] * 60) for name in ("a", "b")}
+    rows = phase_rows(shards, {"a": 1.0, "b": 2.0, "c": 0.0}, tokens=9000, context=128, seed=3, name="p")
+    digest = hashlib.sha256()
+    for name in ("source", "document", "start", "length", "whole", "bounds"):
+        digest.update(getattr(rows, name).astype("<i8").tobytes())
+    assert digest.hexdigest() == "faf295406a34643895a2360168a4a2220531f6725fb6711999982b17639e7df3"

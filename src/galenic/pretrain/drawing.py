@@ -57,7 +57,9 @@ class Stream:
                 for first in range(0, self._count, _CHUNK)
             )
             self._weightless = heaviest == 0
-            self._copies = max(1, int(np.ceil(heaviest)))  # a document has that many tickets, some of them blanks
+            self._copies = max(
+                1, int(np.ceil(heaviest))
+            )  # a document has that many tickets, some of them blanks
             self._half = max(1, -(-(self._count * self._copies - 1).bit_length() // 2))
 
     def draw(self, start: Cursor, tokens: float) -> tuple[np.ndarray, Cursor]:
@@ -118,7 +120,9 @@ class Stream:
 
     def _in_memory(self, epoch: int) -> np.ndarray:
         if self._epoch != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self._seed, stable_hash(f"{self._key}/{epoch}")]))
+            generator = np.random.Generator(
+                np.random.Philox(key=[self._seed, stable_hash(f"{self._key}/{epoch}")])
+            )
             weights = self._weights(np.arange(self._count))
             chance = generator.random(self._count).astype(np.float32)
             repeats = np.floor(weights + chance).astype(np.int64)

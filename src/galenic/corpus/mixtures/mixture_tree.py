@@ -28,6 +28,7 @@ WORTH_REPEATING = 4.0
 """Muennighoff et al. (arXiv 2305.16264): from here on repeated text is worth clearly less than new text."""
 
 _SAMPLED = 2**16  # tokens of a shard that its fingerprint looks at
+_AT_ONCE = 2**20  # documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +90,53 @@ def shard_sizes(tokenizer: str) -> dict[str, Size]:
     sizes = {}
     for source, counts in read_meta(tokenizer)["sources"].items():
         shard = read_shard(tokenizer, source, "train")
-        weights = np.asarray(shard.weights, dtype=np.float64)
+        epoch, heaviest = 0.0, 0.0
+        for first in range(0, len(shard), _AT_ONCE):  # not all at once: the arrays are on disk
+            weights = np.asarray(shard.weights[first : first + _AT_ONCE], dtype=np.float64)
+            epoch += float(np.dot(weights, np.diff(shard.offsets[first : first + _AT_ONCE + 1])))
+            heaviest = max(heaviest, float(weights.max()))
         sizes[source] = Size(
             group=counts.get("group", "general"),
             documents=len(shard),
             tokens=len(shard.tokens),
             bytes=int(shard.bytes.sum()),
-            epoch=float(np.dot(weights, np.diff(shard.offsets))) or float(len(shard.tokens)),
-            heaviest=float(weights.max(initial=0.0))
-            or 1.0,  # no weight at all: every document once, as drawn
+            epoch=epoch or float(len(shard.tokens)),
+            heaviest=heaviest or 1.0,  # no weight at all: every document once, as drawn
             fingerprint=fingerprint(shard),
         )
     return sizes
+
+
+def held(meta: Mapping[str, Any]) -> dict[str, Size]:
+    """Returns source -> what its training shard holds, by `meta.json` alone: every document counts once."""
+    return {
+        source: Size(
+            group=counts.get("group", "general"),
+            documents=counts["train"]["documents"],
+            tokens=counts["train"]["tokens"],
+            bytes=counts["train"]["bytes"],
+            epoch=counts["train"]["tokens"],
+            heaviest=1.0,
+            fingerprint="",
+        )
+        for source, counts in meta["sources"].items()
+    }
+
+
+def expected(tokens: Mapping[str, float]) -> dict[str, Size]:
+    """Returns the same for shards that do not exist yet: source -> tokens it will have, documents unknown."""
+    return {
+        source: Size(
+            group="expected",
+            documents=0,
+            tokens=round(count),
+            bytes=0,
+            epoch=count,
+            heaviest=1.0,
+            fingerprint="",
+        )
+        for source, count in tokens.items()
+    }
 
 
 # ---------------------------------------------------------------------------- the tree

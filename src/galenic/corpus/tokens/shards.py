@@ -143,7 +143,9 @@ def _join_scores(files: list[Path], lengths: list[int], out: Path) -> None:
     with open(out, "wb") as joined:
         _write_header(joined, np.dtype(np.float32), sum(lengths))
         for file, length in zip(files, lengths, strict=True):
-            values = np.load(file, allow_pickle=False) if file.exists() else np.full(length, np.nan, np.float32)
+            values = (
+                np.load(file, allow_pickle=False) if file.exists() else np.full(length, np.nan, np.float32)
+            )
             joined.write(values.tobytes())
 
 
@@ -202,15 +204,7 @@ def read_shard(tokenizer_folder: str | Path, source: str, split: str) -> Shard:
         check_size(path, meta)
         if part in SCORES and not path.exists():
             continue
-        try:
-            arrays[part] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such shard file; run the tokenizer step again") from None
-        except ValueError as error:
-            empty = known[source].get(split, {}).get("tokens") == 0
-            if not empty:
-                raise UserError(f"{path}: damaged shard ({error}); run the tokenizer step again") from None
-            arrays[part] = np.load(path, allow_pickle=False)  # an empty array cannot be mapped
+        arrays[part] = _open(path, empty=known[source].get(split, {}).get("tokens") == 0)
     shard = Shard(**arrays)
     lengths = {len(arrays[part]) for part in arrays if part not in ("tokens", "offsets")}
     if len(shard.tokens) != int(shard.offsets[-1]) or lengths != {len(shard)}:
@@ -218,3 +212,14 @@ def read_shard(tokenizer_folder: str | Path, source: str, split: str) -> Shard:
             f"{source}.{split} in {tokenizer_folder}: shard files disagree; run the tokenizer step again"
         )
     return shard
+
+
+def _open(path: Path, *, empty: bool) -> np.ndarray:
+    try:
+        # An empty array cannot be mapped.
+        return np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such shard file; run the tokenizer step again") from None
+    except Exception as error:  # NumPy reads a garbled header as Python and fails in as many ways
+        told = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged shard ({told}); run the tokenizer step again") from None
