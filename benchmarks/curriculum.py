@@ -2,7 +2,7 @@
 
     python benchmarks/curriculum.py --run runs/starter [--seeds 5] [--workers 2] [--out runs/curriculum]
 
-* schedules: warm-up-stable-decay with three ways down, one cosine over all phases, no decay at all;
+* schedules: warm-up-stable-decay with two ways down, one cosine over all phases, no decay at all;
 * RoPE base: 1e5, then 1e6 with the longer context of the last phase; 1e5 throughout; 1e6 throughout;
 * phases: what each does to held-out documents of each group, and three phases against all sources mixed throughout;
 * order inside a phase: by chance, easy to hard by quality or by quality and difficulty, hard to easy;
@@ -42,7 +42,6 @@ Unit = dict[str, Any]
 
 BRANCHES = {
     "1-sqrt": {"decay": "1-sqrt"},
-    "linear": {"decay": "linear"},
     "no decay": {"final_lr": None},
     "base 1e5": {"rope_theta": 1e5},
 }
@@ -304,8 +303,12 @@ def position_table(results: Results, arms: dict[str, tuple[str, str]], documents
 
 def draw_schedules(results: Results, path: Path) -> None:
     """Learning rates, and the smoothed training loss of the last phase, as a difference to the reference."""
-    names = {REFERENCE: "constant, then cosine", "1-sqrt": "constant, then 1 - sqrt", "linear": "constant, then linear",
-             "no decay": "constant", "cosine": "one cosine"}  # fmt: skip
+    names = {
+        REFERENCE: "constant, then cosine",
+        "1-sqrt": "constant, then 1 - sqrt",
+        "no decay": "constant",
+        "cosine": "one cosine",
+    }
     with units.figure(path, panels=2) as (rates, losses):
         base = results[REFERENCE]
         start = min(unit["first"] for unit in results["1-sqrt"])
@@ -434,7 +437,6 @@ def report(results: Results, known: dict[str, list[str]]) -> None:
     schedules = {
         REFERENCE: "constant, then cosine (the report's)",
         "1-sqrt": "constant, then 1 - sqrt",
-        "linear": "constant, then a line",
         "no decay": "constant",
         "cosine": "one cosine over all phases",
     }
