@@ -1,7 +1,7 @@
 """The starter's curriculum at a size that fits five seeds of many arms: what `guard.py` and `curriculum.py` train.
 
-The starter's corpus, tokenizer, mixtures and phase proportions; a network of 96 instead of 256 dimensions and less than a
-fifth of the tokens; contexts of 192 and then 768 tokens, the report's ratio (8K, then 32K).
+The starter's corpus, tokenizer, mixtures and phase proportions; a network of 96 instead of 256 dimensions and less than
+a fifth of the tokens; contexts of 192 and then 768 tokens, the report's ratio (8K, then 32K).
 """
 
 import argparse
