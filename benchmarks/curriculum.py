@@ -5,7 +5,7 @@
 * schedules: warm-up-stable-decay with two ways down, one cosine over all phases, no decay at all;
 * RoPE base: 1e5, then 1e6 with the longer context of the last phase; 1e5 throughout; 1e6 throughout;
 * phases: what each does to held-out documents of each group, and three phases against all sources mixed throughout;
-* order inside a phase: by chance, easy to hard by quality or by quality and difficulty, hard to easy;
+* order inside a phase: by chance, easy to hard by quality or by quality and difficulty;
 * Muon for the matrices.
 
 Runs that differ in the last phase only share the first two: they go on from the same weights and optimizer state.
@@ -47,7 +47,10 @@ BRANCHES = {
 }
 """Other ways through the last phase, from the reference's state before it."""
 ARMS = (REFERENCE, "cosine", "base 1e6", "mixed", "muon")
-ORDERS = ("easy to hard, quality", "easy to hard", "hard to easy")
+PREVIOUS = "previous"
+READINGS = {"base 1e5": 1e5, "base 1e6": 1e6}
+"""Under which a network is read that was trained under one of them."""
+ORDERS = ("easy to hard, quality", "easy to hard")
 """`easy to hard` is by quality and difficulty, as in the report."""
 
 
@@ -82,11 +85,10 @@ def mixed(phases: Sequence[PhaseConfig]) -> dict[str, float]:
 
 def with_scores(shards: dict[str, Shard], arm: str, scores: dict[str, Any]) -> dict[str, Shard]:
     """Returns shards whose documents carry the scores that an order goes by."""
-    sign = -1 if arm == "hard to easy" else 1
     found = {}
     for source, shard in shards.items():
         quality, difficulty = (
-            sign * np.array(scores[part][source], dtype=np.float32) for part in ("quality", "difficulty")
+            np.array(scores[part][source], dtype=np.float32) for part in ("quality", "difficulty")
         )
         only = arm == "easy to hard, quality"
         found[source] = replace(shard, quality=quality, difficulty=None if only else difficulty)
@@ -96,8 +98,10 @@ def with_scores(shards: dict[str, Shard], arm: str, scores: dict[str, Any]) -> d
 # ---------------------------------------------------------------------------- one unit
 
 
-def train(recipes: str, tokenizer: str, arm: str, seed: int, scores: str = "") -> Unit:
+def train(recipes: str, tokenizer: str, arm: str, seed: int, corpus: str, scores: str = "") -> Unit:
     """Trains an arm through all phases; the reference also through the branches of the last."""
+    if arm == PREVIOUS:
+        return previous(recipes, tokenizer, corpus, seed)
     folder, phases = Path(tokenizer), small.phases(Path(recipes))
     shards = small.training_shards(folder, phases)
     if scores:
@@ -107,36 +111,31 @@ def train(recipes: str, tokenizer: str, arm: str, seed: int, scores: str = "") -
 
     def positions(run: small.Run, base: float | None = None) -> dict[str, dict[str, float]]:
         """Bits per byte by position in long documents, at the long context whatever the phase's is."""
-        context = phases[-1].context
-        return {
-            "all": small.score(run.model, long, folder, context, base)["bands"],
-            "advanced": small.score(
-                run.model, [pair for pair in long if pair[0] in ADVANCED], folder, context, base
-            )["bands"],
-        }
+        scores = small.score(run.model, long, folder, phases[-1].context, base)
+        return {"all": small.by_position(scores, LONG), "advanced": small.by_position(scores, ADVANCED)}
+
+    def bits(run: small.Run, context: int) -> dict[str, float]:
+        return small.by_source(small.score(run.model, documents, folder, context))
 
     with tempfile.TemporaryDirectory() as out:
         run = small.Run(arm_config(arm, folder, Path(out) / "run", phases, seed), shards)
-        found: Unit = {"ends": [], "positions": {}, "branches": {}}
+        found: Unit = {"ends": [], "before": {}, "branches": {}}
         for number, phase in enumerate(phases):
-            if number == 2:
-                for base in (1e5, 1e6):
-                    found["positions"][f"before, base {base:g}"] = positions(run, base)
-                for name, change in BRANCHES.items() if arm == REFERENCE else ():
-                    config = small.config(
-                        folder, Path(out) / name, [*phases[:2], replace(phases[2], **change)], seed
-                    )
-                    other = run.fork(config)
+            if number == 2 and arm in (REFERENCE, "base 1e6"):
+                found["before"] = {name: positions(run, base) for name, base in READINGS.items()}
+            if number == 2 and arm == REFERENCE:
+                for name, change in BRANCHES.items():
+                    changed = [*phases[:2], replace(phases[2], **change)]
+                    other = run.fork(small.config(folder, Path(out) / name, changed, seed))
                     other.train(2)
                     found["branches"][name] = {
-                        "bits": small.score(other.model, documents, folder, phase.context)["sources"],
-                        "positions": positions(other),
+                        "bits": bits(other, phase.context),
+                        "after": positions(other),
                         **curve(other),
                     }
             run.train(number)
-            found["ends"].append(small.score(run.model, documents, folder, phase.context)["sources"])
-        found["positions"]["after"] = positions(run)
-        return found | curve(run)
+            found["ends"].append(bits(run, phase.context))
+        return found | {"bits": found["ends"][-1], "after": positions(run), **curve(run)}
 
 
 def curve(run: small.Run) -> Unit:
@@ -157,12 +156,12 @@ def long_documents(tokenizer: Path) -> list[tuple[str, np.ndarray]]:
     return [(source, ids[:most]) for source, ids in everything if len(ids) > short]
 
 
-def previous(recipes: str, tokenizer: str, corpus: str) -> Unit:
+def previous(recipes: str, tokenizer: str, corpus: str, seed: int) -> Unit:
     """Trains a small model on the same data, as the report's "previous model", and scores every training document."""
     folder, phases = Path(tokenizer), small.phases(Path(recipes))
     shards = small.training_shards(folder, phases)
     with tempfile.TemporaryDirectory() as out:
-        run = small.Run(arm_config("mixed", folder, Path(out), phases, PREVIOUS_SEED), shards)
+        run = small.Run(arm_config("mixed", folder, Path(out), phases, seed), shards)
         for number in range(len(phases)):
             run.train(number)
     run.model.eval()
@@ -198,18 +197,16 @@ def qualities(corpus: Path, tokenizer: Path, sources: Sequence[str]) -> dict[str
 # ---------------------------------------------------------------------------- tables
 
 Results = dict[str, list[Unit]]
-"""Arm or branch -> its units over seeds, each with `bits` by source and `positions` at the end."""
+"""Arm or branch -> its units over seeds, each with `bits` by source and by position (`after`) at the end."""
 
 
 def collected(found: dict[str, Unit], work: dict[str, dict[str, Any]]) -> Results:
     """Sorts units by arm; the reference's branches stand as arms of their own."""
     results: Results = {}
     for name, unit in found.items():
-        results.setdefault(work[name]["arm"], []).append(
-            unit | {"bits": unit["ends"][-1], "after": unit["positions"]["after"]}
-        )
+        results.setdefault(work[name]["arm"], []).append(unit)
         for branch, part in unit["branches"].items():
-            results.setdefault(branch, []).append(part | {"after": part["positions"]})
+            results.setdefault(branch, []).append(part)
     return results
 
 
@@ -269,15 +266,15 @@ BASES = {
     "1e6 throughout": ("base 1e6", "after"),
 }
 BEFORE = {
-    "trained with 1e5, read with 1e5": (REFERENCE, "before, base 100000"),
-    "trained with 1e5, read with 1e6": (REFERENCE, "before, base 1e+06"),
-    "trained with 1e6, read with 1e6": ("base 1e6", "before, base 1e+06"),
+    "trained with 1e5, read with 1e5": (REFERENCE, "base 1e5"),
+    "trained with 1e5, read with 1e6": (REFERENCE, "base 1e6"),
+    "trained with 1e6, read with 1e6": ("base 1e6", "base 1e6"),
 }
 
 
 def at_positions(results: Results, arm: str, when: str, documents: str, band: str) -> list[float]:
     """Returns an arm's bits per byte in one band of positions, over seeds."""
-    found = [unit["after"] if when == "after" else unit["positions"][when] for unit in results[arm]]
+    found = [unit["after"] if when == "after" else unit["before"][when] for unit in results[arm]]
     return [one[documents][band] for one in found]
 
 
@@ -410,18 +407,19 @@ def draw_bases(results: Results, path: Path) -> None:
 def main() -> None:
     arguments = small.arguments(__doc__ or "", "runs/curriculum")
     where = {"recipes": str(arguments.recipes), "tokenizer": str(arguments.tokenizer)}
+    where["corpus"] = str(arguments.run / "10-corpus")
     settings = [HELDOUT, LONG, ADVANCED, READ, PREVIOUS_SEED, BRANCHES, small.settings()]
     options: dict[str, Any] = {"workers": arguments.workers, "settings": settings}
-    corpus = str(arguments.run / "10-corpus")
-    units.run_units(previous, {"previous": where | {"corpus": corpus}}, arguments.out, **options)
-    scores = {"scores": str(arguments.out / "previous.json")}
-    work = {
-        f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}": where
-        | {"arm": arm, "seed": seed}
-        | (scores if arm in ORDERS else {})
-        for seed in range(arguments.seeds)
-        for arm in (*ARMS, *ORDERS)
-    }
+    scores = {"scores": str(arguments.out / f"{PREVIOUS}.json")}
+    first: dict[str, dict[str, Any]] = {PREVIOUS: where | {"arm": PREVIOUS, "seed": PREVIOUS_SEED}}
+    work: dict[str, dict[str, Any]] = {}
+    for seed in range(arguments.seeds):
+        for arm in (*ARMS, *ORDERS):
+            name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
+            work[name] = where | {"arm": arm, "seed": seed} | (scores if arm in ORDERS else {})
+            if arm in ARMS:
+                first[name] = work[name]
+    units.run_units(train, first, arguments.out, **options)  # the orders go by what the previous model says
     found = units.run_units(train, work, arguments.out, **options)
     results = collected(found, work)
     known = small.groups(arguments.tokenizer)

@@ -2,7 +2,7 @@
 
     python benchmarks/guard.py --run runs/starter [--seeds 5] [--workers 2] [--out runs/guard]
 
-One batch in twenty is corrupt, all its documents: alone, or in bursts of four. The kinds are those of `corruption.py`.
+In six batches of a hundred all documents are corrupt, alone or in bursts of four; the kinds are those of `corruption.py`.
 Prints the tables of docs/pretraining.md and draws its figures into --figures. Finished runs stay in --out.
 """
 
@@ -24,7 +24,7 @@ from galenic.corpus.tokens.shards import read_meta
 from galenic.model.folder import load_tokenizer
 from galenic.pretrain.config import GuardConfig
 
-STEPS, SHARE, BURST = 720, 0.05, 4
+STEPS, SHARE, BURST = 600, 0.06, 4
 EVERY = 60  # steps between scorings of the held-out documents
 HELDOUT = 3000  # held-out tokens a source
 INJECTIONS = ("none", "isolated", "bursts")
@@ -83,7 +83,7 @@ def train(recipes: str, tokenizer: str, injection: str, guarded: bool, seed: int
         run.batches[0] = Injected(clean, bad, corrupt)
         for end in range(EVERY, STEPS + 1, EVERY):
             run.train(0, until=end)
-            scored = small.score(run.model, documents, folder, phase.context)["sources"]
+            scored = small.by_source(small.score(run.model, documents, folder, phase.context))
             bits.append(float(np.mean(list(scored.values()))))
             if injection == "none" and not guarded and end > SILENT:
                 mean = float(np.mean(list(run.trainer.guard.norms)))
@@ -171,7 +171,11 @@ def bits_table(results: dict[tuple[str, bool], list[Unit]]) -> Iterator[str]:
         )
         rows.append(
             (
-                {"none": "none", "isolated": "5%, isolated", "bursts": f"5%, bursts of {BURST}"}[injection],
+                {
+                    "none": "none",
+                    "isolated": f"{SHARE:.0%}, isolated",
+                    "bursts": f"{SHARE:.0%}, bursts of {BURST}",
+                }[injection],
                 units.interval(without).words(4),
                 units.interval(guarded).words(4),
                 units.paired(guarded, without).words(4, sign=True),
