@@ -54,24 +54,31 @@ def run_units(
         # Children read these when they load their libraries, which is before any code of ours runs there.
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
         started = time.monotonic()
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running = {pool.submit(_one, work, units[name]): name for name in missing}
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            running = {
+                pool.submit(_one, work, units[name], folder / f"{name}.json", keys[name]): name
+                for name in missing
+            }
             for done, future in enumerate(as_completed(running), start=1):
-                name = running[future]
-                write_json(folder / f"{name}.json", {"key": keys[name], "result": future.result()})
+                future.result()
                 elapsed = time.monotonic() - started
                 left = elapsed / done * (len(missing) - done)
                 print(
-                    f"  {done} of {len(missing)} units: {name}; {duration(elapsed)}, about {duration(left)} left",
+                    f"  {done} of {len(missing)} units: {running[future]}; {duration(elapsed)}, "
+                    f"about {duration(left)} left",
                     file=sys.stderr,
                     flush=True,
                 )
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one failed, those not begun would fail as well
     return {name: read_json(folder / f"{name}.json")["result"] for name in units}
 
 
-def _one(work: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
+def _one(work: Callable[..., dict[str, Any]], arguments: dict[str, Any], path: Path, key: str) -> None:
     started = time.monotonic()
-    return work(**arguments) | {"seconds": round(time.monotonic() - started, 1)}
+    result = work(**arguments) | {"seconds": round(time.monotonic() - started, 1)}
+    write_json(path, {"key": key, "result": result})
 
 
 def fingerprint(value: Any) -> str:
