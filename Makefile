@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEELS := data/wheels
+WORKERS ?= 2
 MODELS := data/models
 PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard tests/parity/peers/*.txt))
 
@@ -47,7 +48,7 @@ smoke: env data
 	$(BIN)/galenic build recipes/smoke --run-dir runs/smoke
 
 test: env
-	$(BIN)/python -m pytest -m "not slow and not parity"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not parity"
 
 test-slow: env data
 	$(BIN)/python -m pytest -m slow

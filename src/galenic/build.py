@@ -30,7 +30,7 @@ import yaml
 
 from galenic import __version__
 from galenic.cli import VERBS, parse_config, print_plan
-from galenic.ranks import gathered, process_group, rank, ranks
+from galenic.ranks import TIMEOUT_SECONDS, gathered, process_group, rank, ranks
 from galenic.runtime import (
     UserError,
     atomic_path,
@@ -256,7 +256,8 @@ def run_verb(verb: str, config: Any) -> None:
     """
     if ranks() > 1 and verb not in SHARED:
         raise UserError(f"{verb}: runs in one process, but {ranks()} were started; leave the launcher out")
-    with process_group():
+    parallel = getattr(config, "parallel", None)
+    with process_group(parallel.timeout_seconds if parallel else TIMEOUT_SECONDS):
         state, marks = "", {}
         refused: Exception | None = None
         if rank() == 0:
@@ -356,15 +357,26 @@ def build(recipe: Path, run_dir: Path) -> None:
 
 
 def plan(recipe: Path, run_dir: Path) -> None:
-    """Prints what each step would do; a step whose inputs are not there yet says which."""
+    """Prints what each step would do; a step whose inputs are not there yet says which.
+
+    A configuration that says what it expects of its inputs is planned without them. What the user has to bring and
+    is not there is told without stopping.
+    """
     for step in read_recipe(recipe, run_dir):
         module = importlib.import_module(VERBS[step.verb][1])
         waits = [path for path in step.config.reads() if not Path(path).exists()]
         inside = [path for path in waits if Path(path).is_relative_to(run_dir)]
-        if inside:
+        if inside and getattr(step.config, "expected", None) is None:
             print(f"{step.name}\n  waits for  {', '.join(p.replace(f'{run_dir}/', 'RUN/') for p in inside)}")
-        else:
-            print_plan(step.name, module.plan(step.config))
+            continue
+        try:
+            planned = module.plan(step.config)
+        except UserError as error:
+            if not set(waits) - set(inside):
+                raise
+            print(f"{step.name}\n  needs      {error}")
+            continue
+        print_plan(step.name, planned)
 
 
 def main(argv: list[str]) -> int:

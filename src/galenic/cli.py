@@ -238,13 +238,20 @@ def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bo
 
 
 def print_plan(title: str, plan: Plan) -> None:
-    """Prints a plan as aligned lines."""
+    """Prints a plan as aligned lines; a fact of several lines is a block with space around it."""
     print(title)
     rows = [("reads", path) for path in plan.reads] + [("writes", path) for path in plan.writes]
     rows += list(plan.facts.items())
     width = max((len(label) for label, _ in rows), default=0)
+    block = False
     for label, value in rows:
-        print(f"  {label:<{width}}  {value}")
+        first, *more = value.split("\n")
+        if more or block:
+            print()
+        block = bool(more)
+        print(f"  {label:<{width}}  {first}")
+        for line in more:
+            print(f"  {'':<{width}}  {line}")
 
 
 def _run(argv: list[str]) -> int:

@@ -1,14 +1,28 @@
 """Processes side by side: `torchrun` (or `accelerate launch`) starts several, which share the work of one verb.
 
 Without a launcher there is one, and nothing here does anything. What ranks tell each other goes through `gloo`, as JSON
-or numbers. Import is cheap (no torch).
+or numbers; tensors on CUDA devices go through NCCL. A process that dies or hangs is noticed by the others: they stop
+with one line. Import is cheap (no torch).
 """
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
+
+from galenic.runtime import UserError
+
+TIMEOUT_SECONDS = 600.0
+"""How long a process waits for another by default."""
+CLOSED = re.compile(
+    r"closed by peer|reset by peer|[Bb]roken pipe|[Rr]efused|unhandled system error|remote process"
+)
+"""What gloo and NCCL say when a process is gone."""
+LATE = re.compile(r"[Tt]imed? ?out")
+"""What they say when it does not answer."""
 
 
 def rank() -> int:
@@ -22,21 +36,54 @@ def ranks() -> int:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Connects the processes, if there are several and they are not connected yet."""
+def process_group(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
+    """Connects the processes, if there are several and they are not connected yet.
+
+    Args:
+        timeout_seconds: how long a process waits for another.
+
+    Raises:
+        UserError: another process died or did not answer in time; a machine has fewer GPUs than processes.
+    """
     if ranks() == 1:
         yield
         return
+    import torch
     import torch.distributed as distributed
 
     if distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("gloo")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= devices:
+            raise UserError(f"process {rank()} is number {local} of its machine, which has {devices} GPUs")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
     try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         yield
-    finally:
-        distributed.destroy_process_group()
+    except UserError:
+        raise
+    except RuntimeError as error:  # of torch.distributed; anything else goes on as it is
+        message = lost(error, timeout_seconds)
+        if message is None:
+            raise
+        raise UserError(message) from error
+    distributed.destroy_process_group()  # after an error that could wait for those who are gone
+
+
+def lost(error: BaseException, timeout_seconds: float) -> str | None:
+    """Says that another process was lost, if that is what an error of torch.distributed means."""
+    text = str(error)
+    if CLOSED.search(text):
+        what = "another one has stopped; its own message says why"
+    elif LATE.search(text):
+        what = f"another one has not answered for {timeout_seconds:g} seconds: it hangs, or died with its machine"
+    else:
+        return None
+    return f"process {rank()} of {ranks()}: {what}. The same command continues from what was saved last"
 
 
 def barrier() -> None:

@@ -208,8 +208,12 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator[dict[str, Any]]:
     """Reads a JSON-lines file row by row.
+
+    Args:
+        path: the file.
+        growing: someone may be writing it: a last line without its end is left out.
 
     Raises:
         UserError: the file is missing, or a line is not a JSON object (file and line number named).
@@ -220,7 +224,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: no such file") from None
     with file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            if not line.strip() or (growing and not line.endswith("\n")):
                 continue
             try:
                 row = json.loads(line)

@@ -148,6 +148,7 @@ def config(tmp_path_factory):
         preferences=20,
         heldout_conversations=5,
         arithmetic_documents=30,
+        reasoning_documents=40,
         code_modules=20,
         limits={"python-code": 25, "python-docs": 12, "cedict": 8},
     )

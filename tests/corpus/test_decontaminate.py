@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus.contamination import overlap
@@ -134,6 +134,7 @@ def test_the_same_as_a_naive_search(tmp_path_factory, before, middle, after, sta
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
+@example("0\U000e01000 \U000e01ef0\U000e01f00")
 def test_words_are_those_of_python(text):
     words, _, at = overlap.split_all(*map(np.asarray, _buffers(text)), overlap.folding(), 20, 13)
     expected = naive_words(text)

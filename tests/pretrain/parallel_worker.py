@@ -1,7 +1,9 @@
-"""One process of a small training run, for the tests of parallelism: `parallel_worker.py JOB.json OUT.pt-less folder`.
+"""One process of small training runs, for the tests of parallelism: `parallel_worker.py FOLDER`.
 
-A job: {"parallel": {...}, "architecture": {...}, "steps", "rows", "context", "precision", "dtype", "micro_rows"}.
-Process 0 writes `losses.json` (loss and gradient norm of every step) and `weights.safetensors` (whole, official order).
+`FOLDER/jobs.json` holds {name: {"parallel", "architecture", "steps", "rows", "context", "precision", "dtype",
+"micro_rows", "lr"}}. For each, process 0 writes into `FOLDER/name` `losses.json`, loss and gradient norm of every step,
+and `weights.safetensors`: the whole weights in the official order. The last of the losses is the sum over a batch
+not trained on, in evaluation.
 """
 
 import json
@@ -93,11 +95,8 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main():
-    job, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group("gloo")
+def work(job, out):
+    """Trains one job and lets process 0 write what came of it into a new folder."""
     shape = SHAPE | job.get("architecture", {})
     model = network(shape, job["context"]).to(getattr(torch, job.get("dtype", "float32")))
     parallel = Parallel(ParallelConfig(**job.get("parallel", {})), precision=job.get("precision", "float32"))
@@ -106,15 +105,27 @@ def main():
     trace = train(job, model, parallel)
     model.eval()
     with torch.no_grad():
-        batch = packed(2, job["context"], 999)
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        batch, own = packed(job["rows"], job["context"], 999), parallel.rows(job["rows"])
+        part = parallel.local({name: tensor[own] for name, tensor in batch.items()})
+        losses = model(**part, skip_logits=True, num_items_in_batch=1).token_losses
+        trace.append([float(parallel.added(losses.double().sum())), 0.0])
     weights = {
         name: parallel.official_rows(name, whole(tensor)).contiguous().clone()
         for name, tensor in model.state_dict().items()
     }
     if int(os.environ.get("RANK", "0")) == 0:
-        save_file({**weights, "logits": logits.contiguous()}, out / "weights.safetensors")
+        out.mkdir()
+        save_file(weights, out / "weights.safetensors")
         (out / "losses.json").write_text(json.dumps(trace))
+
+
+def main():
+    torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    for name, job in json.loads((folder / "jobs.json").read_text()).items():
+        work(job, folder / name)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

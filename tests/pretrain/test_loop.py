@@ -1,13 +1,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
 from galenic.pretrain.loop import Silent, Trainer
+from galenic.pretrain.packing import collate
 from galenic.runtime import UserError
 
 
@@ -146,6 +149,153 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(tmp_path
     with torch.no_grad():
         trainer.model.lm_head.weight[0, 0] = float("inf")
     before = weights(trainer)
-    with pytest.raises(UserError, match=r"step 0: loss .* is not finite.*drawn:3"):
+    with pytest.raises(UserError, match=r"step 1: loss .* is not finite.*drawn:3"):
         trainer.train_step(Drawn(), 0, 1e-3)
     assert torch.equal(weights(trainer), before)
+
+
+def test_nothing_not_finite_reaches_the_optimizer_and_the_documents_are_named(tmp_path):
+    """The loss is finite, a gradient is not; the run goes on from its checkpoint once the cause is gone."""
+    whole = make_trainer(tmp_path / "whole")
+    train(whole, 5)
+    trainer = make_trainer(tmp_path / "cut")
+    train(trainer, 2)
+    trainer.save()
+    train(trainer, 3)
+    before = weights(trainer), [s["step"].item() for s in trainer.optimizer.state.values()]
+    hook = trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(
+        UserError, match=r"step 4: loss [\d.]+ or gradient norm (inf|nan) .*drawn:12, drawn:13"
+    ):
+        train(trainer, 5)
+    hook.remove()
+    assert torch.equal(weights(trainer), before[0])
+    assert [s["step"].item() for s in trainer.optimizer.state.values()] == before[1]
+    row = trainer.rows()[-1]
+    assert (row["kind"], row["step"], row["documents"]) == ("stopped", 4, Drawn().documents(3))
+    again = make_trainer(tmp_path / "cut")
+    assert again.resume() and again.step == 2
+    train(again, 5)
+    assert torch.equal(weights(again), weights(whole))
+    assert [row["kind"] for row in again.rows()] == ["train"] * 5
+
+
+def test_adam_s_counters_stand_still_on_a_skip_and_the_schedule_goes_on(tmp_path):
+    trainer = make_trainer(tmp_path, history=1, factor=0.0, offset=0.0)  # every later norm is a spike
+    train(trainer, 6)
+    rows = trainer.rows()
+    assert [row["skipped"] for row in rows] == [False, True] * 3
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 * (step + 1) / 20 for step in range(6)])
+    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {3.0}
+
+
+# ---------------------------------------------------------------------------- micro-batches
+
+
+class Packed:
+    """Rows of very different numbers of targets, one without any; two domains."""
+
+    steps, rows, context = 1000, 8, 32
+    domains = ("one", "other")
+
+    def batch(self, step, rows):
+        drawn = np.random.default_rng(step)
+        lengths = [drawn.integers(1, [33, 12, 4, 2, 33, 20, 2, 30][row], 2) for row in range(self.rows)]
+        ids = [[drawn.integers(0, 64, n) for n in row] for row in lengths]
+        laid, domains = [], np.full((self.rows, self.context), -1)
+        for row, documents in enumerate(ids):
+            documents = documents if sum(map(len, documents)) <= self.context else documents[:1]
+            laid.append([(tokens, tokens) for tokens in documents])
+            filled = np.repeat(np.arange(len(documents)), [len(tokens) for tokens in documents])
+            domains[row, : len(filled)] = filled
+        batch = {**collate(laid, self.context, 0), "domains": torch.from_numpy(domains)}
+        return {name: tensor[list(rows)] for name, tensor in batch.items()}
+
+    def documents(self, step):
+        return [f"packed:{step}"]
+
+    def state(self, step):
+        return {}
+
+
+def ours(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = BaichuanM1Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_swa_attention_heads=2,
+        num_swa_key_value_heads=1,
+        sliding_window=8,
+        sliding_window_layers=[1],
+    )
+    return BaichuanM1ForCausalLM(config).to(dtype)
+
+
+def gradients(trainer, step, batches):
+    """Gradients of a batch before clipping, and its row."""
+    found = {}
+    trainer._clip = lambda norm: found.update(
+        {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    )
+    row = trainer.train_step(batches, step, 0.0)
+    return found, row
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "tolerance"),
+    [(ours, torch.float64, 1e-12), (ours, torch.float32, 1e-5), (tiny, torch.float32, 1e-5)],
+    ids=["float64", "float32", "foreign"],
+)
+def test_eight_micro_batches_of_one_row_are_one_of_eight(tmp_path, make, dtype, tolerance):
+    found = [
+        gradients(make_trainer(tmp_path / f"{rows}", rows, make().to(dtype)), 1, Packed())
+        for rows in (0, 1, 3)
+    ]
+    whole, row = found[0]
+    assert all(value.abs().max() > 0 for value in whole.values())
+    for parts, other in found[1:]:
+        assert other["loss"] == pytest.approx(row["loss"], rel=tolerance)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=tolerance)
+        for name, value in whole.items():
+            error = (parts[name] - value).norm() / value.norm()
+            assert error < tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("micro_rows", [0, 1])
+def test_loss_and_domains_are_means_over_their_own_targets(tmp_path, micro_rows):
+    trainer = make_trainer(tmp_path, micro_rows, ours(torch.float64))
+    batch = Packed().batch(5, range(8))
+    domains = batch.pop("domains")
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = trainer.model(**batch, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    )
+    wanted, of = labels[:, 1:].flatten() != -100, domains[:, :-1].flatten()
+    row = trainer.train_step(Packed(), 5, 1e-3)
+    assert row["loss"] == pytest.approx(float(losses[wanted].mean()), rel=1e-6)
+    assert list(row["domains"]) == ["one", "other"]
+    for number, name in enumerate(Packed.domains):
+        expected = losses[wanted & (of == number)].mean()
+        assert row["domains"][name] == pytest.approx(float(expected), rel=1e-6)
+    assert trainer.read == {name: int((domains == k).sum()) for k, name in enumerate(Packed.domains)}
+
+
+def test_a_batch_without_any_target_changes_nothing(tmp_path):
+    class Empty(Packed):
+        def batch(self, step, rows):
+            batch = super().batch(step, rows)
+            return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    for name, make in (("ours", ours), ("foreign", tiny)):
+        trainer = make_trainer(tmp_path / name, 1, make())
+        trainer.optimizer.param_groups[0]["weight_decay"] = 0.0
+        before = weights(trainer)
+        row = trainer.train_step(Empty(), 0, 1e-3)
+        assert (row["loss"], row["grad_norm"]) == (0.0, 0.0)
+        assert torch.equal(weights(trainer), before)

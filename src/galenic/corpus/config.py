@@ -108,6 +108,8 @@ class StarterConfig:
     """Conversations of each kind set aside for losses."""
     arithmetic_documents: int = 1500
     """Documents of worked arithmetic."""
+    reasoning_documents: int = 400
+    """Documents of synthetic reasoning at most: calculations of several steps, and choices by elimination."""
     code_modules: int | None = None
     """Modules of the Python library to read; all by default."""
     limits: dict[str, int] = field(default_factory=dict)

@@ -149,7 +149,7 @@ def run(config: CorpusConfig) -> None:
             return
         prepared = None
         if config.starter is not None:
-            prepared = starter.prepare(config.starter, config.seed)
+            prepared = starter.prepare(config.starter, config.seed, config.heldout_share)
         work = _work_folder(config, planned)
         units = _starter_units(prepared.documents, work) if prepared else []
         units += [{**unit, "number": unit["number"] + len(units)} for unit in planned]

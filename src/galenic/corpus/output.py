@@ -92,7 +92,7 @@ def _origin(name: str, source: SourceConfig, config: CorpusConfig) -> str:
     if package:
         pinned = Wheels(config.starter.wheels, config.starter.requirements).requirements
         return f"{package} {pinned[package].version}"
-    return "galenic" if name == "arithmetic" else f"CPython {platform.python_version()}"
+    return "galenic" if name in ("arithmetic", "reasoning") else f"CPython {platform.python_version()}"
 
 
 def write_statistics(

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,11 @@ def save(
     tokenizer: str | Path | None,
     provenance: dict[str, Any],
     parents: Iterable[str] = (),
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> None:
     """Writes a model folder: all of it, or nothing. The same inputs give the same bytes.
+
+    Weights are written one after the other, into files of at most 5 GB; what they need of the disk is taken at once.
 
     Args:
         model: what to save, in the dtype it has.
@@ -216,6 +220,7 @@ def save(
             "title", "license" and "description" fill the card's places of that name; "licences", of sources of text,
             are listed.
         parents: models this one was made from, as they should be named on the card.
+        weights: names and whole tensors of a model that holds parts of them only; not given: the model's own.
 
     Raises:
         UserError: `tokenizer` is not a tokenizer folder.
@@ -224,8 +229,11 @@ def save(
         raise UserError(f"{tokenizer}: no tokenizer.json, so there is no tokenizer to save with the model")
     with atomic_path(folder) as temporary:
         temporary.mkdir()
+        _write_weights(model, temporary, weights)
+        config = deepcopy(model.config)
+        config.dtype = str(model.dtype).removeprefix("torch.")
         with _quiet():
-            model.save_pretrained(temporary, max_shard_size="5GB")
+            config.save_pretrained(temporary)
         for file in temporary.glob("*.py"):
             file.unlink()  # only the modelling file below, whichever class the model came from
         config = read_json(temporary / "config.json")
@@ -239,6 +247,19 @@ def save(
                     shutil.copyfile(file, temporary / file.name)
         write_json(temporary / "galenic.json", provenance)
         (temporary / "README.md").write_text(_card(model, provenance, list(parents)), encoding="utf-8")
+
+
+def _write_weights(
+    model: BaichuanM1ForCausalLM, folder: Path, weights: Iterable[tuple[str, torch.Tensor]] | None
+) -> None:
+    from galenic.merge.io import TensorInfo
+    from galenic.merge.writer import safetensors_writer
+
+    state = model.state_dict()
+    infos = {n: TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape)) for n, tensor in state.items()}
+    with safetensors_writer(folder, infos) as writer:
+        for name, tensor in state.items() if weights is None else weights:
+            writer.write(name, 0, tensor.detach().cpu().flatten())
 
 
 def _generation_config(config: BaichuanM1Config) -> dict[str, Any]:

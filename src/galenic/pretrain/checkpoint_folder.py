@@ -4,12 +4,15 @@ import errno
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,19 +22,15 @@ from galenic.runtime import UserError, read_json, sha256_file
 
 FILE_BYTES = 2**28
 """A rank's part is written in files of about so many bytes; each is put together in memory first."""
-WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
+FULL = re.compile("No space left on device|disk quota exceeded", re.IGNORECASE)
+
 
 # ---------------------------------------------------------------------------- names and state
 
 
-def official_name(name: str) -> str:
-    """Returns a parameter's name without what compiling or recomputing puts into it."""
-    return WRAPPERS.sub("", name)
-
-
 def trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters that training changes, by their official names: all, or an adapter's."""
-    return ((official_name(n), p) for n, p in model.named_parameters() if p.requires_grad)
+    """The parameters that training changes: all, or an adapter's."""
+    return ((n, p) for n, p in model.named_parameters() if p.requires_grad)
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
@@ -47,7 +46,7 @@ def empty_state(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]
     """Returns tensors for what a folder holds of the optimizer's state: scalars, or sharded as their parameters are."""
     parameters = dict(trained(model))
     state = {}
-    for entry, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+    for entry, found in tensors_there(folder).items():
         name = entry.split(".", 1)[1]
         if name not in parameters or not isinstance(found, TensorStorageMetadata):
             raise UserError(f"{folder}: holds {entry}, but this run trains no such parameter")
@@ -88,6 +87,38 @@ def fill(target: torch.Tensor, whole: torch.Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------- files
+
+
+def write_tensors(folder: Path, values: dict[str, torch.Tensor], group: Any) -> None:
+    """Writes tensors, or this rank's parts of them, into a folder; all ranks together.
+
+    Args:
+        folder: where; receives safetensors files.
+        values: by name.
+        group: of the ranks; None for a process on its own, which torch would warn at each save.
+    """
+    files = spread(values)
+    if group is not None:
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+        dcp.save(values, storage_writer=writer, process_group=group)
+        return
+    folder.mkdir()
+    count = max(files.values(), default=0)
+    for file in range(1, count + 1):
+        own = {name: values[name].contiguous() for name in values if files[name] == file}
+        save_file(own, folder / f"shard-00001-model-{file:05d}-of-{count:05d}.safetensors")
+
+
+def read_tensors(folder: Path, values: dict[str, torch.Tensor], group: Any) -> None:
+    """Fills tensors, or this rank's parts of them, in place; all ranks of the group together."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a process on its own
+        dcp.load(values, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group)
+
+
+def tensors_there(folder: Path) -> dict[str, Any]:
+    """Returns size and type of each tensor in a folder."""
+    return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
 
 
 def spread(values: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -141,7 +172,7 @@ def one_line(error: BaseException) -> str:
         error = error.failures[min(error.failures)][0]
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
         return "no space left on device; free some and run the same command to continue"
     told = " ".join(str(error).split())[:300]
     return told if isinstance(error, OSError) else f"{type(error).__name__}: {told}"

@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -26,8 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from galenic.pretrain.checkpoint_folder import (
@@ -42,22 +40,21 @@ from galenic.pretrain.checkpoint_folder import (
     one_line,
     optimizer_state,
     read_about,
+    read_tensors,
     replaced,
-    spread,
     step_of,
     tensor_degree,
+    tensors_there,
     trained,
+    write_tensors,
 )
 from galenic.pretrain.config import CheckpointConfig
 from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows
-from galenic.ranks import rank, ranks
+from galenic.ranks import lost, rank, ranks
 from galenic.runtime import UserError, read_json, remove, sha256_file
 
 T = TypeVar("T")
 NAME = re.compile(r"checkpoint-(\d+)")
-
-# One process needs no process group; torch says so at every save.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoints:
@@ -89,8 +86,9 @@ class Checkpoints:
     ) -> None:
         self.out, self.config = Path(out), config
         self.matches = json.loads(json.dumps(run or {}))  # as it will be read back
-        self.group = _new_group(timeout)  # of the thread
-        self.asking = _new_group(timeout)  # of `due`
+        self.timeout = timedelta(seconds=timeout)
+        self.group: Any = None  # of the thread
+        self.asking: Any = None  # of `due`
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.stager: DefaultStager | None = None
         self.writing: Future[None] | None = None
@@ -109,6 +107,13 @@ class Checkpoints:
                 raise
         finally:
             self.close()
+
+    def _connect(self) -> None:
+        """Makes the process groups, where processes are connected at all."""
+        if self.group is None and distributed.is_initialized():
+            self.group, self.asking = (
+                distributed.new_group(backend="gloo", timeout=self.timeout) for _ in range(2)
+            )
 
     # ------------------------------------------------------------------------ save
 
@@ -161,6 +166,7 @@ class Checkpoints:
             UserError: the checkpoint before, or without `asynchronous` this one, could not be written.
         """
         self.wait()
+        self._connect()
         state: dict[str, Any] = {
             "model": {name: parameter.detach() for name, parameter in trained(model)},
             "optimizer": optimizer_state(model, optimizer),
@@ -219,10 +225,7 @@ class Checkpoints:
 
         def tensors() -> dict[str, list[Any]]:
             for name, values in state.items():
-                writer = HuggingFaceStorageWriter(
-                    str(partial / name), fqn_to_index_mapping=spread(values), save_distributed=True
-                )
-                dcp.save(values, storage_writer=writer, process_group=self.group)
+                write_tensors(partial / name, values, self.group)
             own = [path for name in state for path in (partial / name).glob(f"shard-{rank() + 1:05d}-*")]
             own += [partial / name for name in texts] if rank() == 0 else []
             for path in own:
@@ -287,6 +290,7 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is of another configuration, or every one is damaged.
         """
+        self._connect()
         self._together(self._clean)
         found = self._newest_whole()
         if found is None:
@@ -362,7 +366,7 @@ class Checkpoints:
 
     def _read(self, folder: Path, values: dict[str, torch.Tensor], model: Any, saved: int) -> None:
         """Fills tensors from a folder; where `saved` devices grouped their rows in another way, one after the other."""
-        there = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        there = tensors_there(folder)
         if missing := sorted(values.keys() ^ there.keys()):
             raise UserError(f"{folder}: holds other tensors than this run's, {missing[0]} first")
         now = tensor_degree(model)
@@ -375,8 +379,7 @@ class Checkpoints:
             fill(values[name], regrouped_rows(name, official, model.config, now))
 
     def _load(self, values: dict[str, torch.Tensor], folder: Path) -> None:
-        reader = HuggingFaceStorageReader(str(folder))
-        self._together(lambda: dcp.load(values, storage_reader=reader, process_group=self.group))
+        self._together(lambda: read_tensors(folder, values, self.group))
 
     # ------------------------------------------------------------------------ end
 
@@ -417,22 +420,16 @@ class Checkpoints:
         value, error, own = None, None, None
         try:
             value = work()
-        except Exception as caught:
+        except (Exception, CheckpointException) as caught:  # which is no Exception
             own, error = caught, one_line(caught)
         told: list[Any] = [(value, error)]
         if self.group is not None:
             told = [None] * ranks()
             try:
                 distributed.all_gather_object(told, (value, error), group=self.group)
-            except RuntimeError as lost:
-                raise UserError(error or f"another rank is gone ({one_line(lost)})") from own
+            except RuntimeError as gone:
+                raise UserError(lost(gone, self.timeout.total_seconds()) or error or one_line(gone)) from own
         for _, error in told:
             if error is not None:
                 raise UserError(error) from own
         return [value for value, _ in told]
-
-
-def _new_group(timeout: float) -> Any:
-    if ranks() == 1 or not distributed.is_initialized():
-        return None
-    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))

@@ -9,7 +9,7 @@ number of keys to look at. Everything but convolution and attention works on sin
                   and query - window < key in a sliding-window layer
     loss          the target of a chunk's last token stands in the next chunk, so targets travel with the tokens
 
-So it is while the model trains. In `eval()` every process computes the whole rows it is given, as without this.
+From then on the model takes pieces only, in training as in evaluation, and no cache.
 
 Source: Llama 3, arXiv 2407.21783, section 3.3.2 (all-gather based context parallelism).
 """
@@ -22,7 +22,6 @@ import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from galenic.model.modeling_baichuan_m1 import (
     IGNORED,
@@ -164,7 +163,9 @@ def visible(
     return seen if window is None else seen & (back < window)
 
 
-def piece_mask(implementation: str, hidden: torch.Tensor, positions: torch.Tensor, window: int | None, pieces: Pieces):
+def piece_mask(
+    implementation: str, hidden: torch.Tensor, positions: torch.Tensor, window: int | None, pieces: Pieces
+):
     """The mask of own queries and all keys, in the order in which they are gathered, for one attention kernel.
 
     Args:
@@ -193,17 +194,22 @@ def piece_mask(implementation: str, hidden: torch.Tensor, positions: torch.Tenso
 
 
 def gathered_attention(
-    kernel: Any, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    kernel: Any,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Runs an attention kernel on own queries [B, H, T, D] and all processes' keys and values [B, H_kv, n T, D]."""
-    if module.training:
-        both = gather(torch.stack([key, value]), module.pieces)  # [n, 2, B, H_kv, T, D]
-        key, value = both.movedim(0, 3).flatten(3, 4).unbind()
+    both = gather(torch.stack([key, value]), module.pieces)  # [n, 2, B, H_kv, T, D]
+    key, value = both.movedim(0, 3).flatten(3, 4).unbind()
     return kernel(module, query, key, value, *args, **kwargs)
 
 
 def split_rows(model: Any, pieces: Pieces, implementation: str) -> None:
-    """Makes a model work on its piece of every row while it trains, in place.
+    """Makes a model work on its piece of every row, in place.
 
     Args:
         model: a `BaichuanM1ForCausalLM`.
@@ -213,29 +219,19 @@ def split_rows(model: Any, pieces: Pieces, implementation: str) -> None:
     body, name = model.model, f"pieces_{implementation}"
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     AttentionInterface.register(name, partial(gathered_attention, kernel))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     model.set_attn_implementation(name)
-
-    whole_masks = body._masks
+    windows = {layer.self_attn.sliding_window for layer in body.layers}
 
     def masks(hidden: torch.Tensor, layout: Any, cache: Any) -> dict[bool, Any]:
-        if not body.training:
-            return whole_masks(hidden, layout, cache)
-        windows = {attention.sliding_window for attention in (layer.self_attn for layer in body.layers)}
-        return {
-            window is not None: piece_mask(implementation, hidden, layout.position_ids, window, pieces)
-            for window in windows
-        }
+        places = layout.position_ids
+        return {w is not None: piece_mask(implementation, hidden, places, w, pieces) for w in windows}
 
     body._masks = masks
     for layer in body.layers:
-        attention = layer.self_attn
-        attention.pieces = pieces
-        if attention.history:
-            attention._convolve = partial(_convolve, attention, attention._convolve)
+        layer.self_attn.pieces = pieces
+        if layer.self_attn.history:
+            layer.self_attn._convolve = partial(_convolve, layer.self_attn)
 
 
-def _convolve(attention: Any, whole: Any, kv: torch.Tensor, layout: Any, cache: Any) -> torch.Tensor:
-    if not attention.training:
-        return whole(kv, layout, cache)
+def _convolve(attention: Any, kv: torch.Tensor, layout: Any, cache: Any) -> torch.Tensor:
     return convolve_pieces(kv, attention._taps(), layout.position_ids, attention.pieces)

@@ -6,17 +6,19 @@ whatever spreads the work of a step spreads this. All processes make the same nu
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from galenic.corpus.tokens.shards import read_meta, read_shard, special_tokens
-from galenic.pretrain.config import PretrainConfig
+from galenic.pretrain.config import PhaseConfig, PretrainConfig
 from galenic.pretrain.packing import IGNORE, best_fit, collate
 
 if TYPE_CHECKING:
     from galenic.evaluate.bits_per_byte import Scored
     from galenic.pretrain.parallel import Parallel
+    from galenic.pretrain.watch import Watch
 
 BATCH_TOKENS = 8192
 """Tokens of a forward pass in each process, about."""
@@ -57,7 +59,7 @@ def heldout_bits(model: Any, config: PretrainConfig, context: int, parallel: "Pa
     """Scores held-out documents of every source, at most `heldout_tokens` each. All processes call it together.
 
     Args:
-        model: the network as it trains; it is left in evaluation mode.
+        model: the network as it trains; it is left in training mode.
         config: names the shards and `heldout_tokens`.
         context: most tokens the model takes at once.
         parallel: how the work is spread.
@@ -84,7 +86,7 @@ def heldout_bits(model: Any, config: PretrainConfig, context: int, parallel: "Pa
     pad = special_tokens(meta)["pad"]
     device = next(model.parameters()).device
     sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    model.eval()
+    model.train()  # context parallelism splits rows in this mode only; the network draws nothing in it
     with torch.no_grad():
         for call in range(calls):
             rows = packed[call * size : (call + 1) * size]
@@ -117,3 +119,34 @@ def _laid(
             domains[row, start : start + len(ids)] = number
             start += len(ids)
     return {**collate([[piece for _, piece in found] for found in rows], context, pad), "domains": domains}
+
+
+def scorer(
+    model: Any,
+    config: PretrainConfig,
+    phase: PhaseConfig,
+    last: int,
+    watch: "Watch",
+    parallel: "Parallel",
+) -> Callable[[int], None]:
+    """Returns what is called after each step of a phase: it scores every `heldout_steps` and at the phase's end.
+
+    A step that was scored before, in a run that this one goes on from, is not scored again.
+
+    Args:
+        model: the network.
+        config: of the run.
+        phase: the phase.
+        last: the run's step at the phase's end.
+        watch: who is told.
+        parallel: how the work is spread.
+    """
+
+    def score(step: int) -> None:
+        every = config.watch.heldout_steps
+        if step in watch.scored or not (step == last or (every and step % every == 0)):
+            return
+        bits = heldout_bits(model, config, phase.context, parallel)
+        watch.row({"kind": "heldout", "phase": phase.name, "step": step, "bits_per_byte": bits})
+
+    return score

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from galenic.model import BaichuanM1ForCausalLM
 from galenic.pretrain.checkpoints import Checkpoints
-from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, WatchConfig
+from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
 from galenic.pretrain.guard import GradientGuard
 from galenic.pretrain.optimizers import make_optimizer
 from galenic.pretrain.packing import IGNORE
 from galenic.pretrain.parallel import Parallel
 from galenic.pretrain.watch import Watch
-from galenic.ranks import rank
-from galenic.runtime import Bar, UserError, device, human, read_jsonl, write_jsonl
+from galenic.runtime import Bar, UserError, device
 
 NAMED = 8
 """Documents that an error names; the metrics row names all."""
@@ -88,8 +88,8 @@ class Trainer:
         self.device = device()
         self.parallel = parallel or Parallel(device=self.device)
         self.model, self.optim, self.guard_config, self.out = model.to(self.device), optim, guard, out
-        self.checkpoints = checkpoints or Checkpoints(out, CheckpointConfig(), run={})
-        self.watch = watch or Watch(out, WatchConfig(), flops_per_token=0.0, devices=1, device=self.device)
+        self.checkpoints = checkpoints or Checkpoints(out, CheckpointConfig())
+        self.watch = watch or Watch(out, device=self.device)
         self.micro_rows = micro_rows
         # Our network can do without holding the logits; others have no such argument.
         self.ours = isinstance(model, BaichuanM1ForCausalLM)
@@ -147,7 +147,7 @@ class Trainer:
         value, *losses = self.parallel.added(sums).tolist()
         norm = self.parallel.norm(self.model.parameters())
         if not (math.isfinite(value) and math.isfinite(norm)):
-            self._stop(value, norm, batches.documents(index))
+            self._stop(value, norm, batches.documents(index), **extra)
 
         # ---- the update; the guard looks at the norm before clipping: afterwards it could never exceed the clip
         accepted = self.guard.accept(norm)
@@ -220,17 +220,21 @@ class Trainer:
         """Scales the gradients down to the largest norm that is allowed."""
         scale = self.optim.clip / (norm + 1e-6)
         if scale < 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            for gradient in gradients:
-                getattr(gradient, "_local_tensor", gradient).mul_(scale)
+            for parameter in self.model.parameters():
+                if (gradient := parameter.grad) is not None:
+                    (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
 
-    def _stop(self, loss: float, norm: float, documents: list[str]) -> None:
-        """Ends the run before the optimizer has seen what is not finite."""
+    def _stop(self, loss: float, norm: float, documents: list[str], **extra: Any) -> None:
+        """Ends the run before the optimizer has seen what is not finite; the last row names all documents."""
         self.checkpoints.wait()
-        more = f" and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
+        self.optimizer.zero_grad(set_to_none=True)
+        step = self.step + 1
+        found = {"loss": str(loss), "grad_norm": str(norm), "documents": documents}
+        self.watch.row({"kind": "stopped", **extra, "step": step, **found})
+        more = f" and {len(documents) - NAMED} more in metrics.jsonl" if len(documents) > NAMED else ""
         raise UserError(
-            f"step {self.step}: loss {loss} or gradient norm {norm} is not finite; look at its documents "
-            f"({', '.join(documents[:NAMED])}{more}) or lower optim.lr "
+            f"step {step}: loss {loss} or gradient norm {norm} is not finite; look at its documents "
+            f"({', '.join(documents[:NAMED])}{more}), or lower optim.lr "
             f"(the last checkpoint in {self.out} is kept)"
         )
 
@@ -265,10 +269,8 @@ class Trainer:
             row = self.train_step(batches, index, lr(index), **extra)
             if sizes and self.read:
                 row["repeats"] = {n: round(t / sizes[n], 4) for n, t in self.read.items() if sizes.get(n)}
-            if rank() == 0:
-                self.watch.row(row)
-            note = f"loss {row['loss']:.3f}, lr {row['lr']:.1e}, {human(row['tokens_per_second'])} tok/s"
-            bar.update(batches.rows * batches.context, note)
+            row = self.watch.row(row)
+            bar.update(batches.rows * batches.context, self.watch.note(row))
             self.schedule = {"step": self.step, "lr": row["lr"], **extra}
             self.reader = batches.state(index + 1)
             if after is not None:
@@ -303,21 +305,12 @@ class Trainer:
             self.schedule, self.reader, run = found["schedule"], found["reader"], found["run"]
             self.step, self.tokens, self.read = run["step"], run["tokens"], dict(run["read"])
             self.guard = self._make_guard(**run["guard"])
-        if rank() == 0:
-            rows = self.rows()
-            if rows:
-                write_jsonl(self.out / "metrics.jsonl", [row for row in rows if row["step"] <= self.step])
+        self.watch.resume(self.step)
         return bool(found)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of `metrics.jsonl` so far; a last line cut short by a kill is dropped."""
-        path = self.out / "metrics.jsonl"
-        if not path.exists():
-            return []
-        text = path.read_bytes()
-        if text and not text.endswith(b"\n"):
-            path.write_bytes(text[: text.rfind(b"\n") + 1])
-        return list(read_jsonl(path))
+        return self.watch.rows()
 
     def finish(self) -> None:
         """Removes the checkpoints of a run that is complete."""

@@ -47,7 +47,9 @@ class Degrees:
         return self.shard * self.context
 
     def __str__(self) -> str:
-        return f"replicate {self.replicate} x shard {self.shard} x context {self.context} x tensor {self.tensor}"
+        return (
+            f"replicate {self.replicate} x shard {self.shard} x context {self.context} x tensor {self.tensor}"
+        )
 
 
 def degrees(config: ParallelConfig, processes: int) -> Degrees:
@@ -100,7 +102,10 @@ def check(degrees: Degrees, architecture: ArchitectureConfig, rows: int, context
     if degrees.tensor == 1:
         return
     sliding = architecture.num_hidden_layers > 1
-    heads = [splits_attention(architecture, kind, degrees.tensor) for kind in ((False, True) if sliding else (False,))]
+    heads = [
+        splits_attention(architecture, kind, degrees.tensor)
+        for kind in ((False, True) if sliding else (False,))
+    ]
     if not any(heads) and not splits_mlp(architecture, degrees.tensor):
         raise UserError(
             f"parallel.tensor: {degrees.tensor} divides neither the key/value heads "
@@ -149,6 +154,20 @@ def describe(degrees: Degrees, architecture: ArchitectureConfig) -> list[str]:
     return lines
 
 
+def compile_layer(layer: Any, backend: str = "inductor") -> None:
+    """Compiles a layer for training, in place; in `eval()`, where texts of any length come by, it stays as it was.
+
+    Batches of a phase have one shape, so nothing is made dynamic (with DTensors that fails in torch 2.13).
+    """
+    plain = layer.forward
+    compiled = torch.compile(plain, backend=backend, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training else plain)(*args, **kwargs)
+
+    layer.forward = forward
+
+
 class Parallel:
     """The processes of a run and what each of them does.
 
@@ -178,7 +197,9 @@ class Parallel:
             precision = "bfloat16" if self.device == "cuda" else "float32"
         self.precision = precision
         kernel = self.config.attention
-        self.attention = ("flex_attention" if self.device == "cuda" else "sdpa") if kernel == "auto" else kernel
+        self.attention = (
+            ("flex_attention" if self.device == "cuda" else "sdpa") if kernel == "auto" else kernel
+        )
         self._check_device()
         rank = int(os.environ.get("RANK", "0"))
         self.tensor_rank = rank % self.degrees.tensor
@@ -194,7 +215,9 @@ class Parallel:
 
     def _check_device(self) -> None:
         if self.device == "cpu" and self.attention == "flex_attention":
-            raise UserError("parallel.attention: flex_attention cannot train on a CPU: choose auto, sdpa or eager")
+            raise UserError(
+                "parallel.attention: flex_attention cannot train on a CPU: choose auto, sdpa or eager"
+            )
         if self.device == "cuda":
             here, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
             if here > found:
@@ -253,9 +276,9 @@ class Parallel:
             if how.activation_checkpointing != "none":
                 from galenic.pretrain.recompute import recompute
 
-                recompute(layer, how.activation_checkpointing)
+                recompute(layer, how.activation_checkpointing, compiled=how.compile)
             if how.compile:
-                layer.compile()
+                compile_layer(layer)
             self._shard(layer)
         model.to(self.device)
         self._shard(model)

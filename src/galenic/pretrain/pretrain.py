@@ -2,73 +2,26 @@
 
 Source: Baichuan-M1 report, section 4.2: three phases (general; medical basic; medical advanced) under one optimizer
 state, warm-up then constant learning rate, cosine decay, longer context and a larger RoPE base in the last phase,
-AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard.
+AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard. `plan` tells what `run` would do.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from galenic.corpus.mixtures.mixture_tree import mixture_preview
-from galenic.corpus.tokens.shards import Shard, read_meta, read_shard, special_tokens
+from galenic.corpus.tokens.shards import read_meta, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.plan import plan as plan
+from galenic.pretrain.plan import preview as preview
 from galenic.ranks import gathered, process_group, rank, ranks
-from galenic.runtime import (
-    Bar,
-    Plan,
-    UserError,
-    device,
-    human,
-    human_bytes,
-    progress,
-    sha256_file,
-    torch_setup,
-)
+from galenic.runtime import Bar, device, progress, sha256_file, torch_setup
 
-# ---------------------------------------------------------------------------- plan
-
-
-def plan(config: PretrainConfig) -> Plan:
-    """What the verb would do: parameters, steps, repeats per source, FLOPs, memory."""
-    import torch
-
-    meta = read_meta(config.tokenizer)
-    with torch.device("meta"):
-        model = build_model(config.architecture, meta, config.phases[0])
-    total = sum(parameter.numel() for parameter in model.parameters())
-    matmul = total - model.get_input_embeddings().weight.numel()
-    tokens = sum(phase.tokens for phase in config.phases)
-    facts = {
-        "parameters": f"{human(total)} ({human(matmul)} in matrix products)",
-        "tokens": human(tokens),
-        "FLOPs": f"{human(6 * matmul * tokens)} (6 x parameters x tokens)",
-        "state": f"{human_bytes(16 * total)} (weights, gradients, two moments in float32)",
-    }
-    for phase in config.phases:
-        steps = phase.tokens // (phase.context * phase.rows)
-        shares = sum(phase.mixture.values())
-        repeats = []
-        for source, share in phase.mixture.items():
-            if source not in meta["sources"]:
-                raise UserError(
-                    f"phases: '{phase.name}' names source '{source}', which the shards do not have"
-                )
-            size = meta["sources"][source]["train"]["tokens"]
-            repeats.append(f"{source} {phase.tokens * share / shares / max(size, 1):.2g}x")
-        end = phase.final_lr if phase.final_lr is not None else config.optim.lr
-        facts[phase.name] = (
-            f"{steps} steps of {phase.rows} x {phase.context} tokens, RoPE base {phase.rope_theta:g}, "
-            f"learning rate {config.optim.lr:g} to {end:g}; {', '.join(repeats)}; "
-            f"{_packing(config, phase)}"
-        )
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/{phase.name}" for phase in config.phases],
-        facts=facts,
-    )
-
+if TYPE_CHECKING:
+    from galenic.pretrain.curriculum import PhaseBatches
+    from galenic.pretrain.loop import Trainer
 
 # ---------------------------------------------------------------------------- model and data
 
@@ -106,28 +59,6 @@ def set_context(model: Any, phase: PhaseConfig) -> None:
     model.config.rope_theta = phase.rope_theta
 
 
-def packed_rows(config: PretrainConfig, phase: PhaseConfig, shards: dict[str, Shard]) -> Any:
-    """Returns the rows of a phase in training order."""
-    from galenic.pretrain.packing import phase_rows
-
-    return phase_rows(
-        shards, phase.mixture, tokens=phase.tokens, context=phase.context, seed=config.seed, name=phase.name
-    )
-
-
-def preview(config: PretrainConfig) -> list[str]:
-    """The mixture of all phases as a tree: tokens, documents, repeats and fingerprints of groups and sources."""
-    return mixture_preview(config.tokenizer, config.phases)
-
-
-def _packing(config: PretrainConfig, phase: PhaseConfig) -> str:
-    """Packs a phase as training will and tells what that costs."""
-    from galenic.pretrain.packing import packing_report
-
-    shards = {source: read_shard(config.tokenizer, source, "train") for source in phase.mixture}
-    return str(packing_report(packed_rows(config, phase, shards), phase.context))
-
-
 # ---------------------------------------------------------------------------- run
 
 
@@ -139,94 +70,99 @@ def run(config: PretrainConfig) -> None:
 
 def _train(config: PretrainConfig) -> None:
     from galenic.pretrain.checkpoints import Checkpoints
-    from galenic.pretrain.curriculum import PhaseBatches
-    from galenic.pretrain.export import export_model
-    from galenic.pretrain.heldout import heldout_bits
+    from galenic.pretrain.curriculum import PhaseBatches, open_shards
     from galenic.pretrain.loop import Trainer
     from galenic.pretrain.parallel import Parallel
-    from galenic.pretrain.schedules import rate
     from galenic.pretrain.watch import Watch
 
     torch_setup(config.seed)
     out, meta = Path(config.out), read_meta(config.tokenizer)
-    # What process 0 sees decides for all, or some would wait for others that left.
-    there = gathered([phase.name for phase in config.phases if (out / phase.name).exists()])[0]
     data = sha256_file(Path(config.tokenizer) / "tokens" / "meta.json")
-    checkpoints = Checkpoints(out, config.checkpoints, run=_identity(config, data))
-    if len(there) == len(config.phases):
-        checkpoints.finish()
-        return
-    shards = {}
-    for phase in config.phases:
-        for source in phase.mixture:
-            shards.setdefault(source, read_shard(config.tokenizer, source, "train"))
-    stages = [PhaseBatches(config, phase, shards) for phase in config.phases]
+    with Checkpoints(out, config.checkpoints, run=_identity(config, data)) as checkpoints:
+        # What process 0 sees decides for all, or some would wait for others that left.
+        done = set(gathered([phase.name for phase in config.phases if (out / phase.name).exists()])[0])
+        if len(done) == len(config.phases):
+            checkpoints.finish()
+            return
+        parallel = Parallel(config.parallel, precision=config.precision, device=device())
+        for phase in config.phases:
+            parallel.check(config.architecture, phase.rows, phase.context)
+        shards = open_shards(config)
+        stages = [PhaseBatches(config, phase, shards) for phase in config.phases]
+        model = build_model(config.architecture, meta, config.phases[0])
+        watch = Watch(
+            out,
+            config.watch,
+            flops_per_token={phase.name: _flops(model.config, phase, meta) for phase in config.phases},
+            tokens={
+                phase.name: batches.steps * batches.rows * batches.context
+                for phase, batches in zip(config.phases, stages, strict=True)
+            },
+            devices=ranks(),
+            device=device(),
+        )
+        parallel.apply(model)
+        with closing(watch):
+            trainer = Trainer(
+                model,
+                config.optim,
+                config.guard,
+                out,
+                parallel=parallel,
+                checkpoints=checkpoints,
+                watch=watch,
+                micro_rows=config.parallel.micro_rows,
+            )
+            if not trainer.resume():
+                trainer.save()  # the seeded start itself, so that a resume never draws weights again
+            _phases(config, stages, trainer, done, data)
+            trainer.finish()
+
+
+def _phases(
+    config: PretrainConfig, stages: list["PhaseBatches"], trainer: "Trainer", done: set[str], data: str
+) -> None:
+    """Goes through the phases from where the trainer is.
+
+    Args:
+        config: of the run.
+        stages: each phase's batches.
+        trainer: the network and where it is.
+        done: phases whose model folder is there.
+        data: digest of the shards, for the models' provenance.
+    """
+    from galenic.pretrain.export import export_model
+    from galenic.pretrain.heldout import scorer
+    from galenic.pretrain.schedules import rate
+
+    sources = read_meta(config.tokenizer)["sources"]
+    sizes = {source: counts["train"]["tokens"] for source, counts in sources.items()}
     steps = [batches.steps for batches in stages]
-
-    # ---- the network, spread over the devices
-    parallel = Parallel(config.parallel, precision=config.precision, device=device())
-    for phase in config.phases:
-        parallel.check(config.architecture, phase.rows, phase.context)
-    model = build_model(config.architecture, meta, config.phases[0])
-    parallel.apply(model)
-    trainer = Trainer(
-        model,
-        config.optim,
-        config.guard,
-        out,
-        parallel=parallel,
-        checkpoints=checkpoints,
-        watch=Watch(out, config.watch, flops_per_token=0.0, devices=ranks(), device=device()),
-        micro_rows=config.parallel.micro_rows,
-    )
-    if not trainer.resume():
-        trainer.save()  # the seeded start itself, so that a resume never draws weights again
-    scored = set(gathered([row["step"] for row in trainer.rows() if row["kind"] == "heldout"])[0])
-
-    def score(phase: PhaseConfig) -> None:
-        """Tells the held-out bits per byte of where the run is, unless a run before this one did."""
-        if trainer.step not in scored:
-            model.eval()
-            bits = heldout_bits(model, config, phase.context)
-            row = {"kind": "heldout", "phase": phase.name, "step": trainer.step, "bits_per_byte": bits}
-            if rank() == 0:
-                trainer.watch.row(row)
-            scored.add(trainer.step)
-
-    sizes = {source: counts["train"]["tokens"] for source, counts in meta["sources"].items()}
-    first = 0
     learned: dict[str, str] = {}  # source -> licence, of what the network has read so far
+    last = 0
     for number, (phase, batches) in enumerate(zip(config.phases, stages, strict=True)):
         for source in sorted(source for source, share in phase.mixture.items() if share):
-            learned[source] = meta["sources"][source].get("licence", "unknown")
-        last = first + batches.steps
-        set_context(model, phase)
-
-        def after(step: int, phase: PhaseConfig = phase, last: int = last) -> None:
-            every = config.watch.heldout_steps
-            if every and step % every == 0 and step < last:
-                score(phase)
-
-        def lr(step: int, number: int = number) -> float:
-            return rate(config, steps, number, step)
-
+            learned[source] = sources[source].get("licence", "unknown")
+        first, last = last, last + batches.steps
+        set_context(trainer.model, phase)
+        score = scorer(trainer.model, config, phase, last, trainer.watch, trainer.parallel)
         if trainer.step < last:
+            batches.restore(trainer.reader)
             with _bar(batches, phase.name) as bar:
-                bar.update((trainer.step - first) * phase.rows * phase.context)
+                bar.update((trainer.step - first) * batches.rows * batches.context)
                 trainer.train(
                     batches,
                     first=first,
                     last=last,
-                    lr=lr,
+                    lr=partial(rate, config, steps, number),
                     bar=bar,
-                    after=after,
+                    after=score,
                     sizes=sizes,
                     phase=phase.name,
                 )
-        if trainer.step == last and phase.name not in there:
-            # ---- the phase's end: held-out losses, checkpoint, model folder
-            score(phase)
-            model.eval()
+        # ---- the phase's end: held-out losses, checkpoint, and with it on disk the model folder
+        if trainer.step == last and phase.name not in done:
+            score(last)
             trainer.save(phase_end=phase.name)
             trainer.checkpoints.wait()
             provenance = {
@@ -237,9 +173,22 @@ def _train(config: PretrainConfig) -> None:
                 "data": data,
                 "licences": dict(sorted(learned.items())),
             }
-            export_model(model, parallel, out / phase.name, config.tokenizer, provenance)
-        first = last
-    trainer.finish()
+            folder = Path(config.out) / phase.name
+            trainer.model.eval()
+            export_model(trainer.model, trainer.parallel, folder, config.tokenizer, provenance)
+
+
+def _flops(architecture: Any, phase: PhaseConfig, meta: dict[str, Any]) -> float:
+    """FLOPs of training on one token of a phase, whose documents are as long as its mixture's are on average."""
+    from galenic.pretrain.budget import flops_per_token
+
+    documents = tokens = 0.0
+    for source, share in phase.mixture.items():
+        counts = meta["sources"][source]["train"]
+        if share and counts["tokens"]:
+            documents += share * counts["documents"] / counts["tokens"]
+            tokens += share
+    return flops_per_token(architecture, phase.context, tokens / documents if documents else None)
 
 
 def _identity(config: PretrainConfig, data: str) -> dict[str, Any]:

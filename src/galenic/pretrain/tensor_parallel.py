@@ -65,7 +65,9 @@ def row_order(heads: int, kv_heads: int, head_dim: int, parts: int) -> torch.Ten
     """
     rows = torch.arange((heads + 2 * kv_heads) * head_dim)
     blocks = rows.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
-    return torch.cat([part for own in zip(*(block.chunk(parts) for block in blocks), strict=True) for part in own])
+    return torch.cat(
+        [part for own in zip(*(block.chunk(parts) for block in blocks), strict=True) for part in own]
+    )
 
 
 def _order_of(name: str, config: Any, parts: int) -> torch.Tensor | None:

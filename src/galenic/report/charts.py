@@ -58,26 +58,36 @@ def draw(key: str, label: str, height: float, paint: Callable[[Axes], None]) -> 
         height: in inches.
         paint: draws on the axes.
     """
+    return draw_figure(key, label, height, lambda figure: paint(figure.add_subplot()))
+
+
+def draw_figure(key: str, label: str, height: float, paint: Callable[[Figure], None]) -> Markup:
+    """Draws as `draw` does; `paint` makes its axes itself."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        paint(axes)
-        for side in axes.spines.values():
-            side.set_color(colour("line"))
-        axes.tick_params(colors=colour("muted"), length=3)
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set_color(colour("ink"))
-        legend = axes.get_legend()
-        for text in legend.get_texts() if legend else []:
-            text.set_color(colour("ink"))
+        paint(figure)
+        figure.patch.set_visible(False)
+        for axes in figure.axes:
+            _dress(axes)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        axes.tick_params(axis="both", labelcolor=colour("ink"))
-        for patch in (figure.patch, axes.patch):
-            patch.set_visible(False)
         canvas.print_svg(buffer, metadata=nothing)
     return Markup(_inline(buffer.getvalue(), key, label))
+
+
+def _dress(axes: Axes) -> None:
+    """Gives axes the page's colours."""
+    for side in axes.spines.values():
+        side.set_color(colour("line"))
+    axes.tick_params(colors=colour("muted"), length=3)
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_color(colour("ink"))
+    legend = axes.get_legend()
+    for text in legend.get_texts() if legend else []:
+        text.set_color(colour("ink"))
+    axes.tick_params(axis="both", labelcolor=colour("ink"))
+    axes.patch.set_visible(False)
 
 
 def _inline(text: str, key: str, label: str) -> str:
@@ -186,6 +196,56 @@ def curves(
             axes.legend(loc="best")
 
     return draw(key, label, 2.7, paint)
+
+
+Line = tuple[Sequence[float], Sequence[float]]
+"""(tokens, values)."""
+
+
+def panels(
+    key: str,
+    label: str,
+    lines: dict[str, tuple[str, Line]],
+    *,
+    smoothed: bool,
+    phases: Sequence[tuple[str, float, float]] = (),
+) -> Markup:
+    """Draws a small field for each quantity over training tokens, all on the same scales.
+
+    Args:
+        key: unique on the page.
+        label: for those who cannot see it.
+        lines: name -> (colour, its line).
+        smoothed: a moving average over the raw values; else each value has a mark.
+        phases: (name, first token, last token), marked by their boundaries.
+    """
+    columns = 3
+    rows = -(-len(lines) // columns)
+
+    def paint(figure: Figure) -> None:
+        fields = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for place, ((name, (shade, (tokens, values))), axes) in enumerate(
+            zip(lines.items(), fields, strict=False)
+        ):
+            x, y = np.asarray(tokens, dtype=float), np.asarray(values, dtype=float)
+            keep = thin(len(x), 120)
+            if smoothed:
+                axes.plot(x[keep], y[keep], color=colour(shade), linewidth=0.5, alpha=0.35)
+                y = smooth(values, max(1, len(values) // 30))
+            marker = None if smoothed else "."
+            axes.plot(x[keep], y[keep], color=colour(shade), linewidth=1.5, marker=marker, markersize=4)
+            axes.set_title(name, color=colour("ink"), fontsize=9, loc="left", pad=2)
+            for _, first, _ in phases[1:]:
+                axes.axvline(first, color=colour("muted"), linewidth=0.7, linestyle=(0, (3, 3)))
+            _counts("x", axes)
+            axes.xaxis.set_major_locator(MaxNLocator(2))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(labelsize=8.5, labelbottom=place + columns >= len(lines))
+            axes.grid(axis="y", color=colour("line"), linewidth=0.5, alpha=0.6)
+        for axes in fields[len(lines) :]:
+            axes.set_visible(False)
+
+    return draw_figure(key, label, 0.35 + 0.95 * rows, paint)
 
 
 def dots(

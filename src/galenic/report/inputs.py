@@ -46,7 +46,7 @@ def read_step(path: str | None, files: tuple[str, ...] = ()) -> Step:
 
 
 def _read(path: Path) -> Any:
-    return list(read_jsonl(path)) if path.suffix == ".jsonl" else read_json(path)
+    return list(read_jsonl(path, growing=True)) if path.suffix == ".jsonl" else read_json(path)
 
 
 @dataclass(frozen=True, kw_only=True)

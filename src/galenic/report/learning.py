@@ -17,8 +17,8 @@ from .sections import by_group, groups
 
 def training(run: Run) -> dict[str, Any] | None:
     """Curves, phases and held-out bits per byte of the pre-training."""
-    rows = run.pretrain.get("metrics.jsonl")
-    train = [row for row in rows or [] if row["kind"] == "train"]
+    rows = run.pretrain.get("metrics.jsonl") or []
+    train = [row for row in rows if row["kind"] == "train"]
     if not train:
         return None
     names = list(dict.fromkeys(row["phase"] for row in train))
@@ -31,7 +31,12 @@ def training(run: Run) -> dict[str, Any] | None:
     return {
         "tokens": train[-1]["tokens"],
         "seconds": sum(row["seconds"] for row in train),
-        "skipped": [(row["step"], row["phase"], row["loss"], row["grad_norm"]) for row in skipped],
+        "skipped": [
+            (row["step"], row["phase"], row["loss"], row["grad_norm"], row.get("documents", []))
+            for row in skipped
+        ],
+        "stopped": next((row for row in rows if row["kind"] == "stopped"), None),
+        "left": train[-1].get("eta_seconds") if run.pretrain.state != "done" else None,
         "phase_words": phase_words,
         "phases": [
             {
@@ -42,7 +47,9 @@ def training(run: Run) -> dict[str, Any] | None:
                 "last": _mean([row["loss"] for row in part[-10:]]),
                 "lr": (part[0]["lr"], max(row["lr"] for row in part), part[-1]["lr"]),
                 "skipped": sum(row["skipped"] for row in part),
-                "speed": sorted(row["tokens_per_second"] for row in part)[len(part) // 2],
+                "speed": _middle([row["tokens_per_second"] for row in part]),
+                "mfu": _middle([row["mfu"] for row in part if "mfu" in row]),
+                "memory": max((row["memory_gb"] for row in part if "memory_gb" in row), default=None),
                 "seconds": sum(row["seconds"] for row in part),
             }
             for i, (name, part) in enumerate(zip(names, phases, strict=True))
@@ -73,7 +80,9 @@ def training(run: Run) -> dict[str, Any] | None:
             crosses=[(row["tokens"], row["grad_norm"]) for row in skipped],
             log=True,
         ),
-        "heldout": _heldout(run, rows or [], names),
+        "domains": _domains(run, train, marks),
+        "heldout": _heldout(run, rows, names),
+        "curves": _heldout_curves(run, rows, marks),
     }
 
 
@@ -81,30 +90,91 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _middle(values: Sequence[float]) -> float | None:
+    """The upper median; None of nothing."""
+    return sorted(values)[len(values) // 2] if values else None
+
+
+MOST_PANELS = 24
+"""Sources that have a small chart each; beyond, those that stand in most rows."""
+
+Marks = list[tuple[str, float, float]]
+"""(phase, first token, last token)."""
+
+
+def _panels(
+    run: Run, key: str, what: str, lines: dict[str, charts.Line], marks: Marks, *, smoothed: bool
+) -> dict[str, Any] | None:
+    """A small chart for each source, by group, and what is to be said beside them."""
+    if not lines:
+        return None
+    known = groups(run)
+    most = sorted(lines, key=lambda source: (-len(lines[source][0]), source))[:MOST_PANELS]
+    shown = {source: (known.get(source) or "other", lines[source]) for source in by_group(most, known)}
+    ends = ", ".join(f"{source} {values[-1]:.2f}" for source, (_, (_, values)) in shown.items())
+    label = f"{what} of each source over training, last: {ends}."
+    drawn = charts.panels(key, label, shown, smoothed=smoothed, phases=marks)
+    return {"chart": drawn, "more": len(lines) - len(shown), "first": len(shown)}
+
+
+def _domains(run: Run, train: list[dict[str, Any]], marks: Marks) -> dict[str, Any] | None:
+    """Training loss of each source's tokens."""
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in train:
+        for source, loss in row.get("domains", {}).items():
+            tokens, losses = lines.setdefault(source, ([], []))
+            tokens.append(row["tokens"])
+            losses.append(loss)
+    return _panels(run, "domains", "Training loss", dict(lines), marks, smoothed=True)
+
+
+def _heldout_curves(run: Run, rows: list[dict[str, Any]], marks: Marks) -> dict[str, Any] | None:
+    """Held-out bits per byte over tokens, where they were measured inside phases too."""
+    scored = [row for row in rows if row["kind"] == "heldout"]
+    if len(scored) <= len({row["phase"] for row in scored}):
+        return None
+    tokens = {row["step"]: row["tokens"] for row in rows if row["kind"] == "train"}
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in scored:
+        for source, bits in row["bits_per_byte"].items():
+            line = lines.setdefault(source, ([], []))
+            line[0].append(tokens[row["step"]])
+            line[1].append(bits)
+    return _panels(run, "bits", "Held-out bits per byte", dict(lines), marks, smoothed=False)
+
+
 def _heldout(run: Run, rows: list[dict[str, Any]], phases: list[str]) -> dict[str, Any] | None:
-    """Held-out bits per byte at each phase's end; marks the group that each phase introduces."""
+    """Held-out bits per byte at each phase's end; marks the group that each phase introduces.
+
+    Of a phase that is not over, the last score there is.
+    """
     found = {row["phase"]: row["bits_per_byte"] for row in rows if row["kind"] == "heldout"}
     ends = [name for name in phases if name in found]
     if not ends:
         return None
     known = groups(run)
     sources = by_group({source for name in ends for source in found[name]}, known)
+    repeats = next((row["repeats"] for row in reversed(rows) if "repeats" in row), {})
+    open_phase = phases[-1] if run.pretrain.state != "done" else ""
     table = []
     for source in sources:
         group = known.get(source, "")
         cells = [
             {"value": found[name].get(source), "new": bool(group) and name.endswith(group)} for name in ends
         ]
-        table.append({"source": source, "group": group, "cells": cells})
+        table.append({"source": source, "group": group, "cells": cells, "repeats": repeats.get(source, 0)})
     return {
-        "phases": ends,
+        "phases": [f"{name}, so far" if name == open_phase else name for name in ends],
+        "repeated": bool(repeats),
         "table": table,
         "chart": charts.dots(
             "heldout",
             "Held-out bits per byte of each source at the end of each phase; the table beside it has the numbers.",
             sources,
             {
-                f"after phase {phases.index(name) + 1}": [found[name].get(source) for source in sources]
+                f"{'in' if name == open_phase else 'after'} phase {phases.index(name) + 1}": [
+                    found[name].get(source) for source in sources
+                ]
                 for name in ends
             },
             x_title="held-out bits per byte (lower is better)",

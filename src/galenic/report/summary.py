@@ -52,7 +52,8 @@ def sentences(run: Run, content: Content) -> list[str]:
     if trained := content["training"]:
         size = f" of {human(results['models'][base]['parameters'])} parameters" if results else ""
         lines.append(
-            f"A language model{size} was trained from scratch on {human(trained['tokens'])} tokens in "
+            f"A language model{size} {'was' if run.pretrain.state == 'done' else 'is being'} trained from scratch"
+            f"{'' if run.pretrain.state == 'done' else ', so far'} on {human(trained['tokens'])} tokens in "
             f"{spell(trained['seconds'])}."
         )
         for gain in (trained["heldout"] or {"gains": []})["gains"]:

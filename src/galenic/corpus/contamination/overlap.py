@@ -22,6 +22,8 @@ from galenic.merge.kernels import MIX_1, MIX_2
 
 PLANES = 0x32400
 """Code points that can be part of a word; those above have no letters."""
+FIRST_SELECTOR, LAST_SELECTOR = 0xE0100, 0xE01EF
+"""Variation selectors of Han characters: the only marks above those."""
 SEPARATOR, IGNORED, HAN = 0, 1, 1 << 31
 NGRAM, WHOLE, NEAR = 0, 1, 2
 """Kinds of hits: a shared n-gram, a short item as a whole, a near copy."""
@@ -130,6 +132,8 @@ def split(data, start, stop, table, latin, han, words, weights, begins, ends):
                 | (data[at + 3] & 0x3F)
             )
             at += 4
+        if FIRST_SELECTOR <= code <= LAST_SELECTOR:
+            continue
         kind = table[code] if code < PLANES else np.uint32(SEPARATOR)
         if kind == IGNORED:
             continue

@@ -158,6 +158,15 @@ SOURCES: dict[str, Source] = {
         package="open-medicine",
         trust=1.0,
     ),
+    "reasoning": Source(
+        group="medical-advanced",
+        title="Generated reasoning: calculations of several steps, choices among phenotypes",
+        licence="Apache-2.0; on phenotypes the HPO licence",
+        language="en",
+        form="listing",
+        package="",
+        trust=0.4,
+    ),
 }
 
 DIALOGUES = "chatterbot-corpus"

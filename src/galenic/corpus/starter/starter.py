@@ -42,6 +42,7 @@ from galenic.corpus.starter.selection import (
     together,
 )
 from galenic.corpus.starter.wheels import Wheels
+from galenic.corpus.starter.worked import reasoning_documents
 from galenic.runtime import UserError
 
 Row = dict[str, Any]
@@ -79,8 +80,13 @@ class Made:
     questions: dict[str, list[Row]]
 
 
-def prepare(config: StarterConfig, seed: int) -> Prepared:
+def prepare(config: StarterConfig, seed: int, heldout_share: float = 0.04) -> Prepared:
     """Reads the wheels, sets aside what questions will ask, and renders the rest.
+
+    Args:
+        config: sources and limits.
+        seed: of every choice.
+        heldout_share: share of each source's documents that will be set aside for losses.
 
     Raises:
         UserError: a wheel is missing, altered or malformed; or nothing is left.
@@ -115,6 +121,10 @@ def prepare(config: StarterConfig, seed: int) -> Prepared:
     documents = _without_mentions(documents, forbidden, ledger)
     allowed, rendered = _rendered(everything, transfer, forbidden, ledger)
     documents += rendered
+    worked = reasoning_documents(
+        allowed, count=config.reasoning_documents, heldout_share=heldout_share, seed=seed
+    )
+    documents += _without_mentions(worked, forbidden, ledger)
     if not documents:
         raise UserError(f"{config.wheels}: no document is left; see the limits {config.limits}")
     return Prepared(
