@@ -408,7 +408,7 @@ def main() -> None:
     arguments = small.arguments(__doc__ or "", "runs/curriculum")
     where = {"recipes": str(arguments.recipes), "tokenizer": str(arguments.tokenizer)}
     where["corpus"] = str(arguments.run / "10-corpus")
-    settings = [HELDOUT, LONG, ADVANCED, READ, PREVIOUS_SEED, BRANCHES, small.settings()]
+    settings = [HELDOUT, LONG, ADVANCED, READ, PREVIOUS_SEED, BRANCHES, small.settings(arguments.recipes)]
     options: dict[str, Any] = {"workers": arguments.workers, "settings": settings}
     scores = {"scores": str(arguments.out / f"{PREVIOUS}.json")}
     first: dict[str, dict[str, Any]] = {PREVIOUS: where | {"arm": PREVIOUS, "seed": PREVIOUS_SEED}}

@@ -388,7 +388,7 @@ def main() -> None:
         for injection in INJECTIONS
         for guarded in (False, True)
     }
-    settings = [STEPS, SHARE, BURST, EVERY, HELDOUT, small.settings()]
+    settings = [STEPS, SHARE, BURST, EVERY, HELDOUT, small.settings(arguments.recipes)]
     found = units.run_units(train, work, arguments.out, workers=arguments.workers, settings=settings)
     results: dict[tuple[str, bool], list[Unit]] = {}
     for name, unit in found.items():

@@ -248,9 +248,10 @@ class Run:
 # ---------------------------------------------------------------------------- command line
 
 
-def settings() -> list[Any]:
+def settings(recipes: Path) -> list[Any]:
     """What every unit's result depends on."""
-    return [asdict(ARCHITECTURE), asdict(OPTIM), FINAL_LR, SHAPES, SHARE, BANDS]
+    curriculum = [asdict(phase) for phase in phases(recipes)]
+    return [curriculum, asdict(ARCHITECTURE), asdict(OPTIM), FINAL_LR, BANDS]
 
 
 def arguments(description: str, out: str) -> argparse.Namespace:
