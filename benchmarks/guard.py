@@ -8,7 +8,7 @@ Prints the tables of docs/pretraining.md and draws its figures into --figures. F
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -298,9 +298,8 @@ def curves(results: dict[tuple[str, bool], list[Unit]], path: Path) -> None:
         ):
             smoothed = [smooth(unit) for unit in results[arm]]
             x = np.arange(STEPS)
-            units.draw_band(losses, k, name, x[OLDER::5], [curve[OLDER::5] for curve in smoothed])
+            units.draw_band(losses, k, name, x[OLDER::10], [curve[OLDER::10] for curve in smoothed])
         losses.set_ylabel("loss of clean batches, nats per token")
-        losses.set_yscale("log")
         for axes, chosen in ((left, arms[:2]), (right, arms[2:])):
             for arm in (("none", True), *chosen):
                 gaps = [
@@ -333,27 +332,29 @@ def trace(unit: Unit, path: Path) -> None:
     norms, skipped = unit["norm"], set(unit["skipped"])
     bad = {int(step) for step in unit["kinds"]}
     limits = limit_line(norms, skipped)
-    groups: list[tuple[str, str, str, Callable[[int], bool]]] = [
-        ("clean, taken", ".", "#999999", lambda s: s not in bad and s not in skipped),
-        ("clean, skipped", "x", units.COLOURS[4], lambda s: s not in bad and s in skipped),
-        ("corrupt, skipped", "x", units.COLOURS[0], lambda s: s in bad and s in skipped),
-        ("corrupt, taken", "o", units.COLOURS[1], lambda s: s in bad and s not in skipped),
+    start = next(step for step in sorted(bad) if step >= SILENT and step - 1 not in bad)
+    spans = ((0, len(norms)), (start - 8, start + BURST + 8))  # all, and a closer look at one burst
+    groups: list[tuple[str, str, str, set[int]]] = [
+        ("clean, skipped", "x", units.COLOURS[4], skipped - bad),
+        ("corrupt, skipped", "x", units.COLOURS[0], skipped & bad),
+        ("corrupt, taken", "o", units.COLOURS[1], bad - skipped),
     ]
     with units.figure(path, panels=2, height=3.2) as both:
-        for axes in both:
+        for axes, (first, last) in zip(both, spans, strict=True):
+            steps = np.arange(first, last)
+            axes.plot(steps, norms[first:last], color="#999999", linewidth=0.7, label="gradient norm")
+            axes.plot(steps, limits[first:last], color="black", linewidth=1, label="limit")
             for name, mark, colour, chosen in groups:
-                steps = [step for step in range(len(norms)) if chosen(step)]
-                axes.plot(steps, [norms[step] for step in steps], mark, color=colour, label=name,
-                          markersize=3 if mark == "." else 4.5)  # fmt: skip
-            axes.plot(np.arange(len(limits)), limits, color="black", linewidth=1, label="limit")
-            axes.axvspan(0, SILENT, color="#888888", alpha=0.12, linewidth=0)
-            axes.set_yscale("log")
+                inside = sorted(step for step in chosen if first <= step < last)
+                axes.plot(
+                    inside, [norms[step] for step in inside], mark, color=colour, label=name, markersize=4.5
+                )
+            units.log_scale(axes)
             axes.set_xlabel("step")
+        both[0].axvspan(0, SILENT, color="#888888", alpha=0.12, linewidth=0)
         both[0].set_ylabel("gradient norm before clipping")
         both[0].legend(loc="upper right")
-        # A closer look at the first burst that begins when the guard may speak.
-        start = next(step for step in sorted(bad) if step >= SILENT and step - 1 not in bad)
-        both[1].set_xlim(start - 8, start + BURST + 8)
+        both[1].set_xticks(range(start, start + BURST + 1, BURST))
         both[1].set_title("a burst", fontsize=9)
         both[0].set_title(f"a run; the guard is silent for {SILENT} steps (grey)", fontsize=9)
 

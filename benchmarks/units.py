@@ -186,3 +186,13 @@ def draw_band(axes: Any, k: int, name: str, x: Sequence[float], curves: Sequence
     mean, low, high = band(curves)
     axes.plot(x, mean, color=COLOURS[k], linestyle=DASHES[k], linewidth=1.4, label=name)
     axes.fill_between(x, low, high, color=COLOURS[k], alpha=0.15, linewidth=0)
+
+
+def log_scale(axes: Any) -> None:
+    """Makes the upright axis logarithmic, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
