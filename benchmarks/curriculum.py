@@ -438,8 +438,11 @@ def report(results: Results, known: dict[str, list[str]]) -> None:
         "no decay": "constant",
         "cosine": "one cosine over all phases",
     }
-    orders = {REFERENCE: "by chance", "easy to hard, quality": "easy to hard, by quality",
-              "easy to hard": "easy to hard, by quality and difficulty", "hard to easy": "hard to easy"}  # fmt: skip
+    orders = {
+        REFERENCE: "by chance",
+        "easy to hard, quality": "easy to hard, by quality",
+        "easy to hard": "easy to hard, by quality and difficulty",
+    }
     for title, lines in (
         ("Schedules", final_table(results, known, schedules, REFERENCE)),
         ("Phases", phase_table(results[REFERENCE], results["mixed"], known)),

@@ -171,11 +171,11 @@ def by_position(scores: Scores, sources: Sequence[str]) -> dict[str, float]:
 
 
 def groups(tokenizer: Path) -> dict[str, list[str]]:
-    """Returns group -> its sources, in the corpus' order."""
-    found: dict[str, list[str]] = {}
+    """Returns group -> its sources, in the order of the phases that introduce them."""
+    found: dict[str, list[str]] = {"general": [], "medical-basic": [], "medical-advanced": []}
     for source, facts in read_meta(tokenizer)["sources"].items():
         found.setdefault(facts["group"], []).append(source)
-    return dict(sorted(found.items()))
+    return {group: sources for group, sources in found.items() if sources}
 
 
 def by_group(bits: dict[str, float], known: dict[str, list[str]]) -> dict[str, float]:
