@@ -307,30 +307,30 @@ def draw_schedules(results: Results, path: Path) -> None:
         "cosine": "one cosine",
     }
     with units.figure(path, panels=2) as (rates, losses):
-        base = results[REFERENCE]
-        start = min(unit["first"] for unit in results["1-sqrt"])
+        # A seed's last phase begins where its branches do; packing makes it a step longer or shorter.
+        begins = [unit["first"] for unit in results["1-sqrt"]]
+        last = [losses_from(unit, begin) for unit, begin in zip(results[REFERENCE], begins, strict=True)]
+        steps = np.arange(min(map(len, last)))
         for k, (arm, name) in enumerate(names.items()):
-            unit = results[arm][0]
-            rates.plot(
-                np.arange(len(unit["lr"])) + unit["first"],
-                unit["lr"],
-                color=units.COLOURS[k],
-                linestyle=units.DASHES[k],
-                label=name,
-            )
-            gaps = []
-            for unit, other in zip(results[arm], base, strict=True):
-                own = np.array(unit["loss"])[start - unit["first"] :]
-                gaps.append(smooth(own - np.array(other["loss"])[start - 1 :][: len(own)]))
+            unit, style = results[arm][0], {"color": units.COLOURS[k], "linestyle": units.DASHES[k]}
+            rates.plot(np.arange(len(unit["lr"])) + unit["first"], unit["lr"], label=name, **style)
             if arm != REFERENCE:
-                x = np.arange(start, start + len(gaps[0]))
-                units.draw_band(losses, k, name, x[::4], [gap[::4] for gap in gaps])
+                gaps = [
+                    smooth((losses_from(unit, begin) - other)[: len(steps)])
+                    for unit, begin, other in zip(results[arm], begins, last, strict=True)
+                ]
+                units.draw_band(losses, k, name, steps[::4], [gap[::4] for gap in gaps])
         losses.axhline(0, color="#888888", linewidth=0.8)
         rates.set_ylabel("learning rate")
-        losses.set_ylabel("loss in the last phase - constant, then cosine")
-        for axes in (rates, losses):
-            axes.set_xlabel("step")
+        losses.set_ylabel("loss - that of constant, then cosine")
+        for axes, title in ((rates, "step"), (losses, "step of the last phase")):
+            axes.set_xlabel(title)
             axes.legend()
+
+
+def losses_from(unit: Unit, step: int) -> np.ndarray:
+    """Returns the losses of a unit's steps from one on."""
+    return np.array(unit["loss"][step - unit["first"] :])
 
 
 def smooth(values: np.ndarray, half: int = 20) -> np.ndarray:
@@ -341,7 +341,7 @@ def smooth(values: np.ndarray, half: int = 20) -> np.ndarray:
 
 def draw_groups(reference: list[Unit], other: list[Unit], known: dict[str, list[str]], path: Path) -> None:
     """Bits per byte of each group at the phases' ends: three phases, and all sources mixed throughout."""
-    with units.figure(path) as axes:
+    with units.figure(path, height=3.6) as axes:
         for k, group in enumerate(known):
             for runs, dash, name in ((reference, "-", group), (other, ":", f"{group}, mixed throughout")):
                 points = [
@@ -364,7 +364,7 @@ def draw_groups(reference: list[Unit], other: list[Unit], known: dict[str, list[
             (1, 2, 3), ("phase 1\ngeneral", "phase 2\nmedical basic", "phase 3\nmedical advanced")
         )
         axes.set_ylabel("held-out bits per byte")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def draw_bases(results: Results, path: Path) -> None:

@@ -192,6 +192,13 @@ def test_orders_go_by_the_scores_they_name():
     assert order("easy to hard")[0] != set(best[:10].tolist())
 
 
+def test_losses_are_taken_from_a_step_of_the_run():
+    whole = {"first": 1, "loss": [5.0, 4.0, 3.0, 2.0]}
+    branch = {"first": 3, "loss": [3.5, 2.5]}
+    assert curriculum.losses_from(whole, 3).tolist() == [3.0, 2.0]
+    assert curriculum.losses_from(branch, 3).tolist() == [3.5, 2.5]
+
+
 @pytest.fixture
 def run(tokenizer_step, tmp_path):
     phases = [
