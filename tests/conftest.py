@@ -16,16 +16,14 @@ def sentence(index: int, length: int = 12) -> str:
     return " ".join(WORDS[(index * 7 + i * (index % 5 + 1)) % len(WORDS)] for i in range(length)) + "."
 
 
-@pytest.fixture(scope="session")
-def tokenizer_step(tmp_path_factory):
-    """Folder of a tokenizer step: two sources of 60 short documents, one in ten held out."""
+def make_tokenizer_step(root):
+    """Makes the folder of a tokenizer step: two sources of 60 short documents, one in ten held out."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     from galenic.corpus.tokens import tokenizer
     from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
 
-    root = tmp_path_factory.mktemp("steps")
     corpus, out = root / "10-corpus", root / "20-tokenizer"
     corpus.mkdir()
     rows = [
@@ -44,6 +42,11 @@ def tokenizer_step(tmp_path_factory):
     out.mkdir()
     tokenizer.run(TokenizerConfig(out=str(out), corpus=str(corpus), vocab_size=512))
     return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer_step(tmp_path_factory):
+    return make_tokenizer_step(tmp_path_factory.mktemp("steps"))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -33,6 +34,12 @@ class Job:
             self.codes = json.loads(self.server.answer())
             self.server.job = None
         return self.codes
+
+    def ended(self) -> bool:
+        """Whether all ranks have ended; it does not wait."""
+        if self.codes is None and select.select([self.server.process.stdout], [], [], 0)[0]:
+            self.wait()
+        return self.codes is not None
 
     def stderr(self) -> str:
         """What the ranks wrote there, one after the other."""

@@ -295,22 +295,31 @@ def progress(total: float, label: str, unit: str = "it") -> Iterator[Bar]:
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
+    from rich.text import Text
 
+    class NoteColumn(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(task.fields["note"], style="dim", no_wrap=True, overflow="ellipsis")
+
+    console = Console(stderr=True)
+    wide = console.width >= 110
     columns = (
         TextColumn("  {task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=24 if wide else 8),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if wide else []),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        NoteColumn(table_column=Column(no_wrap=False)),  # the column that gives way on a narrow terminal
     )
-    with Progress(*columns, console=Console(stderr=True)) as rich_progress:
+    with Progress(*columns, console=console) as rich_progress:
         task = rich_progress.add_task(label, total=total, note="")
 
         class RichBar:
@@ -333,11 +342,14 @@ def torch_setup(seed: int) -> None:
     import torch
     import torch.utils.deterministic as determinism
 
+    from galenic.products import prefer_onednn
+
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory cost 4.5% of a training step and guards against code that reads it before writing.
     setattr(determinism, "fill_uninitialized_memory", False)  # noqa: B010 (a property of the module, unknown to types)
     torch.set_flush_denormal(True)
+    prefer_onednn()
 
 
 def peak_memory_bytes() -> int:

@@ -121,13 +121,12 @@ def work(job, out):
 
 def main():
     torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group("gloo")
     folder = Path(sys.argv[1])
+    numbers = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", **numbers)
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         work(job, folder / name)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

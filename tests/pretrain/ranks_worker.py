@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain import checkpoints as module
 from galenic.pretrain.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, ParallelConfig
 from galenic.pretrain.export import export_model
@@ -42,7 +41,7 @@ def make(parallel, seed=0):
     )
     model = BaichuanM1ForCausalLM(config)
     parallel.apply(model)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, fused=True)
 
 
 def take_step(parallel, model, optimizer, step):

@@ -1,11 +1,13 @@
 """The formulas against what they are formulas of: the built model, torch's FLOP counter, autograd's saved tensors,
 FSDP2's shards."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,3 +268,34 @@ def test_memory_adds_up_and_reacts():
     assert of().accumulates and not of(rows=64).accumulates
     assert full.peak > full.at_loss - 1 and full.peak > full.state.total
     assert full.peak == max(full.at_loss, full.at_backward)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """`benchmarks/memory.py`."""
+    path = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("size", [(64, 192, 3, 3000), (96, 128, 2, 20000)], ids=["activations", "vocabulary"])
+def test_the_peak_is_that_of_the_tensors_alive(bench, size, recompute):
+    """Within 3%: a whole step, forward, loss in chunks, backward and optimizer, as torch's profiler counts it."""
+    size = dict(zip(("hidden", "inner", "layers", "vocab"), size, strict=True))
+    model, optimizer, batch = bench.prepare(size, recompute)
+    bench.step(model, optimizer, batch)
+    live = bench.most_alive(lambda: bench.step(model, optimizer, batch))
+    live += sum(p.nbytes for p in model.parameters())
+    live += sum(m.nbytes for one in optimizer.state.values() for m in one.values())
+    assert bench.predicted(size, recompute) == pytest.approx(live, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_peak_is_that_of_the_process(bench, recompute):
+    """Within 5%: growth of peak resident memory in a process of its own."""
+    found = bench.measure("4M", recompute, "rss")
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.05)

@@ -8,16 +8,18 @@ import time
 
 import pytest
 import torch
-from rank_helpers import Ranks
 from ranks_worker import make, states, take_step, train, whole_state
 from safetensors.torch import load_file
 
+from galenic.model import load, save
 from galenic.pretrain import checkpoints as module
 from galenic.pretrain.checkpoint_folder import differences, one_line, write_tensors
 from galenic.pretrain.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig
+from galenic.pretrain.export import export_model
 from galenic.pretrain.parallel import Parallel
 from galenic.runtime import UserError
+from rank_helpers import Ranks
 
 
 def run(
@@ -306,13 +308,44 @@ def test_resharded_on_the_way_it_ends_as_one_process_does(tmp_path, ranks, unint
     assert visible(tmp_path)[0] == "checkpoint-00000009"
 
 
+@pytest.mark.slow
 def test_another_tensor_degree_regroups_rows(tmp_path, ranks, uninterrupted):
-    run_on(ranks, 2, tmp_path, 3, parallel={"tensor": 2})
+    split = {"tensor": 2}
+    state = run_on(ranks, 2, tmp_path, 3, parallel=split)
     about = json.loads((tmp_path / "checkpoint-00000003/run.json").read_text())
     assert about["tensor"] == 2 and about["ranks"] == 2
-    run_on(ranks, 1, tmp_path, 6)
-    state = run_on(ranks, 2, tmp_path, 9, parallel={"tensor": 2})
-    assert close(state, uninterrupted)
+    assert same(run_on(ranks, 1, tmp_path, 3), state)
+    state = run_on(ranks, 1, tmp_path, 6)
+    assert same(run_on(ranks, 2, tmp_path, 6, parallel=split), state)
+    assert close(run_on(ranks, 2, tmp_path, 9, parallel=split), uninterrupted)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_export_gives_the_same_bytes_from_any_number_of_ranks(tmp_path, ranks):
+    run(tmp_path, 2)
+    model, optimizer = make(Parallel(), seed=1)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.load(model, optimizer)
+    provenance = {"verb": "test"}
+    save(model, tmp_path / "plain", tokenizer=None, provenance=provenance)
+    export_model(model, Parallel(), tmp_path / "one", None, provenance)
+    run_on(ranks, 3, tmp_path, 2, export=str(tmp_path / "three"))
+    run_on(ranks, 2, tmp_path, 2, export=str(tmp_path / "two"), parallel={"tensor": 2})
+    expected = contents(tmp_path / "plain")
+    assert "model.safetensors" in expected and "README.md" in expected
+    for name in ("one", "two", "three"):
+        assert contents(tmp_path / name) == expected, name
+    assert same(dict(load(tmp_path / "three").state_dict()), dict(model.state_dict()))
+
+
+def test_export_that_fails_on_rank_0_fails_on_all(tmp_path, ranks):
+    (tmp_path / "file").write_text("")
+    options = {"out": str(tmp_path), "last": 1, "export": str(tmp_path / "file/model")}
+    codes, told = ranks.run(2, "ranks_worker:main", options)
+    assert codes == [2, 2] and told.count("file/model: not written") == 2, told
 
 
 def test_a_full_disk_on_one_rank_stops_all(tmp_path, ranks, uninterrupted):

@@ -3,11 +3,13 @@ import os
 import sys
 import types
 
+import heldout_worker
 import pytest
 import torch
 
 from galenic.pretrain import watch as module
-from galenic.pretrain.config import WatchConfig
+from galenic.pretrain.config import GuardConfig, OptimConfig, WatchConfig
+from galenic.pretrain.loop import Trainer
 from galenic.pretrain.sinks import MODULES, run_name, scalars
 from galenic.pretrain.watch import (
     Watch,
@@ -167,9 +169,65 @@ def test_only_process_0_writes_and_all_know_what_was_scored(tmp_path, monkeypatc
 def test_the_note_is_short(tmp_path):
     told = Watch(tmp_path)
     row = train_row(1, tokens=6000)
-    assert told.note(row) == "loss 3.000, lr 1.0e-03, 12k tok/s"
+    assert told.note(row) == "loss 3.000, 12k tok/s, lr 1.0e-03"
     told.row(train_row(2, skipped=True))
-    assert told.note({**row, "mfu": 0.414}) == "loss 3.000, lr 1.0e-03, 12k tok/s, MFU 41%, 1 skipped"
+    assert told.note({**row, "mfu": 0.414}) == "loss 3.000, 12k tok/s, MFU 41%, 1 skipped, lr 1.0e-03"
+
+
+# ---------------------------------------------------------------------------- what training tells
+
+
+class TwoSources:
+    """Two rows of 8 a step: three documents of two sources and padding, always the same shape."""
+
+    steps, rows, context, domains = 3, 2, 8, ["a", "b"]
+    # row 0: five tokens of a, three of b; row 1: six tokens of b, two of padding
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]])
+    of = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, -1, -1]])
+
+    def batch(self, step, rows):
+        ids = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(step))
+        labels = ids.masked_fill((self.position_ids == 0) | (self.of < 0), -100)
+        whole = {"input_ids": ids, "position_ids": self.position_ids, "labels": labels, "domains": self.of}
+        return {name: tensor[list(rows)] for name, tensor in whole.items()}
+
+    def documents(self, step):
+        return [f"a:{step}", f"b:{step}", f"b:{step + 100}"]
+
+    def state(self, step):
+        return {}
+
+
+class NoBar:
+    def update(self, n=1, note=""):
+        self.note = note
+
+
+def test_training_tells_each_sources_loss_and_how_often_it_was_read(tmp_path, tokenizer_step):
+    config = heldout_worker.configured(tokenizer_step, 8)
+    model = heldout_worker.network(config)
+    batches, wanted = TwoSources(), {}
+    for step in range(2):  # the mean over each source's targets, document by document; lr 0 changes nothing
+        ids = batches.batch(step, [0, 1])["input_ids"]
+        sums = {}
+        for name, document in (("a", ids[0, :5]), ("b", ids[0, 5:]), ("b", ids[1, :6])):
+            logits = model(document[None]).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, document[1:], reduction="none")
+            sums.setdefault(name, []).extend(losses.tolist())
+        wanted[step + 1] = {name: sum(values) / len(values) for name, values in sums.items()}
+    optim = OptimConfig(lr=1e-9, weight_decay=0.0)
+    guard = GuardConfig(history=1, factor=0.0, offset=0.0, max_skips=1)  # every other step at most is skipped
+    trainer = Trainer(model, optim, guard, tmp_path, watch=Watch(tmp_path))
+    bar = NoBar()
+    trainer.train(batches, first=0, last=2, lr=lambda step: 0.0, bar=bar, sizes={"a": 20, "b": 36}, phase="p")
+    rows = lines(tmp_path)
+    for row in rows:
+        assert row["domains"] == pytest.approx(wanted[row["step"]], rel=1e-5)
+    # 5 of a's 20 and 9 of b's 36 tokens a step; padding is nobody's
+    assert [row["repeats"] for row in rows] == [{"a": 0.25, "b": 0.25}, {"a": 0.5, "b": 0.5}]
+    assert [row["skipped"] for row in rows] == [False, True]
+    assert rows[1]["documents"] == ["a:1", "b:1", "b:101"] and "documents" not in rows[0]
+    assert bar.note.endswith("tok/s, 1 skipped, lr 0.0e+00")
 
 
 # ---------------------------------------------------------------------------- sinks

@@ -121,7 +121,7 @@ def test_memory_that_does_not_fit_is_warned_of_with_the_way_out():
 
 def test_layouts_that_do_not_divide_are_refused():
     config = config_of("baichuan-m1-14b")
-    with pytest.raises(UserError, match="parallel: .* 1000"):
+    with pytest.raises(UserError, match=r"parallel: .* 1000"):
         planned(dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, devices=1000)))
     wide = dataclasses.replace(config.parallel, shard=8, context=1)
     with pytest.raises(UserError, match="512 rows do not divide among 1024"):

@@ -137,6 +137,14 @@ def _tokenizer(folder: Path) -> None:
     done(folder, 14.0)
 
 
+def _bits(index: int, *, end: bool = False) -> dict[str, float]:
+    return {
+        name: round(3.2 - 0.4 * index - 0.7 * (list(SOURCES).index(name) % 5) / 5
+                    - (0.5 if end and PHASES[index].endswith(group) else 0.0), 6)
+        for name, (group, *_) in SOURCES.items()
+    }  # fmt: skip
+
+
 def _pretrain(folder: Path, rng: random.Random) -> None:
     rows, step = [], 0
     for index, (phase, steps) in enumerate(zip(PHASES, (420, 200, 110), strict=True)):
@@ -163,14 +171,27 @@ def _pretrain(folder: Path, rng: random.Random) -> None:
                     "skipped": skipped,
                     "tokens_per_second": 4400 + rng.random() * 200,
                     "seconds": 0.93,
+                    "domains": {
+                        name: loss + 0.1 * place
+                        for place, (name, (group, *_)) in enumerate(SOURCES.items())
+                        if phase.endswith(group) and (step + place) % 3
+                    },
+                    "repeats": {
+                        name: round(0.005 * step, 4)
+                        for name, (group, *_) in SOURCES.items()
+                        if any(before.endswith(group) for before in PHASES[: index + 1])
+                    },
+                    "mfu": 0.30 + 0.05 * index + 0.001 * (step % 7),
+                    "memory_gb": 1.5 + 0.25 * index,
+                    "eta_seconds": 0.93 * (730 - step),
+                    **({"documents": [f"hpo:{step}", f"{HOSTILE}:7"]} if skipped else {}),
                 }
             )
-        bits = {
-            name: round(3.2 - 0.4 * index - 0.7 * (list(SOURCES).index(name) % 5) / 5
-                        - (0.5 if phase.endswith(group) else 0.0), 6)
-            for name, (group, *_) in SOURCES.items()
-        }  # fmt: skip
-        rows.append({"kind": "heldout", "phase": phase, "step": step, "bits_per_byte": bits})
+            if step % 100 == 0:
+                rows.append({"kind": "heldout", "phase": phase, "step": step, "bits_per_byte": _bits(index)})
+        rows.append(
+            {"kind": "heldout", "phase": phase, "step": step, "bits_per_byte": _bits(index, end=True)}
+        )
     write(folder / "metrics.jsonl", rows)
     done(folder, 688.4)
 

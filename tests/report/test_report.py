@@ -105,7 +105,7 @@ def test_is_one_file_that_loads_nothing(built, page):
 def test_ids_are_unique_and_every_reference_resolves(page):
     assert len(page.ids) == len(set(page.ids))
     assert {reference[1:] for reference in page.references} <= set(page.ids)
-    assert page.tags.count("svg") == 14
+    assert page.tags.count("svg") == 16
 
 
 def test_charts_say_what_they_show(built):
@@ -140,16 +140,93 @@ def test_numbers_are_those_of_the_steps(built, page):
     ):
         assert number in page.text, number
     metrics = [json.loads(line) for line in (root / "30-pretrain/metrics.jsonl").read_text().splitlines()]
-    for row in metrics:
-        if row["kind"] == "heldout":
-            assert all(f"{value:.3f}" in page.text for value in row["bits_per_byte"].values())
+    for row in (row for row in metrics if row["kind"] == "heldout" and row["step"] in (420, 620, 730)):
+        assert all(f"{value:.3f}" in page.text for value in row["bits_per_byte"].values())
+
+
+def test_training_tells_speed_memory_and_what_was_skipped(built):
+    root, _, text = built
+    metrics = [json.loads(line) for line in (root / "30-pretrain/metrics.jsonl").read_text().splitlines()]
+    for phase in fake_run.PHASES:
+        rows = [row for row in metrics if row["kind"] == "train" and row["phase"] == phase]
+        middle = {key: sorted(r[key] for r in rows)[len(rows) // 2] for key in ("tokens_per_second", "mfu")}
+        cells = re.search(rf'Speed and memory.*?<th scope="row">{phase}</th>(.*?)</tr>', text, re.DOTALL)[1]
+        assert re.findall(r"<td>(.*?)</td>", cells) == [
+            f"{middle['tokens_per_second']:,.0f}",
+            f"{100 * middle['mfu']:.1f}%",
+            f"{rows[0]['memory_gb']:.2f} GB",
+            spell(0.93 * len(rows)),
+        ]
+    skipped = text[text.index("documents of the batch") :]
+    assert "hpo:230, " in skipped and "hpo:477, " in skipped
+    (times,) = re.findall(r'<th scope="row">hpo</th>(?:(?!</tr>).)*<td>([\d.]+)</td></tr>', text, re.DOTALL)
+    assert float(times) == pytest.approx(0.005 * 730, abs=0.005)
+
+
+def test_each_source_has_its_own_small_chart(built):
+    text = built[2]
+    for key, what in (("domains", "Training loss of each"), ("bits", "Held-out bits per byte of each")):
+        chart = re.search(rf'<svg class="chart"[^>]*aria-label="({what}[^"]*)">(.*?)</svg>', text, re.DOTALL)
+        names = re.findall(r">([^<]+)</text>", chart[2])
+        assert set(fake_run.SOURCES) <= set(names)
+        assert f'id="{key}-' in chart[2]
+        assert all(f"{source} " in chart[1] for source in fake_run.SOURCES)
+
+
+def test_many_sources_do_not_make_the_page_endless(built, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    config, file = fake_run.build(copy), copy / "30-pretrain/metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, row in enumerate(row for row in rows if row["kind"] == "train"):
+        row["domains"] |= {f"s{i}": 2.0 for i in range(40) if number % (i + 1) == 0}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = Page(report.render(config, read_run(config))).text
+    assert "the 24 sources read most steadily, 31 more are in metrics.jsonl" in text
+
+
+def test_an_older_run_without_those_columns_still_has_its_page(undrawn, built, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    config, file = fake_run.build(copy), copy / "30-pretrain/metrics.jsonl"
+    added = {"domains", "repeats", "mfu", "memory_gb", "eta_seconds", "documents"}
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    kept = [
+        {key: row[key] for key in row.keys() - added}
+        for row in rows
+        if row["step"] % 100 or row["kind"] == "train"
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    text = Page(report.render(config, read_run(config))).text
+    assert "Loss by source" not in text and "during training" not in text and "times read" not in text
+    assert "not noted" in text
+
+
+def test_a_run_in_progress_can_be_looked_at(undrawn, built, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    config, file = fake_run.build(copy), copy / "30-pretrain/metrics.jsonl"
+    (copy / "30-pretrain/done.json").unlink()
+    lines = file.read_text().splitlines(keepends=True)[:650]
+    file.write_text("".join(lines) + '{"kind": "train", "ph')  # a row is just being written
+    step = max(json.loads(line)["step"] for line in lines)
+    alone = ReportConfig(out=config.out, pretrain=config.pretrain)
+    text = Page(report.render(alone, read_run(alone))).text
+    assert f"at its last step, {spell(0.93 * (730 - step))} were left" in text
+    assert "is being trained from scratch, so far" in text
+    assert f"{fake_run.PHASES[2]}, so far" not in text  # nothing of it was scored yet
+    end = {"kind": "stopped", "step": step + 1, "loss": "nan", "grad_norm": "inf", "documents": ["a:1"]}
+    file.write_text("".join([*lines, json.dumps(end) + "\n"]))
+    text = Page(report.render(alone, read_run(alone))).text
+    assert f"Stopped at step {step + 1}: loss nan, gradient norm inf. Documents of its batch: a:1" in text
 
 
 def test_marks_the_phase_that_introduces_a_group(built):
     cells = re.findall(r'<th scope="row">hpo</th><td class="text">.*?</td>(.*?)</tr>', built[2])
     rows = [row for row in cells if "new" in row]
     assert len(rows) == 1
-    assert [("new" in cell) for cell in rows[0].split("<td")[1:]] == [False, False, True]
+    phases_and_times_read = [("new" in cell) for cell in rows[0].split("<td")[1:]]
+    assert phases_and_times_read == [False, False, True, False]
 
 
 def test_questions_show_every_models_pick(built):
@@ -175,7 +252,7 @@ def test_hostile_text_is_escaped_and_chinese_is_kept(built, page):
     text = built[2]
     assert "<script" not in text
     assert "<img" not in text
-    assert text.count("&lt;script&gt;") == 4  # licence, option, question, recipe
+    assert text.count("&lt;script&gt;") == 6  # licence, option, question, recipe, two names of documents
     assert fake_run.HOSTILE in page.text
     assert fake_run.CHINESE in page.text
 

@@ -10,7 +10,7 @@ their positions in most of them; it is tried on the model itself, and one that m
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -118,11 +118,10 @@ def pack_samples(
 class Conversations:
     """The batches of a fine-tuning run (`galenic.pretrain.loop.Batches`)."""
 
-    domains: ClassVar[list[str]] = []
-
     def __init__(self, samples: list[Sample], packed: list[list[int]], rows: int, context: int) -> None:
         self.samples, self.packed, self.rows, self.context = samples, packed, rows, context
         self.steps = len(packed) // rows
+        self.domains: list[str] = []
 
     def laid_rows(self, step: int) -> list[list[Sample]]:
         """Returns the samples of each row of a batch."""
@@ -233,7 +232,8 @@ def run(config: SftConfig) -> None:
     if config.lora:
         model = add_adapter(model, config.lora, config.seed)
     saving = CheckpointConfig(seconds=config.checkpoint_seconds, asynchronous=False)
-    identity = {k: v for k, v in asdict(config).items() if k not in ("out", "checkpoint_seconds")}
+    paths = ("out", "model", "conversations", "heldout")  # the build knows whether these changed
+    identity = {k: v for k, v in asdict(config).items() if k not in (*paths, "checkpoint_seconds")}
     checkpoints = Checkpoints(out, saving, run=identity)
     trainer = Trainer(model, config.optim, config.guard, out, checkpoints=checkpoints)
     after = None

@@ -191,6 +191,18 @@ class Layout(NamedTuple):
     padding: "PaddingOrder | None"
 
 
+class Documents:
+    """Packed documents as stretches of tokens that attend among themselves: what no token sees is never computed.
+
+    Attributes:
+        lengths: tokens of each stretch, over all rows one after another.
+        masks: for each stretch [n, n] bool, True where a query (first) sees a key, or None if all see what is before.
+    """
+
+    def __init__(self, lengths: list[int], masks: list[torch.Tensor | None]):
+        self.lengths, self.masks = lengths, masks
+
+
 class PaddingOrder(NamedTuple):
     """Columns of [history of K - 1 tokens | chunk of T tokens] with padding moved to the front.
 
@@ -477,6 +489,63 @@ def eager_attention_forward(
     return mixed.flatten(1, 2).transpose(1, 2), weights
 
 
+def stretches(age: torch.Tensor, window: int | None, least: int = 96) -> Documents:
+    """Works out `Documents` from the ages [B, T] of packed tokens.
+
+    Neighbouring documents of a row share a stretch until it has `least` tokens, since many small products are slow.
+
+    Args:
+        age: tokens of its own document before each token.
+        window: keys a query sees, itself included; None means all of its document.
+        least: see above.
+    """
+    length = age.shape[1]
+    starts = (age.flatten() == 0).nonzero().flatten().tolist()
+    cuts = [0]
+    for start in starts[1:]:
+        if start % length == 0 or start - cuts[-1] >= least:
+            cuts.append(start)
+    lengths = [end - start for start, end in zip(cuts, [*cuts[1:], age.numel()], strict=True)]
+    masks = []
+    for piece in age.flatten().split(lengths):
+        n = piece.shape[0]
+        if bool(piece[-1] == n - 1) and (window is None or n <= window):
+            masks.append(None)
+            continue
+        index = torch.arange(n, device=age.device)
+        seen = piece if window is None else piece.clamp_max(window - 1)
+        lag = index[:, None] - index
+        masks.append((lag >= 0) & (lag <= seen[:, None]))
+    return Documents(lengths, masks)
+
+
+@torch.compiler.disable
+def documents_attention_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scaling: float
+) -> torch.Tensor:
+    """Attention of packed documents, one stretch after another.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, H_kv, T, D]; query head h reads KV head h // (H / H_kv).
+        value: [B, H_kv, T, D].
+        documents: the stretches.
+        scaling: factor on the scores.
+
+    Returns:
+        [B, T, H, D].
+    """
+    parts = [x.transpose(1, 2).flatten(0, 1).split(documents.lengths) for x in (query, key, value)]
+    mixed = []
+    for q, k, v, mask in zip(*parts, documents.masks, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        mixed.append(attended[0].transpose(0, 1))
+    return torch.cat(mixed).unflatten(0, (query.shape[0], query.shape[2]))
+
+
 def inverse_lengths(weight: torch.Tensor) -> torch.Tensor:
     """Returns 1 / length of every row of weight [V, C] as [V], in float32 or more."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -538,7 +607,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = inverse_lengths(weight) if unit_rows else None
         weight_in = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_weight else None
+        grad_weight = None
         total = torch.zeros((), dtype=exact, device=hidden.device)
         size = max(1, chunk_elements // weight.shape[0])
         for start in range(0, hidden.shape[0], size):
@@ -561,15 +630,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits
             if scale is not None:
                 slope.mul_(scale)
-            if torch.compiler.is_compiling():  # elsewhere the caller has dropped positions without target
-                slope.mul_(counts)
             slope = slope.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(slope, weight_in, out=grad_hidden[rows])
+                grad_hidden[rows] = slope @ weight_in
             if grad_weight is not None and grad_weight.dtype == slope.dtype:
                 grad_weight.addmm_(slope.T, hidden[rows])
             elif grad_weight is not None:
                 grad_weight += slope.T @ hidden[rows]
+            elif needs_weight:
+                grad_weight = (slope.T @ hidden[rows]).to(exact)
         if grad_weight is not None and scale is not None:  # what would only lengthen a row does nothing
             along = torch.linalg.vecdot(grad_weight, weight.to(exact)) * scale**2
             grad_weight.addcmul_(weight.to(exact), along[:, None], value=-1)
@@ -634,12 +703,13 @@ def linear_cross_entropies(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     kept = None
-    if not torch.compiler.is_compiling():  # a data-dependent shape; and positions without target cost nothing
-        kept = targets != IGNORED
-        if bool(kept.all()):
-            kept = None
-        else:
-            hidden, targets = hidden[kept], targets[kept]
+    ignored = targets == IGNORED
+    if torch.compiler.is_compiling() or 0 < int(ignored.sum()) < ignored.numel() // 8:
+        # Zeros give no gradient to the weight. Few stay where they are: kernels are made for a shape, here always one.
+        hidden = hidden.masked_fill(ignored[:, None], 0)
+    elif bool(ignored.any()):
+        kept = ~ignored
+        hidden, targets = hidden[kept], targets[kept]
     with torch.autocast(hidden.device.type, enabled=False):
         total, each = _LinearCrossEntropy.apply(hidden, weight, targets, unit_rows, chunk_elements)
     return total, each if kept is None else each.new_zeros(kept.shape).masked_scatter_(kept, each)
@@ -787,7 +857,7 @@ class BaichuanM1Attention(nn.Module):
         self,
         hidden: torch.Tensor,
         layout: Layout,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | Documents | None,
         table: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
         **kwargs,
@@ -815,6 +885,9 @@ class BaichuanM1Attention(nn.Module):
         value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(attention_mask, Documents):
+            mixed = documents_attention_forward(query, key, value, attention_mask, self.scaling)
+            return self.o_proj(mixed.flatten(2)), None
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -927,6 +1000,10 @@ class BaichuanM1Model(BaichuanM1PreTrainedModel):
             raise ValueError(
                 "packed documents under flash attention need a batch of one row; flatten the batch"
             )
+        if layout.age is not None and implementation == "sdpa" and hidden.device.type == "cpu":
+            if not torch.compiler.is_compiling():
+                window = self.config.sliding_window
+                return {kind: stretches(layout.age, window if kind else None) for kind in kinds}
         arguments = {
             "config": self.config,
             "inputs_embeds": hidden,

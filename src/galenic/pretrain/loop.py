@@ -114,7 +114,7 @@ class Trainer:
     # ------------------------------------------------------------------------ the step
 
     def train_step(self, batches: Batches, index: int, lr: float, **extra: Any) -> dict[str, Any]:
-        """Takes one step and tells of it.
+        """Takes one step and returns its row of the metrics.
 
         Args:
             batches: where the batch comes from.
@@ -138,7 +138,7 @@ class Trainer:
                 of = part["domains"]
                 counts[1:] += torch.cat([_per_domain(x, of, len(domains)) for x in (wanted, of >= 0)])
         targets, *rest = self.parallel.added(counts).tolist()
-        wanted, read = rest[: len(domains)], rest[len(domains) :]
+        targets_of, read = rest[: len(domains)], rest[len(domains) :]
 
         # ---- gradients
         sums = torch.zeros(1 + len(domains), dtype=torch.float64, device=self.device)
@@ -178,7 +178,7 @@ class Trainer:
             "seconds": round(seconds, 4),
         }
         if any(losses):  # a model that is not ours does not tell
-            row["domains"] = {n: s / c for n, s, c in zip(domains, losses, wanted, strict=True) if c}
+            row["domains"] = {n: s / c for n, s, c in zip(domains, losses, targets_of, strict=True) if c}
         if not accepted:
             row["documents"] = batches.documents(index)
         return row
@@ -263,8 +263,9 @@ class Trainer:
             sizes: domain -> tokens there are, to tell how often they have been read.
             extra: columns added to each metrics row, such as the phase.
         """
-        self.model.train()
         while self.step < last:
+            if not self.model.training:  # at the start, or `after` has scored it
+                self.model.train()
             index = self.step - first
             row = self.train_step(batches, index, lr(index), **extra)
             if sizes and self.read:
@@ -275,7 +276,6 @@ class Trainer:
             self.reader = batches.state(index + 1)
             if after is not None:
                 after(self.step)
-                self.model.train()
             if self.checkpoints.due() and self.step < last:
                 self.save()
 

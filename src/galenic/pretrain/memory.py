@@ -160,6 +160,22 @@ def norm_bytes(config: Any, size: int) -> int:
     return config.hidden_size * (4 + 2 * size)
 
 
+def loss_bytes(tokens: int, vocabulary: int, head: int, size: int) -> int:
+    """Returns the bytes of the loss without logits (`linear_cross_entropies`) at its fullest.
+
+    The head's gradient is in float32 throughout. A chunk of logits has its softmax beside it, and the slopes of the
+    chunk before it; at the end the gradient is made orthogonal to the head's rows, with one product as large as the
+    head (in bfloat16 a float32 copy of the head, too).
+    """
+    rows = max(1, LOSS_CHUNK // vocabulary)
+    first, other = min(tokens, rows), min(max(tokens - rows, 0), rows)
+    before = 4 if size == 4 else 6
+    chunks = vocabulary * max(8 * first, before * first + 8 * other if other else 0)
+    if size == 4:
+        return 4 * head + max(chunks, 4 * head)
+    return 4 * head + max(chunks + size * head, 8 * head)
+
+
 def memory(
     config: Any,
     degrees: Degrees,
@@ -191,7 +207,8 @@ def memory(
     layers = kinds(config)
     kept = [layer_bytes(config, kind, degrees, size=size, grouped=grouped) for kind in layers]
     pairs = micro * context**2 // degrees.context
-    masks = 0 if grouped else pairs * (len({kind.window for kind in layers}) + size * len(layers))
+    masks = 0 if grouped else pairs * len({kind.window for kind in layers})
+    scores = 0 if grouped else pairs * size  # the mask as numbers to add, which each layer's attention keeps
     rotary = tokens * 8 * sum({kind.head_dim for kind in layers})
 
     # ---- units of FSDP: each layer, and the rest
@@ -205,16 +222,16 @@ def memory(
     )
     plain = degrees == ALONE and not bfloat16
 
-    # ---- the loss: a chunk of logits with its softmax, later two or three arrays as large as the head
-    head, width = config.vocab_size * config.hidden_size, config.hidden_size
-    chunk = min(LOSS_CHUNK, tokens * config.vocab_size) * (8 if size == 4 else 12)
-    after = head * 4 * (1 if size == 4 else 2)
+    again = recompute != "none"
+    head = config.vocab_size * config.hidden_size
     return Memory(
         state=state(config, degrees, optimizer),
         gathered=0 if plain else (root + 2 * layer) * size,
         reduced=0 if plain else max(root, layer) * (size + 4),
-        activations=int(tokens * sum(one[recompute] for one in kept)) + masks + rotary,
-        recomputed=0 if recompute == "none" else int(tokens * max(o["none"] - o[recompute] for o in kept)),
-        loss=tokens * (norm_bytes(config, size) + 2 * width * size) + head * 4 + max(chunk, after),
+        activations=int(tokens * sum(one[recompute] for one in kept))
+        + (masks + rotary + (0 if again else scores * len(layers))),
+        recomputed=int(tokens * max(one["none"] - one[recompute] for one in kept)) + scores if again else 0,
+        loss=tokens * (norm_bytes(config, size) + 2 * config.hidden_size * size)
+        + loss_bytes(tokens, config.vocab_size, head, size),
         accumulates=rows // degrees.data > micro,
     )

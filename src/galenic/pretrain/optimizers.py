@@ -128,24 +128,26 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Takes a step."""
+    def step(self, closure: Any = None) -> Any:
+        """Takes a step; the loss is not computed again, as a closure would have it."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, **{k: group[k] for k in ("lr", "weight_decay", "momentum")})
+                    update = self._update(parameter, parameter.grad, group["momentum"])
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(parameter.shape)))
 
-    def _update(self, parameter: torch.Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Returns the orthogonalised momentum, sharded as the parameter is."""
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         update = gradient.lerp(average, momentum)
-        if parameter.is_cuda:
+        if update.is_cuda:
             update = update.bfloat16()
-        whole = update.full_tensor() if isinstance(update, DTensor) else update
-        whole = orthogonalised(whole).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
-            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(whole, alpha=-0.2 * lr * math.sqrt(max(parameter.shape)))
+        whole = orthogonalised(update.full_tensor() if isinstance(update, DTensor) else update)
+        whole = whole.to(parameter.dtype)
+        if not isinstance(parameter, DTensor):
+            return whole
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -13,7 +13,7 @@ through it as well then.
 Sources: FSDP2 (PyTorch's `fully_shard`; ZeRO, arXiv 1910.02054), hybrid sharding (arXiv 2304.11277 section 3.2.2).
 """
 
-import os
+import atexit
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import torch.distributed as distributed
 
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
 from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows, splits_attention, splits_mlp
-from galenic.ranks import ranks
+from galenic.ranks import rank, ranks
 from galenic.runtime import UserError
 
 
@@ -112,12 +112,6 @@ def check(degrees: Degrees, architecture: ArchitectureConfig, rows: int, context
             f"({architecture.num_key_value_heads} global, {architecture.num_swa_key_value_heads} sliding-window) nor "
             f"intermediate_size {architecture.intermediate_size}: take a divisor of one of them"
         )
-    width = architecture.hidden_size
-    if width % degrees.shards:
-        raise UserError(
-            f"parallel.tensor: with it, FSDP divides hidden_size {width} among shard x context = {degrees.shards} "
-            "processes: choose a divisor"
-        )
 
 
 def describe(degrees: Degrees, architecture: ArchitectureConfig) -> list[str]:
@@ -200,42 +194,33 @@ class Parallel:
         self.attention = (
             ("flex_attention" if self.device == "cuda" else "sdpa") if kernel == "auto" else kernel
         )
-        self._check_device()
-        rank = int(os.environ.get("RANK", "0"))
-        self.tensor_rank = rank % self.degrees.tensor
-        self.context_rank = rank // self.degrees.tensor % self.degrees.context
-        self.data_rank = rank // (self.degrees.tensor * self.degrees.context)
-        self.data_ranks = self.degrees.data
-        self.sharded = ranks() > 1 or precision == "bfloat16"
-        self.loss_scale = float(self.degrees.data * self.degrees.context)
-        self.config_of_model: Any = None
-        self.mesh = None
-        if self.sharded:
-            self._connect()
-
-    def _check_device(self) -> None:
         if self.device == "cpu" and self.attention == "flex_attention":
             raise UserError(
                 "parallel.attention: flex_attention cannot train on a CPU: choose auto, sdpa or eager"
             )
-        if self.device == "cuda":
-            here, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-            if here > found:
-                raise UserError(
-                    f"parallel: {here} processes on this machine, but {found} CUDA devices, fewer than asked: "
-                    f"start {found} (torchrun --nproc-per-node {found})"
-                )
+        position = rank()
+        self.tensor_rank = position % self.degrees.tensor
+        self.context_rank = position // self.degrees.tensor % self.degrees.context
+        self.data_rank = position // (self.degrees.tensor * self.degrees.context)
+        self.data_ranks = self.degrees.data
+        self.sharded = ranks() > 1 or precision == "bfloat16"
+        self.loss_scale = float(self.degrees.data * self.degrees.context)
+        self.model_config: Any = None
+        self.mesh: Any = None
+        self.pieces: Any = None
+        if self.sharded:
+            self._connect()
 
     def _connect(self) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         if not distributed.is_initialized():  # one process, for FSDP's mixed precision
-            backend = "nccl" if self.device == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo"
             distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+            atexit.register(_disconnect)
         split = self.degrees
         shape = (split.replicate, split.shards, split.tensor)
         self.mesh = init_device_mesh(self.device, shape, mesh_dim_names=("replicate", "shard", "tensor"))
-        self.pieces = None
         if split.context > 1:
             from galenic.pretrain.context_parallel import Pieces
 
@@ -259,7 +244,7 @@ class Parallel:
         Every process has drawn the same weights. Layers go to the device one after the other, so that it never holds
         more than its shards and one whole layer.
         """
-        self.config_of_model = model.config
+        self.model_config = model.config
         layers, split, how = model.model.layers, self.degrees, self.config
         if split.context > 1:
             from galenic.pretrain.context_parallel import split_rows
@@ -301,11 +286,11 @@ class Parallel:
 
     def official_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Brings a whole tensor of the applied model to the published order of rows, for export."""
-        return official_rows(name, tensor, self.config_of_model, self.degrees.tensor)
+        return official_rows(name, tensor, self.model_config, self.degrees.tensor)
 
     def regrouped_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Brings a whole tensor in the published order of rows to that of the applied model."""
-        return regrouped_rows(name, tensor, self.config_of_model, self.degrees.tensor)
+        return regrouped_rows(name, tensor, self.model_config, self.degrees.tensor)
 
     # ------------------------------------------------------------------------ the data
 
@@ -359,6 +344,11 @@ class Parallel:
         counted = (split if first_copy else []) + (whole if first_copy and self.tensor_rank == 0 else [])
         own = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros(())
         return float(self._total(own.to(self.device, torch.float64).square()).sqrt())
+
+
+def _disconnect() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _is_split(parameter: torch.Tensor) -> bool:

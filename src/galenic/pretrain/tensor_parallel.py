@@ -16,13 +16,14 @@ Source: Megatron-LM, arXiv 1909.08053, section 3.
 """
 
 import re
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
@@ -30,24 +31,18 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import Parameter
 
 
-class Heads(Protocol):
-    """The sizes that decide what can be split: the model's config or the recipe's architecture."""
+def splits_attention(sizes: Any, sliding: bool, parts: int) -> bool:
+    """Whether the attention of such layers divides: each process needs whole key/value heads with their queries.
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    num_swa_attention_heads: int
-    num_swa_key_value_heads: int
-
-
-def splits_attention(sizes: Heads, sliding: bool, parts: int) -> bool:
-    """Whether the attention of such layers divides: each process needs whole key/value heads with their queries."""
+    Args:
+        sizes: the model's config or the recipe's architecture.
+        sliding: sliding-window layers or global ones.
+        parts: the tensor degree.
+    """
     return (sizes.num_swa_key_value_heads if sliding else sizes.num_key_value_heads) % parts == 0
 
 
-def splits_mlp(sizes: Heads, parts: int) -> bool:
+def splits_mlp(sizes: Any, parts: int) -> bool:
     """Whether the feed-forward layers divide."""
     return sizes.intermediate_size % parts == 0
 
@@ -108,6 +103,7 @@ def official_rows(name: str, tensor: torch.Tensor, config: Any, parts: int) -> t
 def split_layer(layer: Any, mesh: DeviceMesh) -> None:
     """Splits one decoder layer over a mesh of one dimension; all processes hold the same weights before."""
     parts, attention = mesh.size(), layer.self_attn
+    plan: dict[str, ParallelStyle]
     if splits_attention(attention.config, attention.sliding_window is not None, parts):
         order = row_order(attention.num_heads, attention.num_key_value_heads, attention.head_dim, parts)
         with torch.no_grad():
@@ -123,10 +119,9 @@ def split_layer(layer: Any, mesh: DeviceMesh) -> None:
         attention.num_key_value_heads //= parts
     if splits_mlp(attention.config, parts):
         entry = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
-        plan = {
-            **{"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()},
-        }
-        parallelize_module(layer.mlp, mesh, entry, src_data_rank=None)
+        plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+        plan["down_proj"] = RowwiseParallel()
+        parallelize_module(layer.mlp, mesh, entry)  # gate and up share one sum of their input's gradients
         parallelize_module(layer.mlp, mesh, plan, src_data_rank=None)
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -58,12 +59,12 @@ def matmul_peak(device: str, dtype: Any, *, size: int | None = None, repeats: in
     Args:
         device: `cpu` (with the threads torch uses now) or `cuda`.
         dtype: of the factors.
-        size: rows and columns; not given: 8192 on CUDA, 1024 elsewhere.
+        size: rows and columns; not given: 8192 on CUDA, 768 elsewhere.
         repeats: products that are timed.
     """
     import torch
 
-    size = size or (8192 if device.startswith("cuda") else 1024)
+    size = size or (8192 if device.startswith("cuda") else 768)
     # Not drawn: the state of the random numbers stays as it is.
     one = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     other = one.t().contiguous()
@@ -77,6 +78,13 @@ def matmul_peak(device: str, dtype: Any, *, size: int | None = None, repeats: in
             wait()
             times.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(times[2:])
+
+
+@cache
+def _measured_peak(device: str) -> float:
+    import torch
+
+    return matmul_peak(device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
 
 
 def memory_gb(device: str) -> float:
@@ -244,20 +252,17 @@ class Watch:
             if self.config.peak_tflops is not None:
                 self._peak = self.config.peak_tflops * 1e12
             else:
-                import torch
-
-                cuda = self.device.startswith("cuda")
-                self._peak = matmul_peak(self.device, torch.bfloat16 if cuda else torch.float32)
+                self._peak = _measured_peak(self.device)
         return self._peak
 
     def note(self, row: dict[str, Any]) -> str:
         """What the progress bar says of a row."""
-        parts = [f"loss {row['loss']:.3f}", f"lr {row['lr']:.1e}", f"{human(row['tokens_per_second'])} tok/s"]
+        parts = [f"loss {row['loss']:.3f}", f"{human(row['tokens_per_second'])} tok/s"]
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
         if self.skips:
             parts.append(f"{self.skips} skipped")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"lr {row['lr']:.1e}"])  # a narrow terminal cuts the end
 
     def _close_file(self) -> None:
         if self._file is not None:

@@ -10,7 +10,6 @@ not, the prior is what `mixture.json` holds.
 Each run is a unit of work that leaves one JSON file: a killed verb loses the runs under way.
 """
 
-import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -114,7 +113,7 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
             return cosine_decay((step + 1) / batches.steps, start=config.optim.lr, end=config.optim.lr / 20)
 
         with tempfile.TemporaryDirectory() as work:  # its metrics are not kept
-            never = Checkpoints(Path(work), CheckpointConfig(seconds=math.inf), run={})
+            never = Checkpoints(Path(work), CheckpointConfig(seconds=1e9))
             trainer = Trainer(model, config.optim, GuardConfig(), Path(work), checkpoints=never)
             trainer.train(batches, first=0, last=batches.steps, lr=lr, bar=Silent())
             trainer.finish()
