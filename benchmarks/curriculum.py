@@ -88,7 +88,8 @@ def with_scores(shards: dict[str, Shard], arm: str, scores: dict[str, Any]) -> d
     found = {}
     for source, shard in shards.items():
         quality, difficulty = (
-            np.array(scores[part][source], dtype=np.float32) for part in ("quality", "difficulty")
+            np.array([np.nan if value is None else value for value in scores[part][source]], dtype=np.float32)
+            for part in ("quality", "difficulty")
         )
         only = arm == "easy to hard, quality"
         found[source] = replace(shard, quality=quality, difficulty=None if only else difficulty)
@@ -177,8 +178,8 @@ def previous(recipes: str, tokenizer: str, corpus: str, seed: int) -> Unit:
     return {"difficulty": difficulty, "quality": qualities(Path(corpus), folder, list(shards))}
 
 
-def qualities(corpus: Path, tokenizer: Path, sources: Sequence[str]) -> dict[str, list[float]]:
-    """Returns source -> quality of its training documents, in the order of their shard."""
+def qualities(corpus: Path, tokenizer: Path, sources: Sequence[str]) -> dict[str, list[float | None]]:
+    """Returns source -> quality of its training documents (None: unknown), in the order of their shard."""
     import pyarrow.parquet as parquet
 
     rows = parquet.read_table(
@@ -424,6 +425,7 @@ def main() -> None:
     results = collected(found, work)
     known = small.groups(arguments.tokenizer)
     print(small.conditions(arguments, [list(found.values())]))
+    print(small.size(arguments))
     report(results, known)
     draw_schedules(results, arguments.figures / "curriculum-schedules.svg")
     draw_groups(results[REFERENCE], results["mixed"], known, arguments.figures / "curriculum-phases.svg")

@@ -399,6 +399,7 @@ def main() -> None:
 
 def report(results: dict[tuple[str, bool], list[Unit]], arguments: argparse.Namespace) -> None:
     print(small.conditions(arguments, results.values()))
+    print(small.size(arguments))
     probes = [probe for unit in results["none", False] for probe in unit["probes"]]
     for title, lines in (
         ("Held-out bits per byte after the last step", bits_table(results)),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import timing
+import torch
 import yaml
 
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard
@@ -180,7 +181,10 @@ def groups(tokenizer: Path) -> dict[str, list[str]]:
 
 def by_group(bits: dict[str, float], known: dict[str, list[str]]) -> dict[str, float]:
     """Returns the mean bits per byte over each group's sources, and over all sources."""
-    means = {group: float(np.mean([bits[source] for source in of])) for group, of in known.items()}
+    means = {
+        group: float(np.mean([bits[source] for source in of if source in bits]))
+        for group, of in known.items()
+    }
     return means | {"all": float(np.mean(list(bits.values())))}
 
 
@@ -285,3 +289,13 @@ def conditions(given: argparse.Namespace, results: Iterable[list[dict[str, Any]]
     return timing.conditions(
         1, f"{len(runs)} runs, {given.seeds} seeds, {seconds:.0f} s of one thread in all"
     )
+
+
+def size(given: argparse.Namespace) -> str:
+    """What is trained, in words: parameters, and each phase's tokens and batches."""
+    found = phases(given.recipes)
+    with torch.device("meta"):
+        model = build_model(ARCHITECTURE, read_meta(given.tokenizer), found[0])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    each = [f"{phase.tokens:,} tokens in batches of {phase.rows} x {phase.context}" for phase in found]
+    return f"{parameters:,} parameters; the phases of the curriculum: {'; '.join(each)}"

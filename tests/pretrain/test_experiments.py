@@ -190,6 +190,8 @@ def test_orders_go_by_the_scores_they_name():
     scores["difficulty"]["s"] = quality.tolist()  # now the best are the most difficult
     assert order("easy to hard, quality")[0] == set(best[:10].tolist())
     assert order("easy to hard")[0] != set(best[:10].tolist())
+    scores["quality"]["s"][best[0]] = None  # unknown: neither easy nor hard
+    assert best[0] not in order("easy to hard, quality")[0] | order("easy to hard, quality")[3]
 
 
 def test_losses_are_taken_from_a_step_of_the_run():
