@@ -22,6 +22,7 @@ import torch
 import torch.distributed as distributed
 
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
+from galenic.pretrain.initial import draw_weights
 from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows, splits_attention, splits_mlp
 from galenic.ranks import rank, ranks
 from galenic.runtime import UserError
@@ -238,11 +239,15 @@ class Parallel:
 
     # ------------------------------------------------------------------------ the model
 
-    def apply(self, model: Any) -> None:
+    def apply(self, model: Any, seed: int = 0) -> None:
         """Spreads a `BaichuanM1ForCausalLM` over the processes, in place, and puts it on the device.
 
-        Every process has drawn the same weights. Layers go to the device one after the other, so that it never holds
-        more than its shards and one whole layer.
+        Layers are drawn and go to the device one after the other, so that neither the machine nor the device ever
+        holds more than its shards and one whole layer.
+
+        Args:
+            model: with the same weights on every process, or made on the meta device.
+            seed: that the weights of a model on the meta device are drawn from.
         """
         self.model_config = model.config
         layers, split, how = model.model.layers, self.degrees, self.config
@@ -252,7 +257,8 @@ class Parallel:
             split_rows(model, self.pieces, self.attention)
         else:
             model.set_attn_implementation(self.attention)
-        for layer in layers:
+        for number, layer in enumerate(layers):
+            draw_weights(model, layer, f"model.layers.{number}", seed)
             layer.to(self.device)
             if split.tensor > 1:
                 from galenic.pretrain.tensor_parallel import split_layer
@@ -265,6 +271,7 @@ class Parallel:
             if how.compile:
                 compile_layer(layer)
             self._shard(layer)
+        draw_weights(model, model, "", seed)
         model.to(self.device)
         self._shard(model)
 

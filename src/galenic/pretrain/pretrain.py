@@ -69,6 +69,8 @@ def run(config: PretrainConfig) -> None:
 
 
 def _train(config: PretrainConfig) -> None:
+    import torch
+
     from galenic.pretrain.checkpoints import Checkpoints
     from galenic.pretrain.curriculum import PhaseBatches, open_shards
     from galenic.pretrain.loop import Trainer
@@ -89,7 +91,8 @@ def _train(config: PretrainConfig) -> None:
             parallel.check(config.architecture, phase.rows, phase.context)
         shards = open_shards(config)
         stages = [PhaseBatches(config, phase, shards) for phase in config.phases]
-        model = build_model(config.architecture, meta, config.phases[0])
+        with torch.device("meta"):  # weights are drawn where they belong
+            model = build_model(config.architecture, meta, config.phases[0])
         watch = Watch(
             out,
             config.watch,
@@ -101,7 +104,7 @@ def _train(config: PretrainConfig) -> None:
             devices=ranks(),
             device=device(),
         )
-        parallel.apply(model)
+        parallel.apply(model, config.seed)
         with closing(watch):
             trainer = Trainer(
                 model,
