@@ -639,6 +639,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += slope.T @ hidden[rows]
             elif needs_weight:
                 grad_weight = (slope.T @ hidden[rows]).to(exact)
+        if needs_weight and grad_weight is None:  # no token at all: none of several processes may be without gradient
+            grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
         if grad_weight is not None and scale is not None:  # what would only lengthen a row does nothing
             along = torch.linalg.vecdot(grad_weight, weight.to(exact)) * scale**2
             grad_weight.addcmul_(weight.to(exact), along[:, None], value=-1)
