@@ -80,6 +80,8 @@ def train(checkpoints, parallel, last, *, every=1, phase_ends=(), finish=False):
         due = step % every == 0 if every else checkpoints.due()
         assert len(set(gathered(due))) == 1
         if due:
+            with torch.no_grad():  # as held-out scores do: FSDP2 then leaves weights whole
+                model(input_ids=torch.zeros(1, CONTEXT, dtype=torch.int64), use_cache=False)
             end = f"phase-{step}" if step in phase_ends else None
             checkpoints.save(step, model=model, optimizer=optimizer, phase_end=end, **states(step))
     if finish:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from galenic.pretrain.tensor_parallel import regrouped_rows
@@ -26,6 +27,13 @@ FULL = re.compile("No space left on device|disk quota exceeded", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------- names and state
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Lets go of whole weights: after a pass without backward, FSDP2 leaves those of the root in the shards' place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -42,6 +42,7 @@ from galenic.pretrain.checkpoint_folder import (
     read_about,
     read_tensors,
     replaced,
+    reshard,
     step_of,
     tensor_degree,
     tensors_there,
@@ -167,6 +168,7 @@ class Checkpoints:
         """
         self.wait()
         self._connect()
+        reshard(model)
         state: dict[str, Any] = {
             "model": {name: parameter.detach() for name, parameter in trained(model)},
             "optimizer": optimizer_state(model, optimizer),
@@ -291,6 +293,7 @@ class Checkpoints:
             UserError: the checkpoint is of another configuration, or every one is damaged.
         """
         self._connect()
+        reshard(model)
         self._together(self._clean)
         found = self._newest_whole()
         if found is None:

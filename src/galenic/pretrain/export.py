@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from galenic.model import save
-from galenic.pretrain.checkpoint_folder import one_line
+from galenic.pretrain.checkpoint_folder import one_line, reshard
 from galenic.pretrain.parallel import Parallel
 from galenic.ranks import gathered, rank
 from galenic.runtime import UserError
@@ -32,6 +32,7 @@ def export_model(
     Raises:
         UserError: rank 0 could not write; on every rank.
     """
+    reshard(model)
     tensors = _whole(model, parallel)
     problem = None
     if rank() == 0:
