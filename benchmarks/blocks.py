@@ -15,7 +15,7 @@ import numpy as np
 
 from galenic.corpus.tokens.shards import Shard
 from galenic.pretrain.config import PhaseConfig
-from galenic.pretrain.curriculum import Curriculum, Place
+from galenic.pretrain.data.curriculum import Curriculum, Place
 
 CHUNK = 2**20
 

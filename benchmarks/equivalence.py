@@ -25,10 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig
 from galenic.pretrain.loop import Silent, Trainer
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.ranks import process_group, rank
 
 VOCABULARY, ROWS = 256, 8

@@ -29,7 +29,7 @@ def main():
     asked = parser.parse_args()
     root = Path(tempfile.mkdtemp())
     config = write_config(root / "pretrain.yaml", make_tokenizer_step(root))
-    ranks = Ranks("galenic.cli", "galenic.pretrain.loop", "galenic.pretrain.export")
+    ranks = Ranks("galenic.cli", "galenic.pretrain.loop", "galenic.pretrain.checkpoints.export")
     print(
         f"| processes | kills | {' | '.join(WHERE)} | survivors' exit codes | same weights | same losses | minutes |"
     )

@@ -48,7 +48,7 @@ def prepare(size, recompute):
     import torch
 
     from galenic.model import BaichuanM1ForCausalLM
-    from galenic.pretrain.recompute import recompute as forget
+    from galenic.pretrain.parallelism.recompute import recompute as forget
 
     model = BaichuanM1ForCausalLM(network(size)).train()
     for layer in model.model.layers:
@@ -82,7 +82,7 @@ def most_alive(run):
 
 def predicted(size, recompute):
     """Returns the peak that the plan's formulas give."""
-    from galenic.pretrain import memory
+    from galenic.pretrain.planning import memory
 
     return memory.memory(
         network(size),

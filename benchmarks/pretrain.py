@@ -16,7 +16,7 @@ waits does not compute. A ratio is theirs / ours in seconds within one turn: its
 order-statistic interval. Memory is the peak of the whole process, its modules included.
 
 With a CUDA device the table is another: about 1.5B parameters in bfloat16, 8k and 32k packed tokens, the share of the
-matrix-product peak measured in the same run, memory beside what `galenic.pretrain.memory` plans.
+matrix-product peak measured in the same run, memory beside what `galenic.pretrain.planning.memory` plans.
 """
 
 import argparse
@@ -123,8 +123,8 @@ def on_cuda() -> list[str]:
     import torch
 
     from galenic.model import BaichuanM1Config
-    from galenic.pretrain.budget import flops_per_token
-    from galenic.pretrain.memory import ALONE, memory
+    from galenic.pretrain.planning.budget import flops_per_token
+    from galenic.pretrain.planning.memory import ALONE, memory
     from model import matmul_peak
 
     peak, lines = matmul_peak("cuda", torch.bfloat16), []

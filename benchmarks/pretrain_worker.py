@@ -81,10 +81,10 @@ class Batches:
 
 def galenic(size: Size, turn: "Turns", *, compiled: bool, onednn: bool) -> None:
     """Galenic's own loop: guard, metrics row and all."""
-    from galenic.pretrain.checkpoints import Checkpoints
+    from galenic.pretrain.checkpoints.checkpoints import Checkpoints
     from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig
     from galenic.pretrain.loop import Trainer
-    from galenic.pretrain.parallel import Parallel
+    from galenic.pretrain.parallelism.parallel import Parallel
     from galenic.products import prefer_onednn
     from galenic.runtime import progress, torch_setup
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from galenic.build import read_recipe
-from galenic.pretrain import budget, estimate, memory, plan
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.planning import budget, estimate, memory, plan
 from galenic.runtime import human
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -116,7 +116,7 @@ def measure(name, architecture, vocabulary, rows, context, steps):
     import torch
 
     from galenic.model import BaichuanM1ForCausalLM
-    from galenic.pretrain.watch import matmul_peak
+    from galenic.pretrain.watching.watch import matmul_peak
 
     torch.set_num_threads(2)
     shape = shape_of(architecture, vocabulary, context)

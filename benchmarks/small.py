@@ -19,7 +19,7 @@ import yaml
 
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard
 from galenic.evaluate.likelihood import token_log_probs
-from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import (
     ArchitectureConfig,
     CheckpointConfig,
@@ -27,7 +27,7 @@ from galenic.pretrain.config import (
     PhaseConfig,
     PretrainConfig,
 )
-from galenic.pretrain.curriculum import PhaseBatches
+from galenic.pretrain.data.curriculum import PhaseBatches
 from galenic.pretrain.guard import GradientGuard
 from galenic.pretrain.loop import Silent, Trainer
 from galenic.pretrain.pretrain import build_model, set_context

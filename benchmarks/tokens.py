@@ -22,8 +22,8 @@ import yaml
 from galenic.corpus.tokens import tokenizer
 from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.corpus.tokens.tokenizer_config import TokenizerConfig
-from galenic.pretrain.bins import fill_bins
-from galenic.pretrain.packing import packing_report, phase_rows
+from galenic.pretrain.data.bins import fill_bins
+from galenic.pretrain.data.packing import packing_report, phase_rows
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:

@@ -18,7 +18,7 @@ from galenic.corpus.mixtures.mixture_tree import (
 )
 from galenic.corpus.tokens.shards import read_shard, write_meta, write_shard
 from galenic.pretrain.config import PhaseConfig
-from galenic.pretrain.packing import draw_documents
+from galenic.pretrain.data.packing import draw_documents
 from galenic.runtime import UserError
 
 

@@ -17,7 +17,7 @@ from galenic.corpus.mixtures.sampling import (
     weights,
 )
 from galenic.corpus.tokens.shards import Shard
-from galenic.pretrain.packing import draw_documents
+from galenic.pretrain.data.packing import draw_documents
 from galenic.runtime import UserError
 
 

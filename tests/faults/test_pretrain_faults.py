@@ -21,7 +21,12 @@ CAN_MOUNT = subprocess.run([*NAMESPACE, "true"], check=False, capture_output=Tru
 
 @pytest.fixture(scope="module")
 def ranks():
-    modules = ("galenic.cli", "galenic.pretrain.loop", "galenic.pretrain.export", "test_pretrain_faults")
+    modules = (
+        "galenic.cli",
+        "galenic.pretrain.loop",
+        "galenic.pretrain.checkpoints.export",
+        "test_pretrain_faults",
+    )
     started = Ranks(*modules, folder="faults")
     yield started
     started.close()

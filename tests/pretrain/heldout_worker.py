@@ -11,9 +11,9 @@ import torch
 
 from galenic.corpus.tokens.shards import read_meta
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig, PhaseConfig, PretrainConfig
-from galenic.pretrain.heldout import heldout_bits
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.pretrain.pretrain import build_model
+from galenic.pretrain.watching.heldout import heldout_bits
 from galenic.ranks import process_group
 
 SHAPE = ArchitectureConfig(

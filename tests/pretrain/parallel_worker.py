@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.parallelism.parallel import Parallel
 
 VOCABULARY = 96
 SHAPE = {

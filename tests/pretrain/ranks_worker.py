@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints.export import export_model
 from galenic.pretrain.config import CheckpointConfig, ParallelConfig
-from galenic.pretrain.export import export_model
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.ranks import gathered, process_group, rank
 from galenic.runtime import UserError
 

@@ -14,9 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain import budget, memory
-from galenic.pretrain.memory import ALONE
-from galenic.pretrain.parallel import Degrees
+from galenic.pretrain.parallelism.parallel import Degrees
+from galenic.pretrain.planning import budget, memory
+from galenic.pretrain.planning.memory import ALONE
 
 SMALL = {
     "vocab_size": 512,
@@ -140,8 +140,8 @@ import json, os, sys, torch
 import torch.distributed as distributed
 from torch.distributed.fsdp import fully_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain import memory
-from galenic.pretrain.parallel import Degrees
+from galenic.pretrain.planning import memory
+from galenic.pretrain.parallelism.parallel import Degrees
 distributed.init_process_group("gloo")
 rank, ranks = distributed.get_rank(), distributed.get_world_size()
 mesh = torch.distributed.init_device_mesh("cpu", (ranks,))

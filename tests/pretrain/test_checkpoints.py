@@ -12,12 +12,12 @@ from ranks_worker import make, states, take_step, train, whole_state
 from safetensors.torch import load_file
 
 from galenic.model import load, save
-from galenic.pretrain import checkpoints as module
-from galenic.pretrain.checkpoint_folder import differences, one_line, write_tensors
-from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints import checkpoints as module
+from galenic.pretrain.checkpoints.checkpoint_folder import differences, one_line, write_tensors
+from galenic.pretrain.checkpoints.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints.export import export_model
 from galenic.pretrain.config import CheckpointConfig
-from galenic.pretrain.export import export_model
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.runtime import UserError
 from rank_helpers import Ranks
 

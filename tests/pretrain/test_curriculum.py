@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus.tokens.shards import Shard, read_shard, write_meta, write_shard
-from galenic.pretrain import drawing, pretrain
+from galenic.pretrain import pretrain
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
-from galenic.pretrain.curriculum import Curriculum, PhaseBatches, Place, open_shards, phase_report
-from galenic.pretrain.drawing import Cursor, Stream, draw_documents, scattered
-from galenic.pretrain.packing import IGNORE, pack, phase_rows
-from galenic.pretrain.stages import divide, hardness, quantile_ranks, stages_of
+from galenic.pretrain.data import drawing
+from galenic.pretrain.data.curriculum import Curriculum, PhaseBatches, Place, open_shards, phase_report
+from galenic.pretrain.data.drawing import Cursor, Stream, draw_documents, scattered
+from galenic.pretrain.data.packing import IGNORE, pack, phase_rows
+from galenic.pretrain.data.stages import divide, hardness, quantile_ranks, stages_of
 from galenic.runtime import UserError
 
 

@@ -20,10 +20,10 @@ import units
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard
 from galenic.evaluate.bits_per_byte import bits_per_byte, document
 from galenic.pretrain.config import ArchitectureConfig, OptimConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.data.packing import IGNORE, collate
+from galenic.pretrain.data.stages import stages_of
 from galenic.pretrain.guard import GradientGuard
-from galenic.pretrain.packing import IGNORE, collate
 from galenic.pretrain.pretrain import build_model
-from galenic.pretrain.stages import stages_of
 from galenic.runtime import read_json, write_json
 
 # ---------------------------------------------------------------------------- corruption

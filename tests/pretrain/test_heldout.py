@@ -13,11 +13,11 @@ import torch
 
 from galenic.corpus.tokens.shards import read_shard
 from galenic.evaluate.bits_per_byte import Scored, bits_per_byte, document
-from galenic.pretrain import heldout
-from galenic.pretrain.heldout import heldout_bits, heldout_texts, pieces, scorer
-from galenic.pretrain.packing import IGNORE
-from galenic.pretrain.parallel import Parallel
-from galenic.pretrain.watch import Watch
+from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.parallelism.parallel import Parallel
+from galenic.pretrain.watching import heldout
+from galenic.pretrain.watching.heldout import heldout_bits, heldout_texts, pieces, scorer
+from galenic.pretrain.watching.watch import Watch
 
 
 def test_texts_are_the_first_that_fit_and_one_at_least(tokenizer_step):

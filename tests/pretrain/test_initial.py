@@ -1,8 +1,8 @@
 import torch
 
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
-from galenic.pretrain.initial import draw_weights
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.parallelism.initial import draw_weights
+from galenic.pretrain.parallelism.parallel import Parallel
 
 CONFIG = BaichuanM1Config(
     vocab_size=997,

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus.tokens.shards import Shard
-from galenic.pretrain.bins import fill_bins
-from galenic.pretrain.packing import (
+from galenic.pretrain.data.bins import fill_bins
+from galenic.pretrain.data.packing import (
     IGNORE,
     Rows,
     best_fit,

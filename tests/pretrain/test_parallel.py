@@ -12,7 +12,7 @@ from parallel_worker import SHAPE, work
 from safetensors.torch import load_file
 
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
-from galenic.pretrain.parallel import Degrees, Parallel, check, degrees, describe
+from galenic.pretrain.parallelism.parallel import Degrees, Parallel, check, degrees, describe
 from galenic.runtime import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -202,8 +202,8 @@ def test_layers_of_one_kind_compile_once():
     import torch._dynamo as dynamo
     from parallel_worker import network, packed
 
-    from galenic.pretrain.parallel import compile_layer
-    from galenic.pretrain.recompute import recompute
+    from galenic.pretrain.parallelism.parallel import compile_layer
+    from galenic.pretrain.parallelism.recompute import recompute
 
     dynamo.reset()
     dynamo.utils.counters.clear()

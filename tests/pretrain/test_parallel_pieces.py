@@ -7,9 +7,16 @@ from hypothesis import strategies as st
 from parallel_worker import SHAPE, network, packed
 
 from galenic.model.modeling_baichuan_m1 import convolve
-from galenic.pretrain import context_parallel
-from galenic.pretrain.context_parallel import Pieces, columns, convolve_pieces, own_piece, piece_mask, visible
-from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows, row_order
+from galenic.pretrain.parallelism import context_parallel
+from galenic.pretrain.parallelism.context_parallel import (
+    Pieces,
+    columns,
+    convolve_pieces,
+    own_piece,
+    piece_mask,
+    visible,
+)
+from galenic.pretrain.parallelism.tensor_parallel import official_rows, regrouped_rows, row_order
 
 
 @given(st.integers(1, 5), st.integers(1, 4))

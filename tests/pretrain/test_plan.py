@@ -17,8 +17,8 @@ from galenic.pretrain.config import (
     PhaseConfig,
     PretrainConfig,
 )
-from galenic.pretrain.estimate import has_shards, machines, phase_plans
-from galenic.pretrain.plan import days, plan, preview
+from galenic.pretrain.planning.estimate import has_shards, machines, phase_plans
+from galenic.pretrain.planning.plan import days, plan, preview
 from galenic.runtime import UserError
 
 ARCHITECTURE = ArchitectureConfig(
@@ -179,7 +179,7 @@ def test_shards_count_before_expectations(tokenizer_step):
     mean = lengths.mean()
     windowed = (36 + (mean - 8) * 8) / mean
     assert one.flops.attention == pytest.approx(4 * 32 * ((mean + 1) / 2 + windowed))
-    from galenic.pretrain.curriculum import PhaseBatches, open_shards
+    from galenic.pretrain.data.curriculum import PhaseBatches, open_shards
 
     batches = PhaseBatches(config, config.phases[0], open_shards(config))
     assert one.steps == batches.steps and one.packing.startswith("truncated 0 documents")

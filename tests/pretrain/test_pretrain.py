@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from galenic.model import load
-from galenic.pretrain import checkpoints, export, heldout, loop, pretrain
+from galenic.pretrain import loop, pretrain
+from galenic.pretrain.checkpoints import checkpoints, export
 from galenic.pretrain.config import (
     ArchitectureConfig,
     CheckpointConfig,
@@ -27,6 +28,7 @@ from galenic.pretrain.config import (
     PretrainConfig,
     WatchConfig,
 )
+from galenic.pretrain.watching import heldout
 from galenic.runtime import UserError
 
 ARCHITECTURE = ArchitectureConfig(

@@ -7,11 +7,11 @@ import heldout_worker
 import pytest
 import torch
 
-from galenic.pretrain import watch as module
 from galenic.pretrain.config import GuardConfig, OptimConfig, WatchConfig
 from galenic.pretrain.loop import Trainer
-from galenic.pretrain.sinks import MODULES, run_name, scalars
-from galenic.pretrain.watch import (
+from galenic.pretrain.watching import watch as module
+from galenic.pretrain.watching.sinks import MODULES, run_name, scalars
+from galenic.pretrain.watching.watch import (
     Watch,
     matmul_peak,
     memory_gb,

@@ -8,7 +8,7 @@ import pytest
 
 from galenic import cli
 from galenic.build import read_recipe
-from galenic.pretrain import budget, estimate, plan
+from galenic.pretrain.planning import budget, estimate, plan
 from galenic.runtime import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -18,7 +18,7 @@ from galenic.align.config import SftConfig
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.config import CheckpointConfig
-from galenic.pretrain.packing import IGNORE, best_fit, collate
+from galenic.pretrain.data.packing import IGNORE, best_fit, collate
 from galenic.runtime import (
     Plan,
     UserError,
@@ -190,7 +190,7 @@ def run(config: SftConfig) -> None:
     from galenic.align.lora import add_adapter, save_adapter
     from galenic.model import BaichuanM1ForCausalLM, load_tokenizer
     from galenic.model.foreign import load_any, save_any
-    from galenic.pretrain.checkpoints import Checkpoints
+    from galenic.pretrain.checkpoints.checkpoints import Checkpoints
     from galenic.pretrain.loop import Trainer
     from galenic.pretrain.schedules import cosine_decay, warmup
 

@@ -7,8 +7,8 @@ from galenic.align.config import ShiftConfig
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.flatten.layers import select_layers, weight_of
 from galenic.flatten.training import TrainingShift
+from galenic.pretrain.data.packing import collate
 from galenic.pretrain.loop import Trainer
-from galenic.pretrain.packing import collate
 from galenic.runtime import append_jsonl
 
 

@@ -9,7 +9,7 @@ from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.flatten.config import FlattenConfig
 from galenic.flatten.documents import encode_for, read_documents, shuffled
 from galenic.model import load_tokenizer
-from galenic.pretrain.packing import best_fit, phase_rows
+from galenic.pretrain.data.packing import best_fit, phase_rows
 from galenic.runtime import UserError
 
 Row = list[tuple[np.ndarray, np.ndarray]]

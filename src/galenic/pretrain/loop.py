@@ -17,13 +17,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from galenic.model import BaichuanM1ForCausalLM
-from galenic.pretrain.checkpoints import Checkpoints
+from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
+from galenic.pretrain.data.packing import IGNORE
 from galenic.pretrain.guard import GradientGuard
 from galenic.pretrain.optimizers import make_optimizer
-from galenic.pretrain.packing import IGNORE
-from galenic.pretrain.parallel import Parallel
-from galenic.pretrain.watch import Watch
+from galenic.pretrain.parallelism.parallel import Parallel
+from galenic.pretrain.watching.watch import Watch
 from galenic.runtime import Bar, UserError, device
 
 NAMED = 8

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from galenic.corpus.tokens.shards import read_meta, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
-from galenic.pretrain.plan import plan as plan
-from galenic.pretrain.plan import preview as preview
+from galenic.pretrain.planning.plan import plan as plan
+from galenic.pretrain.planning.plan import preview as preview
 from galenic.ranks import gathered, process_group, rank, ranks
 from galenic.runtime import Bar, device, progress, sha256_file, torch_setup
 
 if TYPE_CHECKING:
-    from galenic.pretrain.curriculum import PhaseBatches
+    from galenic.pretrain.data.curriculum import PhaseBatches
     from galenic.pretrain.loop import Trainer
 
 # ---------------------------------------------------------------------------- model and data
@@ -71,11 +71,11 @@ def run(config: PretrainConfig) -> None:
 def _train(config: PretrainConfig) -> None:
     import torch
 
-    from galenic.pretrain.checkpoints import Checkpoints
-    from galenic.pretrain.curriculum import PhaseBatches, open_shards
+    from galenic.pretrain.checkpoints.checkpoints import Checkpoints
+    from galenic.pretrain.data.curriculum import PhaseBatches, open_shards
     from galenic.pretrain.loop import Trainer
-    from galenic.pretrain.parallel import Parallel
-    from galenic.pretrain.watch import Watch
+    from galenic.pretrain.parallelism.parallel import Parallel
+    from galenic.pretrain.watching.watch import Watch
 
     torch_setup(config.seed)
     out, meta = Path(config.out), read_meta(config.tokenizer)
@@ -134,9 +134,9 @@ def _phases(
         done: phases whose model folder is there.
         data: digest of the shards, for the models' provenance.
     """
-    from galenic.pretrain.export import export_model
-    from galenic.pretrain.heldout import scorer
+    from galenic.pretrain.checkpoints.export import export_model
     from galenic.pretrain.schedules import rate
+    from galenic.pretrain.watching.heldout import scorer
 
     sources = read_meta(config.tokenizer)["sources"]
     sizes = {source: counts["train"]["tokens"] for source, counts in sources.items()}
@@ -183,7 +183,7 @@ def _phases(
 
 def _flops(architecture: Any, phase: PhaseConfig, meta: dict[str, Any]) -> float:
     """FLOPs of training on one token of a phase, whose documents are as long as its mixture's are on average."""
-    from galenic.pretrain.budget import flops_per_token
+    from galenic.pretrain.planning.budget import flops_per_token
 
     documents = tokens = 0.0
     for source, share in phase.mixture.items():

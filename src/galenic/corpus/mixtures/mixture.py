@@ -68,8 +68,8 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from galenic.evaluate.bits_per_byte import bits_per_byte, document
-    from galenic.pretrain.checkpoints import Checkpoints
-    from galenic.pretrain.curriculum import PhaseBatches
+    from galenic.pretrain.checkpoints.checkpoints import Checkpoints
+    from galenic.pretrain.data.curriculum import PhaseBatches
     from galenic.pretrain.loop import Silent, Trainer
     from galenic.pretrain.pretrain import build_model
     from galenic.pretrain.schedules import cosine_decay, warmup

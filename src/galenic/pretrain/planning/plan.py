@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from galenic.corpus.mixtures.mixture_tree import mixture_preview
-from galenic.pretrain import budget, memory
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
-from galenic.pretrain.estimate import (
+from galenic.pretrain.planning import budget, memory
+from galenic.pretrain.planning.estimate import (
     Machines,
     PhasePlan,
     has_shards,
@@ -33,7 +33,7 @@ def plan(config: PretrainConfig) -> Plan:
     Raises:
         UserError: whatever would stop the run.
     """
-    from galenic.pretrain.parallel import degrees, describe
+    from galenic.pretrain.parallelism.parallel import degrees, describe
 
     on = machines(config)
     phases = phase_plans(config, on)

@@ -13,12 +13,12 @@ import numpy as np
 
 from galenic.corpus.tokens.shards import read_meta, read_shard, special_tokens
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
-from galenic.pretrain.packing import IGNORE, best_fit, collate
+from galenic.pretrain.data.packing import IGNORE, best_fit, collate
 
 if TYPE_CHECKING:
     from galenic.evaluate.bits_per_byte import Scored
-    from galenic.pretrain.parallel import Parallel
-    from galenic.pretrain.watch import Watch
+    from galenic.pretrain.parallelism.parallel import Parallel
+    from galenic.pretrain.watching.watch import Watch
 
 BATCH_TOKENS = 8192
 """Tokens of a forward pass in each process, about."""

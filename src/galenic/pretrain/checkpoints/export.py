@@ -8,8 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from galenic.model import save
-from galenic.pretrain.checkpoint_folder import one_line, reshard
-from galenic.pretrain.parallel import Parallel
+from galenic.pretrain.checkpoints.checkpoint_folder import one_line, reshard
+from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.ranks import gathered, rank
 from galenic.runtime import UserError
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from galenic.pretrain.budget import Kind, Recompute, group, kinds, shapes
-from galenic.pretrain.parallel import Degrees
-from galenic.pretrain.tensor_parallel import splits_attention, splits_mlp
+from galenic.pretrain.parallelism.parallel import Degrees
+from galenic.pretrain.parallelism.tensor_parallel import splits_attention, splits_mlp
+from galenic.pretrain.planning.budget import Kind, Recompute, group, kinds, shapes
 
 LOSS_CHUNK = 2**25
 """Logits that the loss holds at a time (`linear_cross_entropies`)."""

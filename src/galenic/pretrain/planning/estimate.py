@@ -18,8 +18,8 @@ from galenic.corpus.mixtures.mixture_tree import (
     tree,
 )
 from galenic.corpus.tokens.shards import read_meta
-from galenic.pretrain import budget, memory
 from galenic.pretrain.config import ParallelConfig, PhaseConfig, PretrainConfig
+from galenic.pretrain.planning import budget, memory
 from galenic.pretrain.schedules import rate
 from galenic.ranks import ranks
 from galenic.runtime import UserError, device, human_bytes
@@ -65,7 +65,7 @@ def machines(config: PretrainConfig) -> Machines:
         )
     import torch
 
-    from galenic.pretrain.watch import matmul_peak
+    from galenic.pretrain.watching.watch import matmul_peak
 
     kind = device()
     cuda = kind == "cuda"
@@ -159,7 +159,7 @@ def phase_plans(config: PretrainConfig, on: Machines) -> list[PhasePlan]:
     Raises:
         UserError: whatever would stop the run.
     """
-    from galenic.pretrain.parallel import check, degrees
+    from galenic.pretrain.parallelism.parallel import check, degrees
 
     meta = meta_of(config)
     root = mixture(config, meta)
@@ -281,7 +281,7 @@ def _steps(config: PretrainConfig) -> tuple[list[int], list[str]]:
     if not has_shards(config):
         steps = [phase.tokens // (phase.rows * phase.context) for phase in config.phases]
         return steps, ["told once there are token shards" for _ in steps]
-    from galenic.pretrain.curriculum import Curriculum, open_shards, phase_report
+    from galenic.pretrain.data.curriculum import Curriculum, open_shards, phase_report
 
     shards = open_shards(config)
     steps = [Curriculum(phase, shards, config.seed).steps() for phase in config.phases]

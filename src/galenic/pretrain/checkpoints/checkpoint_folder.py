@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from galenic.pretrain.tensor_parallel import regrouped_rows
+from galenic.pretrain.parallelism.tensor_parallel import regrouped_rows
 from galenic.runtime import UserError, read_json, sha256_file
 
 FILE_BYTES = 2**28

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from galenic.pretrain.config import WatchConfig
-from galenic.pretrain.sinks import Sink, open_sinks
+from galenic.pretrain.watching.sinks import Sink, open_sinks
 from galenic.ranks import gathered, rank
 from galenic.runtime import human, peak_memory_bytes, read_jsonl, write_jsonl
 

@@ -22,8 +22,13 @@ import torch
 import torch.distributed as distributed
 
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
-from galenic.pretrain.initial import draw_weights
-from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows, splits_attention, splits_mlp
+from galenic.pretrain.parallelism.initial import draw_weights
+from galenic.pretrain.parallelism.tensor_parallel import (
+    official_rows,
+    regrouped_rows,
+    splits_attention,
+    splits_mlp,
+)
 from galenic.ranks import rank, ranks
 from galenic.runtime import UserError
 
@@ -223,7 +228,7 @@ class Parallel:
         shape = (split.replicate, split.shards, split.tensor)
         self.mesh = init_device_mesh(self.device, shape, mesh_dim_names=("replicate", "shard", "tensor"))
         if split.context > 1:
-            from galenic.pretrain.context_parallel import Pieces
+            from galenic.pretrain.parallelism.context_parallel import Pieces
 
             shape = (split.data, split.context, split.tensor)
             rows = init_device_mesh(self.device, shape, mesh_dim_names=("data", "context", "tensor"))
@@ -252,7 +257,7 @@ class Parallel:
         self.model_config = model.config
         layers, split, how = model.model.layers, self.degrees, self.config
         if split.context > 1:
-            from galenic.pretrain.context_parallel import split_rows
+            from galenic.pretrain.parallelism.context_parallel import split_rows
 
             split_rows(model, self.pieces, self.attention)
         else:
@@ -261,11 +266,11 @@ class Parallel:
             draw_weights(model, layer, f"model.layers.{number}", seed)
             layer.to(self.device)
             if split.tensor > 1:
-                from galenic.pretrain.tensor_parallel import split_layer
+                from galenic.pretrain.parallelism.tensor_parallel import split_layer
 
                 split_layer(layer, self.mesh["tensor"])
             if how.activation_checkpointing != "none":
-                from galenic.pretrain.recompute import recompute
+                from galenic.pretrain.parallelism.recompute import recompute
 
                 recompute(layer, how.activation_checkpointing, compiled=how.compile)
             if how.compile:
@@ -310,7 +315,7 @@ class Parallel:
         """Returns this process' tokens of its rows; with context parallelism, `labels` become `shift_labels`."""
         if self.degrees.context == 1:
             return batch
-        from galenic.pretrain.context_parallel import own_piece
+        from galenic.pretrain.parallelism.context_parallel import own_piece
 
         return own_piece(batch, self.degrees.context, self.context_rank)
 

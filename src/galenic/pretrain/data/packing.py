@@ -7,8 +7,8 @@ from typing import Any, overload
 import numpy as np
 
 from galenic.corpus.tokens.shards import Shard
-from galenic.pretrain.bins import fill_bins
-from galenic.pretrain.drawing import draw_documents, stable_hash
+from galenic.pretrain.data.bins import fill_bins
+from galenic.pretrain.data.drawing import draw_documents, stable_hash
 
 IGNORE = -100
 """Label of tokens that carry no loss."""

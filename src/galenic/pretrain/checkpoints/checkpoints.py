@@ -28,7 +28,7 @@ import torch.distributed as distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from galenic.pretrain.checkpoint_folder import (
+from galenic.pretrain.checkpoints.checkpoint_folder import (
     as_text,
     damage,
     differences,
@@ -50,7 +50,7 @@ from galenic.pretrain.checkpoint_folder import (
     write_tensors,
 )
 from galenic.pretrain.config import CheckpointConfig
-from galenic.pretrain.tensor_parallel import official_rows, regrouped_rows
+from galenic.pretrain.parallelism.tensor_parallel import official_rows, regrouped_rows
 from galenic.ranks import lost, rank, ranks
 from galenic.runtime import UserError, read_json, remove, sha256_file
 

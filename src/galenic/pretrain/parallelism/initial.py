@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from galenic.pretrain.drawing import stable_hash
+from galenic.pretrain.data.drawing import stable_hash
 
 
 def draw_weights(model: Any, part: torch.nn.Module, name: str, seed: int) -> None:
