@@ -64,7 +64,7 @@ def set_context(model: Any, phase: PhaseConfig) -> None:
 
 def run(config: PretrainConfig) -> None:
     """Trains through the phases; continues where a killed run stopped, to the same bytes."""
-    with process_group():
+    with process_group(config.parallel.timeout_seconds):
         _train(config)
 
 
@@ -80,7 +80,12 @@ def _train(config: PretrainConfig) -> None:
     torch_setup(config.seed)
     out, meta = Path(config.out), read_meta(config.tokenizer)
     data = sha256_file(Path(config.tokenizer) / "tokens" / "meta.json")
-    with Checkpoints(out, config.checkpoints, run=_identity(config, data)) as checkpoints:
+    with Checkpoints(
+        out,
+        config.checkpoints,
+        run=_identity(config, data),
+        timeout=config.parallel.timeout_seconds,
+    ) as checkpoints:
         # What process 0 sees decides for all, or some would wait for others that left.
         done = set(gathered([phase.name for phase in config.phases if (out / phase.name).exists()])[0])
         if len(done) == len(config.phases):
