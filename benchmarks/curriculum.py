@@ -9,7 +9,7 @@
 * Muon for the matrices.
 
 Runs that differ in the last phase only share the first two: they go on from the same weights and optimizer state.
-Prints the tables of docs/pretraining.md and draws its figures into --figures. Finished runs stay in --out.
+Prints the tables of docs/pretraining-experiments.md and draws its figures into --figures. Finished runs stay in --out.
 """
 
 import tempfile

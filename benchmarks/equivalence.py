@@ -48,6 +48,7 @@ RUNS: dict[str, tuple[int, dict, int]] = {  # name -> processes, layout, rows at
     "tensor 2": (2, {"tensor": 2}, 0),
     "shard 4": (4, {"shard": 4}, 0),
     "replicate 2 x shard 2": (4, {"replicate": 2, "shard": 2}, 0),
+    "replicate 2 x shard 2, 2 x 1 row": (4, {"replicate": 2, "shard": 2}, 1),
     "shard 2 x context 2": (4, {"shard": 2, "context": 2}, 0),
     "shard 2 x tensor 2": (4, {"shard": 2, "tensor": 2}, 0),
     "context 2 x tensor 2": (4, {"context": 2, "tensor": 2}, 0),

@@ -3,7 +3,7 @@
     python benchmarks/guard.py --run runs/starter [--seeds 5] [--workers 2] [--out runs/guard]
 
 In six batches of a hundred all documents are corrupt, alone or in bursts of four, of the kinds in `corruption.py`.
-Prints the tables of docs/pretraining.md and draws its figures into --figures. Finished runs stay in --out.
+Prints the tables of docs/pretraining-experiments.md and draws its figures into --figures. Finished runs stay in --out.
 """
 
 import argparse

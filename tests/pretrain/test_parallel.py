@@ -159,7 +159,8 @@ def test_fifty_steps_of_each_phase(tmp_path):
     """The trainer's own loop in float32: what drifts apart is rounding, and stays that small."""
     from equivalence import table
 
-    names = ["1 process, 8 x 1 row", "shard 2", "shard 2 x context 2", "shard 2 x tensor 2"]
+    names = ["1 process, 8 x 1 row", "shard 2", "replicate 2 x shard 2, 2 x 1 row"]
+    names += ["shard 2 x context 2", "shard 2 x tensor 2"]
     for name, phases in table(tmp_path, 50, names).items():
         for phase, (loss, mean_loss, weight, mean_weight) in phases.items():
             assert loss < 2e-6 and mean_loss < 5e-7, (name, phase)

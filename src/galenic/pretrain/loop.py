@@ -142,7 +142,8 @@ class Trainer:
 
         # ---- gradients
         sums = torch.zeros(1 + len(domains), dtype=torch.float64, device=self.device)
-        for part in parts:
+        for number, part in enumerate(parts, start=1):
+            self.parallel.between_copies(self.model, number == len(parts))
             sums += self._backward(part, targets, len(domains))
         value, *losses = self.parallel.added(sums).tolist()
         norm = self.parallel.norm(self.model.parameters())

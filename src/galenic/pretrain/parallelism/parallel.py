@@ -304,6 +304,14 @@ class Parallel:
         """Brings a whole tensor in the published order of rows to that of the applied model."""
         return regrouped_rows(name, tensor, self.model_config, self.degrees.tensor)
 
+    def between_copies(self, model: Any, add: bool) -> None:
+        """Says whether the next backward pass adds up gradients across the copies of hybrid sharding.
+
+        It need not before the last micro-batch: until then each copy keeps its own sums, in shards.
+        """
+        if self.degrees.replicate > 1:
+            model.set_requires_all_reduce(add)
+
     # ------------------------------------------------------------------------ the data
 
     def rows(self, total: int) -> list[int]:
