@@ -29,7 +29,7 @@ from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig
 from galenic.pretrain.loop import Silent, Trainer
 from galenic.pretrain.parallelism.parallel import Parallel
-from galenic.ranks import process_group, rank
+from galenic.ranks import leave, process_group, rank
 
 VOCABULARY, ROWS = 256, 8
 PHASES = {  # context, RoPE base, learning rate: those of the starter, smaller
@@ -207,7 +207,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.worker:
         work(given.out, given.steps, *RUNS[given.worker][1:])
-        return
+        leave()
     with tempfile.TemporaryDirectory() as folder:
         table(Path(folder), given.steps, [name for name in RUNS if name != "1 process"])
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def _free_port() -> int:
 
 
 def _rank(job: dict[str, Any], rank: int, port: int) -> None:
-    """Does a rank's work and ends its process as Python does."""
+    """Does a rank's work and ends its process as the command line does."""
     errors = os.open(job["errors"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(errors, 2)
     os.dup2(errors, 1)
@@ -120,7 +121,16 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
         told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in told.items()})
     module, name = job["call"].split(":")
-    sys.exit(getattr(importlib.import_module(module), name)(*job["arguments"]))
+    from galenic.ranks import leave
+
+    try:
+        code = getattr(importlib.import_module(module), name)(*job["arguments"])
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code if isinstance(code, int) else 0)
 
 
 def _serve(modules: list[str]) -> None:

@@ -10,7 +10,6 @@ import errno
 import gc
 import importlib
 import io
-import os
 import re
 import sys
 import traceback
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from galenic import __version__
+from galenic.ranks import leave, ranks
 from galenic.runtime import Plan, UserError, load_yaml, nearest
 
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -329,17 +329,16 @@ def _os_error(error: OSError) -> str:
 def entry() -> int:
     """As `main`, for a process that ends with it: objects are left where they are, as collecting them takes a while.
 
-    After a mistake, threads of a library may still be at work; Python would abort when it finds them at its end.
+    After a mistake, and where several processes worked together, threads of a library may still be at work; Python
+    would abort when it finds them at its end.
     """
     try:
         code = main()
     except Exception:
         traceback.print_exc()
         code = 1
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if code or ranks() > 1:
+        leave(code)
     gc.freeze()
     return code
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 from test_flatten_ranks import data, network
 from galenic.flatten import collect
-from galenic.ranks import process_group, rank
+from galenic.ranks import leave, process_group, rank
 from galenic.runtime import UserError
 
 mode = sys.argv[3]
@@ -39,6 +39,7 @@ with process_group():
             found[f"{method}.{layer}.sums"] = statistics.sums[statistics.owner[layer]].clone()
             found[f"{method}.{layer}.rows"] = torch.tensor(statistics.count(layer))
     save_file(found, f"{sys.argv[2]}/{rank()}.safetensors")
+leave()
 """
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, sys.argv[1])
 from test_flatten_training_ranks import OPTIMIZERS, data, network, train_and_shift
 from galenic.flatten import TrainingShift
 from galenic.flatten.apply import whole
-from galenic.ranks import rank
+from galenic.ranks import leave, rank
 from galenic.runtime import UserError
 
 distributed.init_process_group("gloo")
@@ -77,6 +77,7 @@ import os
 os.environ["WORLD_SIZE"] = "1"  # as under another launcher, which says nothing
 refused("unsaid", ddp(), batches)
 distributed.destroy_process_group()
+leave()
 """
 
 OPTIMIZERS = {

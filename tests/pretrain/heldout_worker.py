@@ -14,7 +14,7 @@ from galenic.pretrain.config import ArchitectureConfig, ParallelConfig, PhaseCon
 from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.pretrain.pretrain import build_model
 from galenic.pretrain.watching.heldout import heldout_bits
-from galenic.ranks import process_group
+from galenic.ranks import leave, process_group
 
 SHAPE = ArchitectureConfig(
     hidden_size=32,
@@ -62,3 +62,4 @@ def main(tokenizer, context, jobs, out):
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4])
+    leave()

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from galenic.pretrain.config import OptimConfig
 from galenic.pretrain.optimizers import make_optimizer
+from galenic.ranks import leave
 
 
 class Net(torch.nn.Module):
@@ -72,3 +73,4 @@ if __name__ == "__main__":
             print(case, *differences, flush=True)
     distributed.barrier()
     distributed.destroy_process_group()
+    leave()

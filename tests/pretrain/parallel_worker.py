@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
 from galenic.pretrain.parallelism.parallel import Parallel
+from galenic.ranks import leave
 
 VOCABULARY = 96
 SHAPE = {
@@ -127,6 +128,7 @@ def main():
     for name, job in json.loads((folder / "jobs.json").read_text()).items():
         work(job, folder / name)
     distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

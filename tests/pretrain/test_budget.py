@@ -142,6 +142,7 @@ from torch.distributed.fsdp import fully_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.planning import memory
 from galenic.pretrain.parallelism.parallel import Degrees
+from galenic.ranks import leave
 distributed.init_process_group("gloo")
 rank, ranks = distributed.get_rank(), distributed.get_world_size()
 mesh = torch.distributed.init_device_mesh("cpu", (ranks,))
@@ -164,6 +165,7 @@ assert (weights, gradients, moments) == (found.weights, found.gradients, found.m
 other = memory.state(config, Degrees(1, ranks, 1, 1), rank=0)
 assert other.total >= found.total and (rank == 0 or other.total > found.total)
 distributed.destroy_process_group()
+leave()
 """
 
 
