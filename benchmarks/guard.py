@@ -29,8 +29,11 @@ EVERY = 60  # steps between scorings of the held-out documents
 HELDOUT = 3000  # held-out tokens a source
 INJECTIONS = ("none", "isolated", "bursts")
 SILENT = GuardConfig().history  # steps before the guard may speak
+WIDE = 2.0  # another factor, for the noisier norms of small batches
 OLDER = 20  # steps by which a curve is smoothed, before and after
 Unit = dict[str, Any]
+Results = dict[tuple[str, bool | float], list[Unit]]
+"""(injection, guard) -> a unit for each seed; the guard is off, on as the report has it, or on with another factor."""
 
 
 # ---------------------------------------------------------------------------- one run
@@ -64,12 +67,19 @@ class Injected:
         return self.inner.state(step)
 
 
-def train(recipes: str, tokenizer: str, injection: str, guarded: bool, seed: int) -> Unit:
+def train(
+    recipes: str,
+    tokenizer: str,
+    injection: str,
+    guarded: bool,
+    seed: int,
+    factor: float = GuardConfig().factor,
+) -> Unit:
     """Trains one network through the general phase and returns what happened."""
     folder = Path(tokenizer)
     phase = small.phases(Path(recipes))[0]
     phase = replace(phase, tokens=(STEPS + 20) * phase.context * phase.rows)
-    guard = GuardConfig() if guarded else GuardConfig(max_skips=0)
+    guard = GuardConfig(factor=factor) if guarded else GuardConfig(max_skips=0)
     meta = read_meta(folder)
     documents = small.heldout(folder, [source for source, share in phase.mixture.items() if share], HELDOUT)
     bad = bad_steps(injection, seed)
@@ -161,13 +171,13 @@ def found_by_name(unit: Unit) -> tuple[int, int, int]:
     return len(injected & named), len(injected), len(named)
 
 
-def bits_table(results: dict[tuple[str, bool], list[Unit]]) -> Iterator[str]:
+def bits_table(results: Results) -> Iterator[str]:
     """Held-out bits per byte at the end, and what the guard changes."""
     rows = []
     clean = [unit["bits"][-1] for unit in results["none", False]]
     for injection in INJECTIONS:
-        without, guarded = (
-            [unit["bits"][-1] for unit in results[injection, guard]] for guard in (False, True)
+        without, guarded, wide = (
+            [unit["bits"][-1] for unit in results[injection, guard]] for guard in (False, True, WIDE)
         )
         rows.append(
             (
@@ -179,8 +189,10 @@ def bits_table(results: dict[tuple[str, bool], list[Unit]]) -> Iterator[str]:
                 units.interval(without).words(4),
                 units.interval(guarded).words(4),
                 units.paired(guarded, without).words(4, sign=True),
+                units.paired(wide, without).words(4, sign=True),
                 "" if injection == "none" else units.paired(without, clean).words(4, sign=True),
                 "" if injection == "none" else units.paired(guarded, clean).words(4, sign=True),
+                "" if injection == "none" else units.paired(wide, clean).words(4, sign=True),
             )
         )
     head = (
@@ -188,26 +200,28 @@ def bits_table(results: dict[tuple[str, bool], list[Unit]]) -> Iterator[str]:
         "without guard",
         "with guard",
         "guard - none",
+        f"factor {WIDE:g} - none",
         "harm without guard",
         "harm with guard",
+        f"harm with factor {WIDE:g}",
     )
     return units.table(head, rows)
 
 
-def caught_table(results: dict[tuple[str, bool], list[Unit]]) -> Iterator[str]:
+def caught_table(results: Results) -> Iterator[str]:
     """Which batches the guard skips."""
     rows = []
-    for injection in INJECTIONS:
-        for kind in ("", *KINDS) if injection != "none" else ("",):
-            counts = [caught(unit, kind) for unit in results[injection, True]]
+    arms = [(injection, True) for injection in INJECTIONS] + [(injection, WIDE) for injection in INJECTIONS]
+    for injection, guard in arms:
+        for kind in ("", *KINDS) if injection != "none" and guard is True else ("",):
+            counts = [caught(unit, kind) for unit in results[injection, guard]]
             total = {
                 part: (sum(c[part][0] for c in counts), sum(c[part][1] for c in counts)) for part in counts[0]
             }
             cells = [of(*total[part]) for part in ("early", "first", "second")]
             cells.append(of(*total["clean"]) if not kind else "")
-            rows.append(
-                ({"none": "none", **{i: i for i in INJECTIONS[1:]}}[injection], kind or "all", *cells)
-            )
+            name = injection if guard is True else f"{injection}, factor {guard:g}"
+            rows.append((name, kind or "all", *cells))
     head = (
         "corrupt batches",
         "kind",
@@ -224,7 +238,7 @@ def of(part: int, whole: int) -> str:
     return f"{part} of {whole} ({part / whole:.1%})" if whole else "none there"
 
 
-def named_table(results: dict[tuple[str, bool], list[Unit]]) -> Iterator[str]:
+def named_table(results: Results) -> Iterator[str]:
     """How many of the injected documents the metrics name."""
     rows = []
     for injection in INJECTIONS[1:]:
@@ -269,7 +283,7 @@ def probe_table(found: list[dict[str, Any]]) -> Iterator[str]:
 # ---------------------------------------------------------------------------- figures
 
 
-def draw(results: dict[tuple[str, bool], list[Unit]], folder: Path) -> None:
+def draw(results: Results, folder: Path) -> None:
     curves(results, folder / "guard-curves.svg")
     bursts = results["bursts", True]
     early = [
@@ -278,7 +292,7 @@ def draw(results: dict[tuple[str, bool], list[Unit]], folder: Path) -> None:
     trace((early or bursts)[0], folder / "guard-trace.svg")
 
 
-def curves(results: dict[tuple[str, bool], list[Unit]], path: Path) -> None:
+def curves(results: Results, path: Path) -> None:
     """Loss of clean batches and held-out bits per byte, each as a difference to the run on clean data without guard."""
     arms: list[tuple[str, bool]] = [
         ("isolated", False),
@@ -389,15 +403,22 @@ def main() -> None:
         for injection in INJECTIONS
         for guarded in (False, True)
     }
+    wide = {
+        name.replace("-guard-", "-wide-"): {**unit, "factor": WIDE}
+        for name, unit in work.items()
+        if unit["guarded"]
+    }
+    work |= wide
     settings = [STEPS, SHARE, BURST, EVERY, HELDOUT, small.settings(arguments.recipes)]
     found = units.run_units(train, work, arguments.out, workers=arguments.workers, settings=settings)
-    results: dict[tuple[str, bool], list[Unit]] = {}
+    results: Results = {}
     for name, unit in found.items():
-        results.setdefault((work[name]["injection"], work[name]["guarded"]), []).append(unit)
+        guard = WIDE if name in wide else work[name]["guarded"]
+        results.setdefault((work[name]["injection"], guard), []).append(unit)
     report(results, arguments)
 
 
-def report(results: dict[tuple[str, bool], list[Unit]], arguments: argparse.Namespace) -> None:
+def report(results: Results, arguments: argparse.Namespace) -> None:
     print(small.conditions(arguments, results.values()))
     print(small.size(arguments))
     probes = [probe for unit in results["none", False] for probe in unit["probes"]]

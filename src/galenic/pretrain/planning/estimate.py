@@ -66,11 +66,13 @@ def machines(config: PretrainConfig) -> Machines:
     import torch
 
     from galenic.pretrain.watching.watch import matmul_peak
+    from galenic.products import prefer_onednn
 
     kind = device()
     cuda = kind == "cuda"
     peak = config.watch.peak_tflops
     if peak is None:
+        prefer_onednn()  # as training does
         peak = matmul_peak(kind, torch.bfloat16 if cuda else torch.float32, repeats=3) / 1e12
     return Machines(
         devices=ranks(),
