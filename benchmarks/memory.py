@@ -104,6 +104,8 @@ def worker(name, recompute, measure):
 
     import torch
 
+    from galenic.runtime import peak_memory_bytes
+
     torch.set_num_threads(1)
     tiny = {"hidden": 64, "inner": 64, "layers": 2, "vocab": 600}
     step(*prepare(tiny, recompute))  # what kernels set up once is not the model's
@@ -117,7 +119,7 @@ def worker(name, recompute, measure):
         found += sum(m.nbytes for one in optimizer.state.values() for m in one.values())
     else:
         step(model, optimizer, batch)
-        found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        found = peak_memory_bytes() - before
     print(json.dumps({"predicted": predicted(size, recompute), "measured": found}))
 
 

@@ -109,3 +109,14 @@ def test_yaml_is_the_librarys_but_for_keys_that_stand_twice():
     for twice in ("a: 1\na: 1\n", "x:\n  - {a: 1, 'a': 2}\n", "a: {b: {c: 1, c: 2}}\n"):
         with pytest.raises(yaml.YAMLError, match="stands twice"):
             load_yaml(twice)
+
+
+def test_peak_memory_is_the_process_own_whoever_started_it():
+    ballast = bytearray(300 * 10**6)
+    for at in range(0, len(ballast), 4096):
+        ballast[at] = 1
+    code = "from galenic.runtime import peak_memory_bytes; print(peak_memory_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 5 * 10**6 < int(done.stdout) < 200 * 10**6
+    assert runtime.peak_memory_bytes() > 300 * 10**6
+    del ballast
