@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from conftest import make_tokenizer_step
-from kill_helpers import CALL, WHERE, kill_until_done, losses, models, steps, words, write_config
+from kill_helpers import CALL, WHERE, kill_runs, losses, models, steps, words, write_config
 from rank_helpers import Ranks
 
 
@@ -31,21 +31,24 @@ def main():
     config = write_config(root / "pretrain.yaml", make_tokenizer_step(root))
     ranks = Ranks("galenic.cli", "galenic.pretrain.loop", "galenic.pretrain.checkpoints.export")
     print(
-        f"| processes | kills | {' | '.join(WHERE)} | survivors' exit codes | same weights | same losses | minutes |"
+        f"| processes | runs | kills | {' | '.join(WHERE)} | survivors' exit codes | same weights | same losses | minutes |"
     )
-    print("|---" * (len(WHERE) + 6) + "|")
+    print("|---" * (len(WHERE) + 7) + "|")
     for count, kills in ((1, asked.kills - asked.kills // 2), (2, asked.kills // 2)):
-        whole, out = root / f"whole-{count}", root / f"killed-{count}"
+        whole, killed = root / f"whole-{count}", root / f"killed-{count}"
         codes, told = ranks.run(count, CALL, words(config, whole))
         assert codes == [0] * count, told
         began = time.monotonic()
-        places, ends = kill_until_done(ranks, count, config, out, kills, asked.seed, steps(whole))
+        places, ends, outs = kill_runs(ranks, count, config, killed, kills, asked.seed, steps(whole))
         minutes = (time.monotonic() - began) / 60
         each = " | ".join(str(places[where]) for where in WHERE)
         left = ", ".join(f"{code}: {times}" for code, times in sorted(ends.items())) or "-"
-        same = models(out) == models(whole), losses(out) == losses(whole)
+        same = [all(of(out) == of(whole) for out in outs) for of in (models, losses)]
         told = " | ".join("yes" if one else "NO" for one in same)
-        print(f"| {count} | {sum(places.values())} | {each} | {left} | {told} | {minutes:.1f} |", flush=True)
+        print(
+            f"| {count} | {len(outs)} | {sum(places.values())} | {each} | {left} | {told} | {minutes:.1f} |",
+            flush=True,
+        )
     ranks.close()
 
 

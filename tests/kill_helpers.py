@@ -137,3 +137,18 @@ def kill_until_done(ranks, count, config, out, kills, seed, total, wheres=WHERE)
     codes, told = ranks.run(count, CALL, words(config, out))
     assert codes == [0] * count, told
     return places, ends
+
+
+def kill_runs(ranks, count, config, folder, kills, seed, total, wheres=WHERE):
+    """Kills one run after another until so many kills are counted: a run may be through before its last one.
+
+    Returns:
+        As `kill_until_done`, of all runs together, and the runs' folders.
+    """
+    places, ends, outs = Counter(), Counter(), []
+    while sum(places.values()) < kills and len(outs) < kills:
+        outs.append(Path(folder) / f"run-{len(outs)}")
+        left = kills - sum(places.values())
+        found = kill_until_done(ranks, count, config, outs[-1], left, seed + 1000 * len(outs), total, wheres)
+        places, ends = places + found[0], ends + found[1]
+    return places, ends, outs
