@@ -30,10 +30,18 @@ def main():
     root = Path(tempfile.mkdtemp())
     config = write_config(root / "pretrain.yaml", make_tokenizer_step(root))
     ranks = Ranks("galenic.cli", "galenic.pretrain.loop", "galenic.pretrain.checkpoints.export")
-    print(
-        f"| processes | runs | kills | {' | '.join(WHERE)} | survivors' exit codes | same weights | same losses | minutes |"
+    head = (
+        "processes",
+        "runs",
+        "kills",
+        *WHERE,
+        "survivors' exit codes",
+        "same weights",
+        "same losses",
+        "minutes",
     )
-    print("|---" * (len(WHERE) + 7) + "|")
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
     for count, kills in ((1, asked.kills - asked.kills // 2), (2, asked.kills // 2)):
         whole, killed = root / f"whole-{count}", root / f"killed-{count}"
         codes, told = ranks.run(count, CALL, words(config, whole))
