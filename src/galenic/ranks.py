@@ -105,8 +105,8 @@ def zero_first() -> Iterator[None]:
         barrier()
 
 
-def gathered(value: Any) -> list[Any]:
-    """Returns the JSON values of all processes, in their order, to all of them."""
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """Returns the JSON values of all processes, in their order, to all of them; `group`: of torch's, to go through."""
     if ranks() == 1:
         return [value]
     import torch
@@ -114,11 +114,11 @@ def gathered(value: Any) -> list[Any]:
 
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks())]
-    distributed.all_gather(lengths, torch.tensor([len(own)]))
+    distributed.all_gather(lengths, torch.tensor([len(own)]), group=group)
     longest = max(int(length) for length in lengths)
     padded = torch.nn.functional.pad(own, (0, longest - len(own)))
     parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(ranks())]
-    distributed.all_gather(parts, padded)
+    distributed.all_gather(parts, padded, group=group)
     return [
         json.loads(bytes(part[: int(length)].tolist())) for part, length in zip(parts, lengths, strict=True)
     ]

@@ -199,6 +199,12 @@ def test_clocks_do_not_matter(tmp_path, uninterrupted, monkeypatch):
     assert same(state, uninterrupted)
 
 
+def test_never_due(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(seconds=float("inf")))
+    assert not any(checkpoints.due() for _ in range(20))
+    checkpoints.close()
+
+
 def test_due_follows_the_monotonic_clock_and_asks_seldom(tmp_path, monkeypatch):
     now, asked = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -51,7 +51,7 @@ from galenic.pretrain.checkpoints.checkpoint_folder import (
 )
 from galenic.pretrain.config import CheckpointConfig
 from galenic.pretrain.parallelism.tensor_parallel import official_rows, regrouped_rows
-from galenic.ranks import lost, rank, ranks
+from galenic.ranks import gathered, lost, rank, ranks
 from galenic.runtime import UserError, read_json, remove, sha256_file
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class Checkpoints:
         elapsed = time.monotonic() - self.saved_at
         left = max(0.0, self.config.seconds - elapsed) * self.steps / max(elapsed, 1e-9) / 2
         answer = torch.tensor(
-            [elapsed >= self.config.seconds, 1 + min(int(left), self.steps)], dtype=torch.int64
+            [elapsed >= self.config.seconds, 1 + int(min(left, self.steps))], dtype=torch.int64
         )
         if self.asking is not None:
             distributed.broadcast(answer, src=0, group=self.asking)
@@ -419,7 +419,7 @@ class Checkpoints:
         )
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """Does the work on every rank and returns what each one's gave; what fails on one, fails on all alike."""
+        """Does the work on every rank and returns the JSON value of each; what fails on one, fails on all alike."""
         value, error, own = None, None, None
         try:
             value = work()
@@ -427,9 +427,8 @@ class Checkpoints:
             own, error = caught, one_line(caught)
         told: list[Any] = [(value, error)]
         if self.group is not None:
-            told = [None] * ranks()
             try:
-                distributed.all_gather_object(told, (value, error), group=self.group)
+                told = gathered((value, error), self.group)
             except RuntimeError as gone:
                 raise UserError(lost(gone, self.timeout.total_seconds()) or error or one_line(gone)) from own
         for _, error in told:
