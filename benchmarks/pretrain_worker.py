@@ -83,10 +83,10 @@ def galenic(size: Size, turn: "Turns", *, compiled: bool, onednn: bool) -> None:
     """Galenic's own loop: guard, metrics row and all."""
     from galenic.pretrain.checkpoints.checkpoints import Checkpoints
     from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig
-    from galenic.pretrain.loop import Trainer
+    from galenic.pretrain.loop import Silent, Trainer
     from galenic.pretrain.parallelism.parallel import Parallel
     from galenic.products import prefer_onednn
-    from galenic.runtime import progress, torch_setup
+    from galenic.runtime import torch_setup
 
     if onednn:
         torch_setup(0)
@@ -104,11 +104,10 @@ def galenic(size: Size, turn: "Turns", *, compiled: bool, onednn: bool) -> None:
         trainer = Trainer(model, optim, GuardConfig(), out, parallel=parallel, checkpoints=checkpoints)
         batches = Batches(size)
         turn.note = f"oneDNN: {prefer_onednn()}" if onednn else ""
-        with progress(1.0, "steps", "tokens") as bar:
-            while steps := turn.next():
-                first = trainer.step
-                trainer.train(batches, first=0, last=first + steps, lr=lambda _: RATE, bar=bar)
-                turn.loss = trainer.rows()[0]["loss"] if first == 0 else turn.loss
+        while steps := turn.next():
+            first = trainer.step
+            trainer.train(batches, first=0, last=first + steps, lr=lambda _: RATE, bar=Silent())
+            turn.loss = trainer.rows()[0]["loss"] if first == 0 else turn.loss
         checkpoints.close()
 
 
