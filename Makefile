@@ -51,7 +51,7 @@ test: env
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not parity"
 
 test-slow: env data
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 # The libraries clash with each other and with ours, so each list gets an environment. `torch` is pinned in each list
 # that needs it: a range would admit CUDA builds of gigabytes. A list NAME.no-deps is installed after NAME.txt, without
