@@ -6,7 +6,6 @@ steps of a recipe folder. A user's mistake is one line on stderr and exit code 2
 
 import copy
 import dataclasses
-import errno
 import gc
 import importlib
 import io
@@ -19,7 +18,7 @@ from typing import Any
 
 from galenic import __version__
 from galenic.ranks import leave, ranks
-from galenic.runtime import Plan, UserError, load_yaml, nearest
+from galenic.runtime import NO_SPACE, Plan, UserError, is_disk_full, load_yaml, nearest
 
 VERBS: dict[str, tuple[str, str, str]] = {
     # verb: (config dataclass, module with plan(config) and run(config), what it does)
@@ -115,9 +114,6 @@ EXTRAS = {
     "PIL": "images",
 }
 """Module -> the extra that installs it, of those that a verb may find missing."""
-
-FULL = re.compile(r"No space left on device|\d+ requested and \d+ written")
-"""How libraries say, without an error number, that the disk is full; the second are NumPy's words."""
 
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
        galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
@@ -312,17 +308,17 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = f"{package} is needed for this: pip install 'galenic[{EXTRAS[package]}]'"
     except Exception as error:
-        if not FULL.search(str(error)):
+        if not is_disk_full(error):
             raise
-        message = "no space left on device; free some and run the same command to continue"
+        message = NO_SPACE
     print(f"galenic: error: {message}", file=sys.stderr)
     return 2
 
 
 def _os_error(error: OSError) -> str:
     place = f"{Path(error.filename)}: " if isinstance(error.filename, str) else ""
-    if error.errno == errno.ENOSPC or FULL.search(str(error)):
-        return f"{place}no space left on device; free some and run the same command to continue"
+    if is_disk_full(error):
+        return f"{place}{NO_SPACE}"
     return f"{place}{error.strerror or error}"
 
 

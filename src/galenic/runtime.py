@@ -4,9 +4,11 @@ Import is cheap (no torch). Nothing here knows about a particular stage.
 """
 
 import difflib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -71,7 +73,20 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------------------- files
 
 
-def _fsync(path: Path) -> None:
+NO_SPACE = "no space left on device; free some and run the same command to continue"
+_FULL = re.compile(
+    r"no space left on device|disk quota exceeded|\d+ requested and \d+ written", re.IGNORECASE
+)
+"""How libraries say, without an error number, that the disk is full; the last are NumPy's words."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or what one may use of it, is full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_FULL.search(str(error)))
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file or a folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,12 +147,12 @@ def resumable_folder(path: str | Path, key: str, journal: str) -> Iterator[Path]
 def _publish(temporary: Path, path: Path) -> None:
     """Flushes a file or folder to disk and renames it; an older one of the name is replaced."""
     for file in sorted(temporary.rglob("*")) if temporary.is_dir() else []:
-        _fsync(file)
-    _fsync(temporary)
+        fsync(file)
+    fsync(temporary)
     if temporary.is_dir():
         remove(path)  # a folder cannot be renamed over one that holds files
     os.replace(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def remove(path: str | Path) -> None:

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from kill_helpers import steps, words, write_config
+
 DRIVER = """
 import sys
 from galenic import cli, ranks
@@ -90,30 +92,11 @@ PRETRAIN = "import sys\nfrom galenic import cli\nsys.exit(cli.entry())\n"
 
 def pretrain_words(folder, tokenizer_step, out, **changes):
     """Writes the configuration of a small run of two ranks; returns the words that start it."""
-    values = {
-        "tokenizer": str(tokenizer_step),
-        "phases": [
-            {"name": "one", "tokens": 1600, "mixture": {"general": 1}, "context": 32, "rows": 2},
-            {"name": "two", "tokens": 1600, "mixture": {"medical": 1}, "context": 32, "rows": 2},
-        ],
-        "architecture": {
-            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "sliding_window": 8},
-            **{"num_attention_heads": 1, "num_key_value_heads": 1},
-            **{"num_swa_attention_heads": 2, "num_swa_key_value_heads": 1},
-        },
-        "optim": {"warmup_steps": 4},
-        "checkpoints": {"seconds": 0},
-        "heldout_tokens": 100,
-        **changes,
-    }
-    path = folder / "pretrain.yaml"
-    path.write_text(json.dumps(values))
-    return ["pretrain", "--config", str(path), "--out", str(out)]
-
-
-def steps_done(out):
-    metrics = out / "metrics.jsonl"
-    return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
+    phases = [
+        {"name": name, "tokens": 1600, "mixture": {source: 1}, "context": 32, "rows": 2}
+        for name, source in (("one", "general"), ("two", "medical"))
+    ]
+    return words(write_config(folder / "pretrain.yaml", tokenizer_step, phases=phases, **changes), out)
 
 
 def finish(processes):
@@ -126,11 +109,11 @@ def finish(processes):
 def test_training_loses_a_rank_and_ends_with_the_same_bytes(tmp_path, tokenizer_step, blow, patience):
     finish(start(2, *pretrain_words(tmp_path, tokenizer_step, tmp_path / "whole"), code=PRETRAIN))
     out = tmp_path / "out"
-    words = pretrain_words(tmp_path, tokenizer_step, out, parallel={"timeout_seconds": patience})
+    started_by = pretrain_words(tmp_path, tokenizer_step, out, parallel={"timeout_seconds": patience})
     for victim, after in ((1, 6), (0, 30)):
-        processes = start(2, *words, code=PRETRAIN)
+        processes = start(2, *started_by, code=PRETRAIN)
         try:
-            while steps_done(out) < after and processes[0].poll() is None:
+            while steps(out) < after and processes[0].poll() is None:
                 time.sleep(0.01)
             processes[victim].send_signal(blow)
             _, errors = processes[1 - victim].communicate(timeout=patience + 60)
@@ -142,8 +125,8 @@ def test_training_loses_a_rank_and_ends_with_the_same_bytes(tmp_path, tokenizer_
             for process in processes:
                 process.kill()
                 process.communicate()
-        assert steps_done(out) < 50
-    finish(start(2, *words, code=PRETRAIN))
+        assert steps(out) < 50
+    finish(start(2, *started_by, code=PRETRAIN))
     for phase in ("one", "two"):
         ours, whole = (
             (folder / phase / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")
@@ -154,13 +137,13 @@ def test_training_loses_a_rank_and_ends_with_the_same_bytes(tmp_path, tokenizer_
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torch.distributed.run --nproc-per-node 2", "accelerate"])
 def test_launchers_start_it(tmp_path, tokenizer_step, launcher):
-    words = pretrain_words(tmp_path, tokenizer_step, tmp_path / "out")
+    started_by = pretrain_words(tmp_path, tokenizer_step, tmp_path / "out")
     if launcher == "accelerate":
         launcher = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
         launcher += " --dynamo_backend no --module"
     else:
         launcher += " --module"
-    command = [sys.executable, "-m", *launcher.split(), "galenic.cli", *words]
+    command = [sys.executable, "-m", *launcher.split(), "galenic.cli", *started_by]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240
     )
@@ -170,9 +153,9 @@ def test_launchers_start_it(tmp_path, tokenizer_step, launcher):
 
 
 def test_fewer_devices_than_asked(tmp_path, tokenizer_step):
-    words = pretrain_words(tmp_path, tokenizer_step, tmp_path / "out", parallel={"shard": 4})
+    started_by = pretrain_words(tmp_path, tokenizer_step, tmp_path / "out", parallel={"shard": 4})
     done = subprocess.run(
-        [sys.executable, "-c", PRETRAIN, *words], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PRETRAIN, *started_by], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
     assert "needs 4 devices, there are 1" in done.stderr and "Traceback" not in done.stderr

@@ -100,7 +100,7 @@ def test_documents_see_less_than_rows():
     whole, cut = budget.flops(config, 64), budget.flops(config, 64, 32)
     assert cut.attention == 4 * 64 * (2 * 16.5 + 2 * budget.mean_keys(32, 16))
     assert whole.attention == 4 * 64 * (2 * 32.5 + 2 * budget.mean_keys(64, 16))
-    assert budget.flops_per_token(config, 64, 1e9) == whole.trained
+    assert budget.flops(config, 64, 1e9).trained == whole.trained
     assert whole.trained == 3 * (whole.matrices + whole.head + whole.attention + whole.convolution)
 
 

@@ -15,7 +15,7 @@ from galenic.corpus.tokens.shards import Shard, read_shard, write_meta, write_sh
 from galenic.pretrain import pretrain
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
 from galenic.pretrain.data import drawing
-from galenic.pretrain.data.curriculum import Curriculum, PhaseBatches, Place, open_shards, phase_report
+from galenic.pretrain.data.curriculum import Curriculum, PhaseBatches, Place, open_shards
 from galenic.pretrain.data.drawing import Cursor, Stream, draw_documents, scattered
 from galenic.pretrain.data.packing import IGNORE, pack, phase_rows
 from galenic.pretrain.data.stages import divide, hardness, quantile_ranks, stages_of
@@ -369,7 +369,8 @@ def test_the_report_is_of_what_is_trained_on(folder):
     phase = make_phase()
     batches = make_batches(folder, phase)
     shards = {source: read_shard(folder, source, "train") for source in phase.mixture}
-    report = phase_report(make_config(folder, phase), phase, shards)
+    steps, report = Curriculum(phase, shards, make_config(folder, phase).seed).packed()
+    assert steps == batches.steps
     assert report.rows // 4 == batches.steps and report.truncated == 0
 
 

@@ -75,6 +75,7 @@ def _train(config: PretrainConfig) -> None:
     from galenic.pretrain.data.curriculum import PhaseBatches, open_shards
     from galenic.pretrain.loop import Trainer
     from galenic.pretrain.parallelism.parallel import Parallel
+    from galenic.pretrain.planning.budget import phase_flops
     from galenic.pretrain.watching.watch import Watch
 
     torch_setup(config.seed)
@@ -101,7 +102,10 @@ def _train(config: PretrainConfig) -> None:
         watch = Watch(
             out,
             config.watch,
-            flops_per_token={phase.name: _flops(model.config, phase, meta) for phase in config.phases},
+            flops_per_token={
+                phase.name: phase_flops(model.config, phase, meta["sources"]).trained
+                for phase in config.phases
+            },
             tokens={
                 phase.name: batches.steps * batches.rows * batches.context
                 for phase, batches in zip(config.phases, stages, strict=True)
@@ -184,19 +188,6 @@ def _phases(
             folder = Path(config.out) / phase.name
             trainer.model.eval()
             export_model(trainer.model, trainer.parallel, folder, config.tokenizer, provenance)
-
-
-def _flops(architecture: Any, phase: PhaseConfig, meta: dict[str, Any]) -> float:
-    """FLOPs of training on one token of a phase, whose documents are as long as its mixture's are on average."""
-    from galenic.pretrain.planning.budget import flops_per_token
-
-    documents = tokens = 0.0
-    for source, share in phase.mixture.items():
-        counts = meta["sources"][source]["train"]
-        if share and counts["tokens"]:
-            documents += share * counts["documents"] / counts["tokens"]
-            tokens += share
-    return flops_per_token(architecture, phase.context, tokens / documents if documents else None)
 
 
 def _identity(config: PretrainConfig, data: str) -> dict[str, Any]:

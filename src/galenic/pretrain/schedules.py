@@ -4,7 +4,7 @@ A rate is a peak times the warm-up's share, or a way down from the peak. Steps c
 it as done: the last step of a decay has exactly its final rate, the last step of the warm-up exactly the peak.
 
 Sources: Baichuan-M1 report, section 4.2 (linear warm-up, constant, cosine at the end); MiniCPM (arXiv 2404.06395) for
-warm-up-stable-decay; "1 - sqrt" from Hägele et al. (arXiv 2405.18392), section 4.
+warm-up-stable-decay; "1 - sqrt" from Hägele et al. (arXiv 2405.18392).
 """
 
 import math

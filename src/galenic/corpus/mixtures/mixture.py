@@ -67,12 +67,13 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from galenic.evaluate.bits_per_byte import bits_per_byte, document
+    from galenic.evaluate.bits_per_byte import bits_per_byte
     from galenic.pretrain.checkpoints.checkpoints import Checkpoints
     from galenic.pretrain.data.curriculum import PhaseBatches
     from galenic.pretrain.loop import Silent, Trainer
     from galenic.pretrain.pretrain import build_model
     from galenic.pretrain.schedules import cosine_decay, warmup
+    from galenic.pretrain.watching.heldout import heldout_texts
     from galenic.runtime import torch_setup
 
     values = dict(unit["config"])
@@ -120,13 +121,7 @@ def train_run(unit: dict[str, Any]) -> dict[str, Any]:
         model.eval()
         bits = {}
         for domain in unit["domains"]:
-            shard, texts, tokens = read_shard(config.tokenizer, domain, "heldout"), [], 0
-            for index in range(len(shard)):
-                ids = shard.document(index)
-                tokens += len(ids)
-                if texts and tokens > config.heldout_tokens:
-                    break
-                texts.append(document(ids, int(shard.bytes[index])))
+            texts = heldout_texts(config.tokenizer, domain, config.heldout_tokens)
             bits[domain], _ = bits_per_byte(model, texts, context=config.context, batch_tokens=4096)
     finally:
         torch.set_num_threads(threads)

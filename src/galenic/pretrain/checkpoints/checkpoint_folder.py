@@ -1,9 +1,6 @@
 """What a checkpoint's folder is made of: names and state of tensors, files and what is wrong with them."""
 
-import errno
 import json
-import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +16,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from galenic.pretrain.parallelism.tensor_parallel import regrouped_rows
-from galenic.runtime import UserError, read_json, sha256_file
+from galenic.runtime import NO_SPACE, UserError, is_disk_full, read_json, sha256_file
 
 FILE_BYTES = 2**28
 """A rank's part is written in files of about so many bytes; each is put together in memory first."""
-FULL = re.compile("No space left on device|disk quota exceeded", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------- names and state
@@ -180,8 +176,8 @@ def one_line(error: BaseException) -> str:
         error = error.failures[min(error.failures)][0]
     if isinstance(error, UserError):
         return str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(str(error)):
-        return "no space left on device; free some and run the same command to continue"
+    if is_disk_full(error):
+        return NO_SPACE
     told = " ".join(str(error).split())[:300]
     return told if isinstance(error, OSError) else f"{type(error).__name__}: {told}"
 
@@ -219,12 +215,3 @@ def ends_phase(folder: Path) -> bool:
 def as_text(value: Any) -> str:
     """Writes a JSON value."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or a folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

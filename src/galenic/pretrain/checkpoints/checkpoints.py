@@ -35,7 +35,6 @@ from galenic.pretrain.checkpoints.checkpoint_folder import (
     empty_state,
     ends_phase,
     fill,
-    flush,
     moves,
     one_line,
     optimizer_state,
@@ -52,7 +51,7 @@ from galenic.pretrain.checkpoints.checkpoint_folder import (
 from galenic.pretrain.config import CheckpointConfig
 from galenic.pretrain.parallelism.tensor_parallel import official_rows, regrouped_rows
 from galenic.ranks import gathered, lost, rank, ranks
-from galenic.runtime import UserError, read_json, remove, sha256_file
+from galenic.runtime import UserError, fsync, read_json, remove, sha256_file
 
 T = TypeVar("T")
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -231,7 +230,7 @@ class Checkpoints:
             own = [path for name in state for path in (partial / name).glob(f"shard-{rank() + 1:05d}-*")]
             own += [partial / name for name in texts] if rank() == 0 else []
             for path in own:
-                flush(path)
+                fsync(path)
             return {str(path.relative_to(partial)): [path.stat().st_size, sha256_file(path)] for path in own}
 
         def publish(files: dict[str, list[Any]]) -> None:
@@ -240,11 +239,11 @@ class Checkpoints:
             about["files"] = dict(sorted(files.items()))
             (partial / "run.json").write_text(as_text(about), encoding="utf-8")
             for path in (partial / "run.json", *(partial / name for name in state), partial):
-                flush(path)
+                fsync(path)
             if folder.exists():  # the same step again; `_clean` puts it back after a kill between the two
                 os.replace(folder, replaced(folder))
             os.replace(partial, folder)
-            flush(self.out)
+            fsync(self.out)
             remove(replaced(folder))
             self._remove_older(step)
 

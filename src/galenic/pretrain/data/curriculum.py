@@ -124,6 +124,13 @@ class Curriculum:
             return sum(len(rows) for rows in self.blocks()) // self.phase.rows
         return self.phase.tokens // (self.phase.rows * self.phase.context)
 
+    def packed(self) -> tuple[int, PackingReport]:
+        """Packs as training will, a larger phase's first block only; returns the steps and what packing costs."""
+        blocks = self.blocks()
+        first = next(blocks)
+        steps = (len(first) + sum(map(len, blocks))) // self.phase.rows if self.small else self.steps()
+        return steps, packing_report(first, self.phase.context)
+
     def _name(self, stage: int) -> str:
         return self.phase.name if self._stages == 1 else f"{self.phase.name}/stage-{stage}"
 
@@ -140,11 +147,6 @@ class Curriculum:
             }
             self._stage = stage
         return self._streams
-
-
-def phase_report(config: PretrainConfig, phase: PhaseConfig, shards: Mapping[str, Shard]) -> PackingReport:
-    """Packs the first block of a phase as training will, and counts what that costs."""
-    return packing_report(next(Curriculum(phase, shards, config.seed).blocks()), phase.context)
 
 
 # ---------------------------------------------------------------------------- batches

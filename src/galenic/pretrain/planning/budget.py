@@ -8,9 +8,12 @@ checkpointing computes again does not count as useful (MFU) but keeps the hardwa
 pairs that may see each other count: kernels that compute hidden pairs too work more than is counted here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
+
+from galenic.pretrain.config import PhaseConfig
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -181,9 +184,20 @@ def flops(config: Any, context: int, mean_document: float | None = None) -> Flop
     )
 
 
-def flops_per_token(config: Any, context: int, mean_document: float | None = None) -> float:
-    """Returns the FLOPs of training on one token, forward and backward; see `flops`."""
-    return flops(config, context, mean_document).trained
+def phase_flops(config: Any, phase: PhaseConfig, sources: Mapping[str, Any]) -> Flops:
+    """Returns the FLOPs of a token of a phase, for plan and MFU alike; attention is within each source's mean document.
+
+    Args:
+        config: of the network.
+        phase: its context and mixture.
+        sources: as in the shards' meta.json; a source whose documents are not counted yet fills its rows.
+    """
+    total, attention = sum(phase.mixture.values()), 0.0
+    for source, share in phase.mixture.items():
+        counts = sources[source]["train"]
+        mean = counts["tokens"] / counts["documents"] if share and counts.get("documents") else None
+        attention += share / total * flops(config, phase.context, mean).attention
+    return replace(flops(config, phase.context), attention=attention)
 
 
 def seconds(work: float, *, devices: int, peak_tflops: float, mfu: float) -> float:

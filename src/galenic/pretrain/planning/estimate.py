@@ -6,7 +6,7 @@ it, this machine's. No weights are made.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def phase_plans(config: PretrainConfig, on: Machines) -> list[PhasePlan]:
             raise UserError(f"phases: '{phase.name}' has too few tokens for one step; raise its tokens")
         leaves = [leaf for group in branch.children for leaf in group.children]
         repeats = {leaf.name: (leaf.share, leaf.repeats) for leaf in leaves}
-        cost = _flops(shape, phase, {leaf.name: leaf.share for leaf in leaves}, meta)
+        cost = budget.phase_flops(shape, phase, meta["sources"])
         work = steps[number] * phase.rows * phase.context * cost.trained
         # Processes of one machine share its cores: their number does not make it faster.
         seconds = budget.seconds(
@@ -266,25 +266,13 @@ def _mean_document(phase: PhaseConfig, meta: Mapping[str, Any]) -> float | None:
     return max(means)
 
 
-def _flops(
-    shape: Any, phase: PhaseConfig, shares: Mapping[str, float], meta: Mapping[str, Any]
-) -> budget.Flops:
-    """FLOPs of a token: attention within each source's mean document; unknown ones fill their rows."""
-    each = []
-    for source, share in shares.items():
-        counts = meta["sources"][source]["train"]
-        mean = counts["tokens"] / counts["documents"] if counts.get("documents") else None
-        each.append(share * budget.flops(shape, phase.context, mean).attention)
-    return replace(budget.flops(shape, phase.context), attention=sum(each))
-
-
 def _steps(config: PretrainConfig) -> tuple[list[int], list[str]]:
     """Returns the steps of each phase and what packing costs, counted as training will where there are shards."""
     if not has_shards(config):
         steps = [phase.tokens // (phase.rows * phase.context) for phase in config.phases]
         return steps, ["told once there are token shards" for _ in steps]
-    from galenic.pretrain.data.curriculum import Curriculum, open_shards, phase_report
+    from galenic.pretrain.data.curriculum import Curriculum, open_shards
 
     shards = open_shards(config)
-    steps = [Curriculum(phase, shards, config.seed).steps() for phase in config.phases]
-    return steps, [str(phase_report(config, phase, shards)) for phase in config.phases]
+    packed = [Curriculum(phase, shards, config.seed).packed() for phase in config.phases]
+    return [steps for steps, _ in packed], [str(report) for _, report in packed]
