@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.data.collate import IGNORE
 
 KINDS = ("wrong tokenizer", "wrong encoding", "stuck")
 

@@ -30,7 +30,8 @@ from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.config import OptimConfig
-from galenic.pretrain.data.packing import IGNORE, best_fit, collate, cut, phase_rows
+from galenic.pretrain.data.collate import IGNORE, collate
+from galenic.pretrain.data.packing import best_fit, cut, phase_rows
 from galenic.pretrain.optimizers import make_optimizer
 from galenic.pretrain.schedules import cosine_decay, warmup
 from galenic.runtime import append_jsonl, read_jsonl, torch_setup

@@ -10,7 +10,7 @@ from galenic.align import sft
 from galenic.align.config import LoraConfig, SftConfig
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
 from galenic.pretrain.config import OptimConfig
-from galenic.pretrain.data.packing import IGNORE, collate
+from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.runtime import UserError
 
 

@@ -21,7 +21,7 @@ from galenic.merge import merge
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
 from galenic.pretrain.config import OptimConfig
-from galenic.pretrain.data.packing import IGNORE, collate
+from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.runtime import UserError, read_json
 
 

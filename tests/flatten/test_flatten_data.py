@@ -22,7 +22,7 @@ from galenic.flatten.proof import score
 from galenic.flatten.statistics import run_batch, watching
 from galenic.model import load_tokenizer
 from galenic.model.foreign import KINDS, load_any
-from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.data.collate import IGNORE
 from galenic.runtime import UserError, read_json
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "flattening"

@@ -13,7 +13,7 @@ from galenic.flatten.flatten import plan, run
 from galenic.flatten.proof import score
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
-from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.data.collate import IGNORE
 from galenic.runtime import UserError, read_json
 
 

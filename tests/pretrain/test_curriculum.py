@@ -15,9 +15,10 @@ from galenic.corpus.tokens.shards import Shard, read_shard, write_meta, write_sh
 from galenic.pretrain import pretrain
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
 from galenic.pretrain.data import drawing
+from galenic.pretrain.data.collate import IGNORE
 from galenic.pretrain.data.curriculum import Curriculum, PhaseBatches, Place, open_shards
 from galenic.pretrain.data.drawing import Cursor, Stream, draw_documents, scattered
-from galenic.pretrain.data.packing import IGNORE, pack, phase_rows
+from galenic.pretrain.data.packing import pack, phase_rows
 from galenic.pretrain.data.stages import divide, hardness, quantile_ranks, stages_of
 from galenic.runtime import UserError
 

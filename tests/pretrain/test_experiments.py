@@ -20,7 +20,7 @@ import units
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard
 from galenic.evaluate.bits_per_byte import bits_per_byte, document
 from galenic.pretrain.config import ArchitectureConfig, OptimConfig, PhaseConfig, PretrainConfig
-from galenic.pretrain.data.packing import IGNORE, collate
+from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.pretrain.data.stages import stages_of
 from galenic.pretrain.guard import GradientGuard
 from galenic.pretrain.pretrain import build_model

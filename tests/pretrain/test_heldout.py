@@ -13,7 +13,7 @@ import torch
 
 from galenic.corpus.tokens.shards import read_shard
 from galenic.evaluate.bits_per_byte import Scored, bits_per_byte, document
-from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.data.collate import IGNORE
 from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.pretrain.watching import heldout
 from galenic.pretrain.watching.heldout import heldout_bits, heldout_texts, pieces, scorer

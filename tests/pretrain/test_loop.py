@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
-from galenic.pretrain.data.packing import collate
+from galenic.pretrain.data.collate import collate
 from galenic.pretrain.loop import Silent, Trainer
 from galenic.runtime import UserError
 

@@ -18,7 +18,8 @@ from galenic.align.config import SftConfig
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.config import CheckpointConfig
-from galenic.pretrain.data.packing import IGNORE, best_fit, collate
+from galenic.pretrain.data.collate import IGNORE, collate
+from galenic.pretrain.data.packing import best_fit
 from galenic.runtime import (
     Plan,
     UserError,

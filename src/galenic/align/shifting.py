@@ -7,7 +7,7 @@ from galenic.align.config import ShiftConfig
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.flatten.layers import select_layers, weight_of
 from galenic.flatten.training import TrainingShift
-from galenic.pretrain.data.packing import collate
+from galenic.pretrain.data.collate import collate
 from galenic.pretrain.loop import Trainer
 from galenic.runtime import append_jsonl
 

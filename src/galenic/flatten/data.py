@@ -16,7 +16,7 @@ from galenic.flatten.config import FlattenConfig
 from galenic.flatten.packed import Row, conversation_rows, document_rows, shard_rows, source_tokens
 from galenic.model import load_tokenizer
 from galenic.model.foreign import Kind, folder_kind, kind_of
-from galenic.pretrain.data.packing import IGNORE, collate
+from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.runtime import UserError, human
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from galenic.corpus.tokens.chat_format import BOS, EOS
 from galenic.flatten.tables import count_rows, read_columns
 from galenic.model import BaichuanM1ForCausalLM
-from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.data.collate import IGNORE
 from galenic.runtime import UserError, nearest
 
 MASKED = 0.15

@@ -638,6 +638,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += slope.T @ hidden[rows]
             elif needs_weight:
                 grad_weight = (slope.T @ hidden[rows]).to(exact)
+            del probability, slope  # before the next chunk is as large again
         if needs_weight and grad_weight is None:  # no target here, but other processes wait for a gradient
             grad_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
         if grad_weight is not None and scale is not None:  # what would only lengthen a row does nothing

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from galenic.model import BaichuanM1ForCausalLM
 from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
-from galenic.pretrain.data.packing import IGNORE
+from galenic.pretrain.data.collate import IGNORE
 from galenic.pretrain.guard import GradientGuard
 from galenic.pretrain.optimizers import make_optimizer
 from galenic.pretrain.parallelism.parallel import Parallel

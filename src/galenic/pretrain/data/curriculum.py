@@ -20,8 +20,9 @@ from galenic.corpus.mixtures.mixture_tree import check_repeats, held, tree
 from galenic.corpus.tokens.integrity import check_shards
 from galenic.corpus.tokens.shards import Shard, read_meta, read_shard, special_tokens
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
+from galenic.pretrain.data.collate import collate
 from galenic.pretrain.data.drawing import Cursor, Stream
-from galenic.pretrain.data.packing import PackingReport, Rows, collate, pack, packing_report
+from galenic.pretrain.data.packing import PackingReport, Rows, pack, packing_report
 from galenic.pretrain.data.stages import stages_of
 from galenic.runtime import UserError
 

@@ -194,16 +194,16 @@ def mask_bytes(
 def loss_bytes(tokens: int, vocabulary: int, head: int, size: int) -> int:
     """Returns the bytes of the loss without logits (`linear_cross_entropies`) at its fullest.
 
-    The head's gradient is in float32, from the first chunk's end on. A chunk of logits has its softmax beside it, and
-    the slopes of the chunk before it; at the end the gradient is made orthogonal to the head's rows, with one product
-    as large as the head (in bfloat16 a float32 copy of the head, too).
+    The head's gradient is in float32, from the first chunk's end on. A chunk of logits has its softmax beside it; at
+    the end the gradient is made orthogonal to the head's rows, with one product as large as the head (in bfloat16 a
+    float32 copy of the head, too).
     """
     rows = max(1, LOSS_CHUNK // vocabulary)
     first, other = vocabulary * min(tokens, rows), vocabulary * min(max(tokens - rows, 0), rows)
     before, cast = (4, 0) if size == 4 else (6, size)  # of the slopes; of a product that is added in float32
     moments = [8 * first, before * first + (4 + cast) * head, (8 if size == 4 else 12) * head]
     if other:
-        moments += [4 * head + before * first + 8 * other, (4 + cast) * head + before * other]
+        moments += [4 * head + 8 * other, (4 + cast) * head + before * other]
     return max(moments)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from galenic.corpus.tokens.shards import read_meta, read_shard, special_tokens
 from galenic.pretrain.config import PhaseConfig, PretrainConfig
-from galenic.pretrain.data.packing import IGNORE, best_fit, collate
+from galenic.pretrain.data.collate import IGNORE, collate
+from galenic.pretrain.data.packing import best_fit
 
 if TYPE_CHECKING:
     from galenic.evaluate.bits_per_byte import Scored
