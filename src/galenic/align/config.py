@@ -1,11 +1,24 @@
-"""Configuration of supervised fine-tuning; torch-free."""
+"""Configuration of alignment: what the methods share, then one class a method; torch-free."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from galenic.pretrain.config import GuardConfig, OptimConfig
+from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, WatchConfig
 from galenic.runtime import UserError
+
+
+def _require(
+    section: str, config: object, *, above: tuple[str, ...] = (), least: tuple[tuple[str, float], ...] = ()
+) -> None:
+    """Refuses numbers that mean nothing: those of `above` must be above 0, those of `least` not below a bound."""
+    for name in above:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{section}{name}: {getattr(config, name)} is not above 0")
+    for name, bound in least:
+        if getattr(config, name) < bound:
+            raise UserError(f"{section}{name}: {getattr(config, name)} is below {bound:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +81,91 @@ class ShiftConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
-    """Fine-tune an expert on conversations, loss on answers only."""
+class TrainingConfig:
+    """What every method is told."""
+
+    incidental: ClassVar[tuple[str, ...]] = ("parallel", "checkpoints", "watch")
+    """Fields that may change when a run continues: they say how, not what."""
 
     out: str
     """Output folder: `model/` (with `lora`: an adapter of the model) and `metrics.jsonl`."""
     model: str
     """Model folder to start from: ours, or of any causal language model that transformers knows."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5, warmup_steps=10))
+    """Optimizer; the report starts from the learning rate at which annealing ended, 2e-5."""
+    final_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    lora: LoraConfig | None = None
+    """Train an adapter; needs PEFT (`pip install 'galenic[lora]'`). Default: the whole model is trained."""
+    guard: GuardConfig = field(default_factory=lambda: GuardConfig(max_skips=0))
+    """Gradient guard; the report uses it in early pre-training only, so it is off here."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; weights, moments and reductions are float32. `auto`: bfloat16 on CUDA."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the work is spread over devices; rows by FSDP2, `context` and `tensor` stay 1."""
+    checkpoints: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(asynchronous=False))
+    """When the run is written down."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """What is told about the run."""
+    seed: int = 0
+    """Seed of the data order and of what is sampled."""
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        return [self.model]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The model that the policy is held against; with `lora` and no `model`, the base under the adapter."""
+
+    model: str | None = None
+    """Its folder; of the same tokenizer. Default: the model that training starts from."""
+    offload: bool = False
+    """Keep it in the CPU's memory and bring it to the device for each batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """When a run has gone astray: it stops with advice, and the last checkpoint stays."""
+
+    kl: float | None = None
+    """Largest mean KL divergence from the reference, nats a token, over `steps`. Default: no limit."""
+    length: float | None = None
+    """Largest mean length of what is sampled, in shares of the most it may be, over `steps`. Default: no limit."""
+    constant: int = 0
+    """Steps in a row in which every reward may be the same: nothing can be learnt then. 0: any number."""
+    steps: int = 10
+    """Steps over which means are taken."""
+
+    def __post_init__(self) -> None:
+        _require("limits.", self, least=(("constant", 0), ("steps", 1)))
+        for name in ("kl", "length"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"limits.{name}: {getattr(self, name)} is not above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How text is sampled from the policy."""
+
+    max_new_tokens: int = 128
+    """Tokens at most; what has not ended by then is cut and counts as such."""
+    temperature: float = 1.0
+    """Of the distribution that is sampled. Other than 1, the objectives are those of the tempered distribution."""
+    batch: int = 64
+    """Sequences sampled at a time."""
+    endpoint: EndpointConfig | None = None
+    """An OpenAI-compatible server (vLLM, `transformers serve`) that samples instead of this process."""
+
+    def __post_init__(self) -> None:
+        _require("sampling.", self, above=("temperature",), least=(("max_new_tokens", 1), ("batch", 1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
+    """Fine-tune an expert on conversations, loss on answers only."""
+
     conversations: str
     """JSON lines of {"messages": [{"role", "content"}, ...]} to train on."""
     heldout: str | None = None
@@ -85,22 +176,10 @@ class SftConfig:
     """Tokens in a row; longer conversations are left out and counted."""
     rows: int = 8
     """Rows in a batch."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5, warmup_steps=10))
-    """Optimizer; the report starts from the learning rate at which annealing ended, 2e-5."""
-    final_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
-    lora: LoraConfig | None = None
-    """Train an adapter; needs PEFT (`pip install 'galenic[lora]'`). Default: the whole model is trained."""
     shift: ShiftConfig | None = None
     """Shift linear layers to smaller norm while training. Default: none is shifted."""
-    guard: GuardConfig = field(default_factory=lambda: GuardConfig(max_skips=0))
-    """Gradient guard; the report uses it in early pre-training only, so it is off here."""
     heldout_conversations: int = 200
     """Held-out conversations scored at most."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints."""
-    seed: int = 0
-    """Seed of the data order."""
 
     def __post_init__(self) -> None:
         if self.tokens < self.context * self.rows:
@@ -111,3 +190,208 @@ class SftConfig:
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
         return [self.model, self.conversations, *([self.heldout] if self.heldout else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainingConfig):
+    """Train a reward model on preference pairs (Bradley-Terry)."""
+
+    pairs: str
+    """JSON lines of {"prompt", "chosen", "rejected"}; prompt is text or messages, a line may have a "margin"."""
+    heldout: str | None = None
+    """Pairs on which accuracy and calibration are measured before and after. Default: `heldout_share` of `pairs`."""
+    heldout_share: float = 0.05
+    """Share of the pairs that is set aside where no file is given."""
+    epochs: float = 1.0
+    """Times that each pair is read."""
+    rows: int = 16
+    """Pairs in a batch."""
+    context: int = 512
+    """Tokens at most in a prompt with its answer; longer ones are left out and counted."""
+    centre: float = 0.01
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244)."""
+
+    def __post_init__(self) -> None:
+        _require("", self, above=("epochs",), least=(("rows", 1), ("context", 2), ("centre", 0)))
+        if not 0 < self.heldout_share < 1:
+            raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        return [self.model, self.pairs, *([self.heldout] if self.heldout else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EloConfig(TrainingConfig):
+    """Exploratory Log-likelihood Optimization (Baichuan-M1 report, section 5.3, eq. 1-3)."""
+
+    tasks: str
+    """JSON lines of {"prompt", "answer"} or {"question", "options", "answer"}; see `galenic.align.tasks`."""
+    heldout: str | None = None
+    """Tasks on which the answers' likelihood and accuracy are measured before and after."""
+    steps: int = 100
+    """Steps; each samples anew."""
+    rows: int = 8
+    """Questions in a batch."""
+    samples: int = 4
+    """Chains of thought sampled for each question; at least 2, as each one's baseline is the mean of the others."""
+    context: int = 512
+    """Tokens at most in a question, its chain and its answer; questions without room for `sampling` are left out."""
+    marker: str = "\nAnswer:"
+    """Text with which a chain ends and an answer begins."""
+    answer_term: bool = False
+    """Add the derivative of the answer's likelihood itself, which the printed gradient (eq. 3) leaves out."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """Of the log-likelihood over the answer's tokens; the report does not say."""
+    kl: float = 0.0
+    """Weight of the KL divergence of chains from the reference; the report names none."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How chains are sampled."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """What `kl` is measured against."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """When to stop."""
+    heldout_tasks: int = 200
+    """Held-out tasks measured at most."""
+
+    def __post_init__(self) -> None:
+        _require("", self, least=(("steps", 1), ("rows", 1), ("samples", 2), ("context", 2), ("kl", 0)))
+        if not self.marker:
+            raise UserError("marker: is empty; without it no one can tell a chain from its answer")
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        others = (self.heldout, self.reference.model)
+        return [self.model, self.tasks, *(path for path in others if path)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TdpoConfig(TrainingConfig):
+    """Token-level direct preference optimization (arXiv 2404.11999)."""
+
+    pairs: str
+    """JSON lines of {"prompt", "chosen", "rejected"}; prompt is text or messages."""
+    heldout: str | None = None
+    """Pairs on which preference accuracy is measured before and after. Default: `heldout_share` of `pairs`."""
+    heldout_share: float = 0.05
+    """Share of the pairs that is set aside where no file is given."""
+    method: Literal["tdpo1", "tdpo2"] = "tdpo2"
+    """Which of the two losses; the report does not say. `alpha: 0` with tdpo2 is DPO."""
+    beta: float = 0.1
+    """Scale of the implicit reward (the authors' code)."""
+    alpha: float = 0.5
+    """Weight of the difference of sequential KL divergences in tdpo2 (the authors' code)."""
+    epochs: float = 1.0
+    """Times that each pair is read."""
+    rows: int = 16
+    """Pairs in a batch."""
+    context: int = 512
+    """Tokens at most in a prompt with its answer; longer ones are left out and counted."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """What the policy is held against."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """When to stop."""
+
+    def __post_init__(self) -> None:
+        _require("", self, above=("beta", "epochs"), least=(("alpha", 0), ("rows", 1), ("context", 2)))
+        if not 0 < self.heldout_share < 1:
+            raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        others = (self.heldout, self.reference.model)
+        return [self.model, self.pairs, *(path for path in others if path)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardsConfig:
+    """What an answer is worth: rules where the right answer is known, a reward model where it is not."""
+
+    model: str | None = None
+    """Folder of a reward model (verb `reward`)."""
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Domain of a task (`*`: any other) -> weight of `rule` and of `model` in its reward. Default: rule where a task
+    has one, else model."""
+    tolerance: float = 0.01
+    """Relative error that a number may have, where a task does not say."""
+    cut_off: float = 0.0
+    """Reward of an answer that did not end."""
+    code_seconds: float = 2.0
+    """Processor time that the tests of an answer in code may take."""
+    code_memory_mb: int = 512
+    """Memory they may take."""
+
+    def __post_init__(self) -> None:
+        _require("rewards.", self, above=("code_seconds",), least=(("tolerance", 0), ("code_memory_mb", 32)))
+        for domain, parts in self.weights.items():
+            unknown = set(parts) - {"rule", "model"}
+            if unknown:
+                raise UserError(
+                    f"rewards.weights: '{domain}' weighs {', '.join(sorted(unknown))}; known: rule, model"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(TrainingConfig):
+    """Proximal policy optimization (arXiv 1707.06347) with a per-token KL penalty (arXiv 2203.02155)."""
+
+    tasks: str
+    """JSON lines of {"prompt", "answer", ...}; see `galenic.align.tasks`."""
+    heldout: str | None = None
+    """Tasks whose rewards are measured before and after."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """What an answer is worth."""
+    rollouts: int = 50
+    """Times that answers are sampled."""
+    rows: int = 32
+    """Answers sampled each time."""
+    epochs: int = 2
+    """Times that each batch of answers is learnt from."""
+    minibatches: int = 2
+    """Steps in such an epoch."""
+    context: int = 512
+    """Tokens at most in a prompt and its answer."""
+    kl: float = 0.05
+    """Weight of the per-token penalty log(policy / reference) in the reward; the report names none."""
+    kl_target: float | None = None
+    """Adapt `kl` so that the divergence stays near so many nats an answer (arXiv 1909.08593). Default: fixed."""
+    clip: float = 0.2
+    """How far the ratio of new to old probability may leave 1 and still gain."""
+    value_clip: float = 0.2
+    """How far a value may leave the old one and still gain."""
+    value_weight: float = 0.1
+    """Weight of the value's loss."""
+    entropy_weight: float = 0.0
+    """Weight of the policy's entropy as a bonus."""
+    discount: float = 1.0
+    """Gamma of generalised advantage estimation (arXiv 1506.02438)."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten_rewards: bool = False
+    """Divide rewards by their standard deviation in each batch of rollouts; advantages always are whitened."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers are sampled."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """What the KL penalty is measured against."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """When to stop."""
+    heldout_tasks: int = 200
+    """Held-out tasks measured at most."""
+
+    def __post_init__(self) -> None:
+        least = (("rollouts", 1), ("rows", 2), ("epochs", 1), ("minibatches", 1), ("context", 2), ("kl", 0))
+        _require(
+            "", self, above=("clip", "value_clip"), least=(*least, ("value_weight", 0), ("entropy_weight", 0))
+        )
+        for name in ("discount", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not in [0, 1]")
+        if self.rows % self.minibatches:
+            raise UserError(f"rows: {self.rows} answers do not divide into {self.minibatches} minibatches")
+        if self.kl_target is not None and not self.kl_target > 0:
+            raise UserError(f"kl_target: {self.kl_target} is not above 0")
+
+    def reads(self) -> list[str]:
+        """Inputs, for the fingerprint and the plan."""
+        others = (self.heldout, self.reference.model, self.rewards.model)
+        return [self.model, self.tasks, *(path for path in others if path)]

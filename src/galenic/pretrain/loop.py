@@ -59,6 +59,36 @@ class Batches(Protocol):
         ...
 
 
+class Objective(Protocol):
+    """What is minimised instead of the language model's loss: a mean over the units of a batch (pairs, questions ...).
+
+    It is given a batch in parts, one after the other and on several processes, and must not depend on how it is cut.
+    """
+
+    measures: Sequence[str]
+    """Names of what it tells about a batch beside its loss."""
+
+    def units(self, part: Mapping[str, torch.Tensor]) -> float:
+        """Counts the units in a part of a batch."""
+        ...
+
+    def __call__(
+        self, model: Any, part: Mapping[str, torch.Tensor], units: float
+    ) -> tuple[torch.Tensor, Mapping[str, tuple[float, float]]]:
+        """Computes the loss of a part.
+
+        Args:
+            model: being trained.
+            part: of a batch, on the device.
+            units: of the whole batch, at least 1.
+
+        Returns:
+            Sum of the losses of the part's units divided by `units`, a scalar with gradient, also of a part without
+            units; and for each measure its sum over the part and the number it is a mean over.
+        """
+        ...
+
+
 class Trainer:
     """A model, its optimizer and guard, and where they are in the run.
 
@@ -71,6 +101,7 @@ class Trainer:
         checkpoints: where and when the run is written down.
         watch: who is told.
         micro_rows: rows computed at a time; 0: all of this rank's at once.
+        objective: what is minimised; not given: the language model's loss of the labels.
     """
 
     def __init__(
@@ -84,13 +115,14 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         watch: Watch | None = None,
         micro_rows: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         self.device = device()
         self.parallel = parallel or Parallel(device=self.device)
         self.model, self.optim, self.guard_config, self.out = model.to(self.device), optim, guard, out
         self.checkpoints = checkpoints or Checkpoints(out, CheckpointConfig())
         self.watch = watch or Watch(out, device=self.device)
-        self.micro_rows = micro_rows
+        self.micro_rows, self.objective = micro_rows, objective
         # Our network can do without holding the logits; others have no such argument.
         self.ours = isinstance(model, BaichuanM1ForCausalLM)
         self.optimizer = make_optimizer(model, optim)
@@ -129,9 +161,12 @@ class Trainer:
         parts = self._micro_batches(batches, index)
         domains = batches.domains
 
-        # ---- what all ranks' batches hold: targets, and each domain's targets and tokens
+        # ---- what all ranks' batches hold: targets (or units), and each domain's targets and tokens
         counts = torch.zeros(1 + 2 * len(domains), dtype=torch.float64)
         for part in parts:
+            if self.objective is not None:
+                counts[0] += self.objective.units(part)
+                continue
             wanted = _wanted(part)
             counts[0] += wanted.sum()
             if domains:
@@ -141,7 +176,8 @@ class Trainer:
         targets_of, read = rest[: len(domains)], rest[len(domains) :]
 
         # ---- gradients
-        sums = torch.zeros(1 + len(domains), dtype=torch.float64, device=self.device)
+        told = len(domains) if self.objective is None else 2 * len(self.objective.measures)
+        sums = torch.zeros(1 + told, dtype=torch.float64, device=self.device)
         for number, part in enumerate(parts, start=1):
             self.parallel.between_copies(self.model, number == len(parts))
             sums += self._backward(part, targets, len(domains))
@@ -178,7 +214,10 @@ class Trainer:
             "tokens_per_second": round(count / seconds, 1),
             "seconds": round(seconds, 4),
         }
-        if any(losses):  # a model that is not ours does not tell
+        if self.objective is not None:
+            each = zip(self.objective.measures, losses[::2], losses[1::2], strict=True)
+            row |= {name: total / count for name, total, count in each if count}
+        elif any(losses):  # a model that is not ours does not tell
             row["domains"] = {n: s / c for n, s, c in zip(domains, losses, targets_of, strict=True) if c}
         if not accepted:
             row["documents"] = batches.documents(index)
@@ -197,8 +236,11 @@ class Trainer:
         """Adds a micro-batch's gradients.
 
         Returns:
-            (1 + domains,) float64: its share of the mean loss over all targets, and each domain's summed losses.
+            (1 + domains,) float64: its share of the mean loss over all targets, and each domain's summed losses; or,
+            with an objective, (1 + 2 x measures,): sum and count of each.
         """
+        if self.objective is not None:
+            return self._objective_backward(self.objective, part, targets)
         own = int(_wanted(part).sum())
         part = {name: tensor.to(self.device) for name, tensor in part.items()}
         of = part.pop("domains", None)
@@ -216,6 +258,15 @@ class Trainer:
             (loss * scale).backward()
             sums[0] = loss.detach()
         return sums
+
+    def _objective_backward(
+        self, objective: Objective, part: dict[str, torch.Tensor], units: float
+    ) -> torch.Tensor:
+        part = {name: tensor.to(self.device) for name, tensor in part.items()}
+        loss, told = objective(self.model, part, max(units, 1))
+        (loss * self.parallel.loss_scale).backward()
+        pairs = [number for name in objective.measures for number in told.get(name, (0.0, 0.0))]
+        return torch.tensor([float(loss.detach()), *pairs], dtype=torch.float64, device=self.device)
 
     def _clip(self, norm: float) -> None:
         """Scales the gradients down to the largest norm that is allowed."""
@@ -249,6 +300,8 @@ class Trainer:
         bar: Bar,
         after: Callable[[int], None] | None = None,
         sizes: Mapping[str, int] | None = None,
+        check: Callable[[Mapping[str, Any]], None] | None = None,
+        together: int = 1,
         **extra: Any,
     ) -> None:
         """Takes the steps from where the run is up to `last`.
@@ -262,6 +315,8 @@ class Trainer:
             after: called with the run's step after each, before its checkpoint; what it changes must follow from
                 the step and what a checkpoint holds.
             sizes: domain -> tokens there are, to tell how often they have been read.
+            check: called with each row, on every process; may end the run.
+            together: steps that share what is not in a checkpoint, counted from `first`: none falls between them.
             extra: columns added to each metrics row, such as the phase.
         """
         while self.step < last:
@@ -272,12 +327,14 @@ class Trainer:
             if sizes and self.read:
                 row["repeats"] = {n: round(t / sizes[n], 4) for n, t in self.read.items() if sizes.get(n)}
             row = self.watch.row(row)
+            if check is not None:
+                check(row)
             bar.update(batches.rows * batches.context, self.watch.note(row))
             self.schedule = {"step": self.step, "lr": row["lr"], **extra}
             self.reader = batches.state(index + 1)
             if after is not None:
                 after(self.step)
-            if self.checkpoints.due() and self.step < last:
+            if self.checkpoints.due() and self.step < last and (self.step - first) % together == 0:
                 self.save()
 
     # ------------------------------------------------------------------------ checkpoints

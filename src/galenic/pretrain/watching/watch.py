@@ -26,6 +26,8 @@ from galenic.runtime import human, peak_memory_bytes, read_jsonl, write_jsonl
 
 WINDOW = 100
 """Steps over which the speed is averaged that the time left is told by."""
+HEALTH = ("reward", "accuracy", "kl", "entropy", "length", "clipped")
+"""Measures of alignment that the progress bar shows, where a row has them."""
 
 
 # ---------------------------------------------------------------------------- numbers
@@ -257,7 +259,9 @@ class Watch:
 
     def note(self, row: dict[str, Any]) -> str:
         """What the progress bar says of a row."""
-        parts = [f"loss {row['loss']:.3f}", f"{human(row['tokens_per_second'])} tok/s"]
+        parts = [f"loss {row['loss']:.3f}"]
+        parts += [f"{name} {row[name]:.3g}" for name in HEALTH if name in row]
+        parts.append(f"{human(row['tokens_per_second'])} tok/s")
         if "mfu" in row:
             parts.append(f"MFU {row['mfu']:.0%}")
         if self.skips:

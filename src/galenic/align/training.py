@@ -1,0 +1,219 @@
+"""What the verbs of alignment share: a model is opened, trained with an objective on the loop of pre-training, written.
+
+    model folder --open--> model (+ adapter), tokenizer --fit--> metrics.jsonl, checkpoints --write--> model folder
+
+A verb's file holds its objective and its batches; everything that has to be right for each of them (resuming to the same
+bytes, several processes, adapters, where things are written) is here once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from galenic.align.config import TrainingConfig
+from galenic.ranks import gathered, process_group, rank
+from galenic.runtime import Bar, UserError, device, folder_name, progress, read_json, torch_setup, write_json
+
+Score = Callable[[], Mapping[str, Any]]
+"""Measures the model on what is held out."""
+
+
+class Run:
+    """One run of a verb; made by `opened`.
+
+    Attributes:
+        config: of the verb.
+        model: in training: spread over processes, with its adapter.
+        tokenizer: its own.
+        trainer: the loop, once `fit` has begun.
+    """
+
+    def __init__(self, verb: str, config: TrainingConfig) -> None:
+        from galenic.align.lora import add_adapter
+        from galenic.model import load_tokenizer
+        from galenic.model.foreign import load_any
+        from galenic.pretrain.parallelism.parallel import Parallel
+
+        self.verb, self.config, self.out = verb, config, Path(config.out)
+        self.parallel = Parallel(config.parallel, precision=config.precision, device=device())
+        self.model, self.tokenizer = load_any(config.model), load_tokenizer(config.model)
+        if config.lora:
+            self.model = add_adapter(self.model, config.lora, config.seed)
+        self.trainer: Any = None
+
+    @cached_property
+    def product(self) -> bool:
+        """What `head_is_product` says of the model."""
+        from galenic.align.policy import head_is_product
+
+        return head_is_product(self.model)
+
+    def check_context(self, tokens: int) -> None:
+        """Looks whether the model takes so many tokens.
+
+        Raises:
+            UserError: it does not.
+        """
+        from galenic.align.policy import plain
+
+        most = getattr(plain(self.model).config, "max_position_embeddings", tokens)
+        if tokens > most:
+            raise UserError(
+                f"context: {tokens} tokens, but {self.config.model} was made for {most} "
+                "(max_position_embeddings in its config.json)"
+            )
+
+    def fit(
+        self,
+        batches: Any,
+        objective: Any,
+        *,
+        steps: int,
+        score: Score | None = None,
+        check: Callable[[Mapping[str, Any]], None] | None = None,
+        together: int = 1,
+    ) -> None:
+        """Trains, from where a killed run stopped, on a cosine learning rate; scores before and after.
+
+        Args:
+            batches: `galenic.pretrain.loop.Batches`.
+            objective: `galenic.pretrain.loop.Objective`; None: the labels' likelihood.
+            steps: in all.
+            score: told as a row of kind `heldout` at step 0 and at the end.
+            check: looks at each row and may end the run.
+            together: see `Trainer.train`.
+        """
+        from galenic.pretrain.checkpoints.checkpoints import Checkpoints
+        from galenic.pretrain.loop import Trainer
+        from galenic.pretrain.schedules import cosine_decay, warmup
+        from galenic.pretrain.watching.watch import Watch
+
+        config = self.config
+        watch = Watch(self.out, config.watch, device=device())
+        timeout = config.parallel.timeout_seconds
+        with (
+            Checkpoints(self.out, config.checkpoints, run=self._identity(), timeout=timeout) as checkpoints,
+            closing(watch),
+        ):
+            self.parallel.apply(self.model, config.seed)
+            self.trainer = Trainer(
+                self.model,
+                config.optim,
+                config.guard,
+                self.out,
+                parallel=self.parallel,
+                checkpoints=checkpoints,
+                watch=watch,
+                micro_rows=config.parallel.micro_rows,
+                objective=objective,
+            )
+            self.trainer.resume()
+            if self.trainer.step == 0:
+                self._score(score, 0)
+
+            def lr(step: int) -> float:
+                warm = config.optim.lr * warmup(step, config.optim.warmup_steps)
+                return min(warm, cosine_decay((step + 1) / steps, start=config.optim.lr, end=config.final_lr))
+
+            with _bar(steps, self.out.name) as bar:
+                bar.update(self.trainer.step)
+                self.trainer.train(
+                    batches, first=0, last=steps, lr=lr, bar=bar, check=check, together=together
+                )
+            self._score(score, steps)
+
+    def _score(self, score: Score | None, step: int) -> None:
+        """Writes a row of what is held out, unless a run before this one did."""
+        told = {row["step"] for row in self.trainer.rows() if row["kind"] == "heldout"}
+        if score is None or gathered(step in told)[0]:
+            return
+        self.model.eval()
+        self.trainer.watch.row({"kind": "heldout", "step": step, **score()})
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: everything that decides which weights come out.
+
+        Paths are left out: where inputs lie may change, and what is in them is the build's to know.
+        """
+        config, paths = self.config, set(self.config.reads())
+        values = asdict(config)
+        for name in ("out", *config.incidental):
+            del values[name]
+        return {"verb": self.verb, **{name: v for name, v in values.items() if v not in paths}}
+
+    def write(self, facts: Mapping[str, Any], **provenance: Any) -> None:
+        """Writes the model folder (or the adapter), and with it the run is complete.
+
+        Args:
+            facts: about the data; `data.json`.
+            provenance: how the model was made, beside verb, steps, adapter and base.
+        """
+        from galenic.align.lora import save_adapter
+        from galenic.model.foreign import save_any
+
+        config = self.config
+        if rank() == 0:
+            write_json(self.out / "data.json", {"steps": self.trainer.step, **facts})
+        made_of = Path(config.model) / "galenic.json"
+        self.model.eval()
+        write = save_adapter if config.lora else save_any
+        write(
+            self.model,
+            self.out / "model",
+            base=config.model,
+            provenance={
+                "verb": self.verb,
+                "steps": self.trainer.step,
+                **provenance,
+                **({"lora": asdict(config.lora)} if config.lora else {}),
+                "base": read_json(made_of) if made_of.exists() else None,
+            },
+            parents=[folder_name(config.model)],
+        )
+        self.trainer.finish()
+
+
+@contextmanager
+def opened(verb: str, config: TrainingConfig) -> Iterator[Run | None]:
+    """Opens the run of a verb; None if its model is there already.
+
+    Args:
+        verb: its name.
+        config: its own.
+
+    Raises:
+        UserError: the model cannot be loaded, or processes are not what was asked for.
+    """
+    with process_group(config.parallel.timeout_seconds):
+        torch_setup(config.seed)
+        done = (Path(config.out) / "model").exists()
+        if gathered(done)[0]:  # what process 0 sees decides for all
+            yield None
+            return
+        yield Run(verb, config)
+
+
+@contextmanager
+def _bar(steps: int, label: str) -> Iterator[Bar]:
+    """Shows progress in steps, on one process."""
+    from galenic.pretrain.loop import Silent
+
+    if rank() > 0:
+        yield Silent()
+        return
+    with progress(steps, label, "steps") as bar:
+        yield _Steps(bar)
+
+
+class _Steps:
+    """The loop counts tokens; what is shown here are its steps."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar = bar
+
+    def update(self, n: float = 1, note: str = "") -> None:
+        """Advances by one step for a batch, however many tokens it has."""
+        self.bar.update(1 if note else n, note)
