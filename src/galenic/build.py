@@ -47,7 +47,7 @@ from galenic.runtime import (
 
 PACKAGE = Path(__file__).parent
 STEP_NAME = re.compile(r"(\d\d)-([a-z]+)(-[a-z0-9-]+)?")
-SHARED = ("merge", "pretrain")
+SHARED = ("merge", "pretrain", "sft", "reward", "elo", "tdpo", "ppo")
 """Verbs whose work several processes can share."""
 HASH_WHOLE_BELOW = 64 * 2**20
 """Bytes: larger input files are known by size and time of change, as hashing them would take minutes."""

@@ -67,6 +67,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.sft",
         "fine-tune an expert on conversations, loss on answers only",
     ),
+    "tdpo": (
+        "galenic.align.config:TdpoConfig",
+        "galenic.align.tdpo",
+        "align a model with preference pairs, token by token (TDPO1, TDPO2, DPO)",
+    ),
     "merge": (
         "galenic.merge.config:MergeConfig",
         "galenic.merge.merge",

@@ -174,7 +174,7 @@ def test_answer_loss_equals_one_by_one(llama_folder, conversations):
 def test_a_killed_run_ends_with_the_same_bytes(llama_folder, conversations, tmp_path, lora):
     command = [sys.executable, "-m", "galenic.cli", "sft", "--model", str(llama_folder)]
     command += ["--conversations", str(conversations), "--tokens", "25600", "--context", "128", "--rows", "2"]
-    command += ["--checkpoint_seconds", "0", *(["--lora.rank", "2"] if lora else [])]
+    command += ["--checkpoints.seconds", "0", *(["--lora.rank", "2"] if lora else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     cut = tmp_path / "cut"
     process = subprocess.Popen([*command, "--out", str(cut)], env=environment, stderr=subprocess.PIPE)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from galenic.align import sft, shifting
 from galenic.align.config import LoraConfig, SftConfig, ShiftConfig
 from galenic.flatten import TrainingShift
-from galenic.pretrain.config import OptimConfig
+from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.pretrain.loop import Trainer
 from galenic.runtime import UserError, read_json
 
@@ -59,7 +59,9 @@ def test_it_shifts_at_its_steps_and_tells(llama_folder, conversations, tmp_path,
         save(trainer)
 
     monkeypatch.setattr(Trainer, "save", watch)
-    config = make_config(tmp_path / "a", llama_folder, conversations, shift=shift, checkpoint_seconds=0)
+    config = make_config(
+        tmp_path / "a", llama_folder, conversations, shift=shift, checkpoints=CheckpointConfig(seconds=0)
+    )
     assert sft.plan(config).facts["shifts"] == "3, after step 4 and each 3 later"
     sft.run(config)
     # A checkpoint holds the shifted weights and moments; Adam's next step leaves the span again.
@@ -145,7 +147,15 @@ def test_cut_anywhere_around_a_shift_it_ends_with_the_same_bytes(
     shift = ShiftConfig(layers=["*.down_proj"], every=3, start=0.4, batches=2, rank=5, anchored=True)
 
     def run(name):
-        sft.run(make_config(tmp_path / name, llama_folder, conversations, shift=shift, checkpoint_seconds=0))
+        sft.run(
+            make_config(
+                tmp_path / name,
+                llama_folder,
+                conversations,
+                shift=shift,
+                checkpoints=CheckpointConfig(seconds=0),
+            )
+        )
 
     owner, name = {
         "before the shift": (TrainingShift, "shift"),
@@ -176,7 +186,7 @@ def test_cut_anywhere_around_a_shift_it_ends_with_the_same_bytes(
 def test_a_killed_run_ends_with_the_same_bytes(llama_folder, conversations, tmp_path):
     command = [sys.executable, "-m", "galenic.cli", "sft", "--model", str(llama_folder)]
     command += ["--conversations", str(conversations), "--tokens", "10240", "--context", "128", "--rows", "2"]
-    command += ["--checkpoint_seconds", "0", "--shift.every", "4", "--shift.start", "0.1"]
+    command += ["--checkpoints.seconds", "0", "--shift.every", "4", "--shift.start", "0.1"]
     command += ["--shift.anchored", "true", "--shift.batches", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     cut = tmp_path / "cut"

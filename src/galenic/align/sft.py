@@ -7,7 +7,7 @@ Models of other architectures are trained too, with their own chat template. tra
 their positions in most of them; it is tried on the model itself, and one that mixes samples gets one a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,12 @@ from typing import Any
 import numpy as np
 
 from galenic.align.config import SftConfig
+from galenic.align.training import opened
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
-from galenic.pretrain.config import CheckpointConfig
 from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.pretrain.data.packing import best_fit
-from galenic.runtime import (
-    Plan,
-    UserError,
-    append_jsonl,
-    folder_name,
-    human,
-    progress,
-    read_json,
-    read_jsonl,
-    torch_setup,
-    write_json,
-)
+from galenic.runtime import Plan, UserError, human, read_jsonl
 
 
 def plan(config: SftConfig) -> Plan:
@@ -188,99 +177,41 @@ def answer_loss(model: Any, samples: list[Sample], context: int, alone: bool = F
 
 def run(config: SftConfig) -> None:
     """Fine-tunes; continues where a killed run stopped, to the same bytes."""
-    from galenic.align.lora import add_adapter, save_adapter
-    from galenic.model import BaichuanM1ForCausalLM, load_tokenizer
-    from galenic.model.foreign import load_any, save_any
-    from galenic.pretrain.checkpoints.checkpoints import Checkpoints
-    from galenic.pretrain.loop import Trainer
-    from galenic.pretrain.schedules import cosine_decay, warmup
+    from galenic.model import BaichuanM1ForCausalLM
 
-    torch_setup(config.seed)
-    out = Path(config.out)
-    if (out / "model").exists():
-        return
-    model, tokenizer = load_any(config.model), load_tokenizer(config.model)
-    most = getattr(model.config, "max_position_embeddings", config.context)
-    if config.context > most:
-        raise UserError(
-            f"context: {config.context} tokens, but {config.model} was made for {most} "
-            "(max_position_embeddings in its config.json)"
+    with opened("sft", config) as run:
+        if run is None:
+            return
+        run.check_context(config.context)
+        samples, too_long = encode_samples(config.conversations, run.tokenizer, config.context)
+        alone = not isinstance(run.model, BaichuanM1ForCausalLM) and not keeps_apart(run.model, samples[0])
+        rows = pack_samples(
+            samples, tokens=config.tokens, context=config.context, seed=config.seed, alone=alone
         )
+        batches = Conversations(samples, rows, config.rows, config.context)
+        if not batches.steps:
+            raise UserError(
+                f"{config.conversations}: fewer than {config.rows} rows of {config.context} tokens"
+            )
+        score = None
+        if config.heldout:
+            heldout = encode_samples(config.heldout, run.tokenizer, config.context)[0]
+            heldout, name = heldout[: config.heldout_conversations], Path(config.heldout).stem
 
-    # ---- data
-    samples, too_long = encode_samples(config.conversations, tokenizer, config.context)
-    alone = not isinstance(model, BaichuanM1ForCausalLM) and not keeps_apart(model, samples[0])
-    rows = pack_samples(samples, tokens=config.tokens, context=config.context, seed=config.seed, alone=alone)
-    steps = len(rows) // config.rows
-    if not steps:
-        raise UserError(f"{config.conversations}: fewer than {config.rows} rows of {config.context} tokens")
+            def score() -> dict[str, Any]:
+                return {"answers": {name: answer_loss(run.model, heldout, config.context, alone)}}
 
-    batches = Conversations(samples, rows, config.rows, config.context)
+        after = None
+        if shift := config.shift:
 
-    heldout: list[Sample] = []
-    if config.heldout:
-        heldout = encode_samples(config.heldout, tokenizer, config.context)[0][: config.heldout_conversations]
+            def after(trainer: Any) -> Callable[[int], None]:
+                from galenic.align.shifting import shifter
 
-    def score(step: int) -> None:
-        """Appends the held-out answers' loss, unless a run before this one did."""
-        seen = [row["step"] for row in trainer.rows() if row["kind"] == "heldout"]
-        if heldout and step not in seen:
-            model.eval()
-            answers = {Path(str(config.heldout)).stem: answer_loss(model, heldout, config.context, alone)}
-            append_jsonl(out / "metrics.jsonl", {"kind": "heldout", "step": step, "answers": answers})
+                return shifter(shift, trainer, shift.steps(batches.steps), batches.laid_rows)
 
-    # ---- training
-    if config.lora:
-        model = add_adapter(model, config.lora, config.seed)
-    saving = CheckpointConfig(seconds=config.checkpoint_seconds, asynchronous=False)
-    paths = ("out", "model", "conversations", "heldout")  # the build knows whether these changed
-    identity = {k: v for k, v in asdict(config).items() if k not in (*paths, "checkpoint_seconds")}
-    checkpoints = Checkpoints(out, saving, run=identity)
-    trainer = Trainer(model, config.optim, config.guard, out, checkpoints=checkpoints)
-    after = None
-    if config.shift:
-        from galenic.align.shifting import shifter
-
-        after = shifter(config.shift, trainer, config.shift.steps(steps), batches.laid_rows)
-    trainer.resume()
-    if trainer.step == 0:
-        score(0)
-
-    def lr(step: int) -> float:
-        warm = config.optim.lr * warmup(step, config.optim.warmup_steps)
-        return min(warm, cosine_decay((step + 1) / steps, start=config.optim.lr, end=config.final_lr))
-
-    with progress(steps * config.rows * config.context, out.name, "tokens") as bar:
-        bar.update(trainer.step * config.rows * config.context)
-        trainer.train(batches, first=0, last=steps, lr=lr, bar=bar, after=after)
-    score(steps)
-
-    # ---- result
-    model.eval()
-    write_json(
-        out / "data.json",
-        {
-            "conversations": len(samples),
-            "longer_than_context": too_long,
-            "steps": steps,
-            "packed": not alone,
-        },
-    )
-    made_of = Path(config.model) / "galenic.json"
-    provenance = {
-        "verb": "sft",
-        "conversations": Path(config.conversations).name,
-        "steps": steps,
-        **({"lora": asdict(config.lora)} if config.lora else {}),
-        **({"shift": asdict(config.shift)} if config.shift else {}),
-        "base": read_json(made_of) if made_of.exists() else None,
-    }
-    write = save_adapter if config.lora else save_any
-    write(
-        model,
-        out / "model",
-        base=config.model,
-        provenance=provenance,
-        parents=[folder_name(config.model)],
-    )
-    trainer.finish()
+        run.fit(batches, None, steps=batches.steps, score=score, after=after)
+        run.write(
+            {"conversations": len(samples), "longer_than_context": too_long, "packed": not alone},
+            conversations=Path(config.conversations).name,
+            **({"shift": asdict(shift)} if shift else {}),
+        )

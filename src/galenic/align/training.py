@@ -2,8 +2,8 @@
 
     model folder --open--> model (+ adapter), tokenizer --fit--> metrics.jsonl, checkpoints --write--> model folder
 
-A verb's file holds its objective and its batches; everything that has to be right for each of them (resuming to the same
-bytes, several processes, adapters, where things are written) is here once.
+A verb's file holds its objective and its batches; everything that has to be right for each of them (resuming to the
+same bytes, several processes, adapters, where things are written) is here once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +38,9 @@ class Run:
         from galenic.pretrain.parallelism.parallel import Parallel
 
         self.verb, self.config, self.out = verb, config, Path(config.out)
+        for name in ("context", "tensor"):
+            if getattr(config.parallel, name) > 1:
+                raise UserError(f"parallel.{name}: alignment shares rows and weights only; leave it at 1")
         self.parallel = Parallel(config.parallel, precision=config.precision, device=device())
         self.model, self.tokenizer = load_any(config.model), load_tokenizer(config.model)
         if config.lora:
@@ -74,6 +77,7 @@ class Run:
         steps: int,
         score: Score | None = None,
         check: Callable[[Mapping[str, Any]], None] | None = None,
+        after: Callable[[Any], Callable[[int], None]] | None = None,
         together: int = 1,
     ) -> None:
         """Trains, from where a killed run stopped, on a cosine learning rate; scores before and after.
@@ -84,6 +88,8 @@ class Run:
             steps: in all.
             score: told as a row of kind `heldout` at step 0 and at the end.
             check: looks at each row and may end the run.
+            after: given the trainer, whose model is still the one that was opened, makes what is called after each
+                step; see `Trainer.train`.
             together: see `Trainer.train`.
         """
         from galenic.pretrain.checkpoints.checkpoints import Checkpoints
@@ -110,6 +116,7 @@ class Run:
                 micro_rows=config.parallel.micro_rows,
                 objective=objective,
             )
+            follow = after(self.trainer) if after else None
             self.trainer.resume()
             if self.trainer.step == 0:
                 self._score(score, 0)
@@ -121,7 +128,7 @@ class Run:
             with _bar(steps, self.out.name) as bar:
                 bar.update(self.trainer.step)
                 self.trainer.train(
-                    batches, first=0, last=steps, lr=lr, bar=bar, check=check, together=together
+                    batches, first=0, last=steps, lr=lr, bar=bar, after=follow, check=check, together=together
                 )
             self._score(score, steps)
 

@@ -168,6 +168,15 @@ def compile_layer(layer: Any, backend: str = "inductor") -> None:
     layer.forward = forward
 
 
+def decoder_layers(model: Any) -> list[tuple[str, Any]]:
+    """Returns a causal language model's layers with their names; none where they cannot be told."""
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return [(f"{name}.{number}", layer) for number, layer in enumerate(module)]
+    return []
+
+
 class Parallel:
     """The processes of a run and what each of them does.
 
@@ -245,25 +254,27 @@ class Parallel:
     # ------------------------------------------------------------------------ the model
 
     def apply(self, model: Any, seed: int = 0) -> None:
-        """Spreads a `BaichuanM1ForCausalLM` over the processes, in place, and puts it on the device.
+        """Spreads a causal language model over the processes, in place, and puts it on the device.
 
         Layers are drawn and go to the device one after the other, so that neither the machine nor the device ever
         holds more than its shards and one whole layer.
 
         Args:
-            model: with the same weights on every process, or made on the meta device.
+            model: with the same weights on every process, or made on the meta device; ours, or with or without a PEFT
+                adapter any of transformers', whose attention stays as it is.
             seed: that the weights of a model on the meta device are drawn from.
         """
-        self.model_config = model.config
-        layers, split, how = model.model.layers, self.degrees, self.config
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model_config = inner.config
+        split, how = self.degrees, self.config
         if split.context > 1:
             from galenic.pretrain.parallelism.context_parallel import split_rows
 
-            split_rows(model, self.pieces, self.attention)
-        else:
-            model.set_attn_implementation(self.attention)
-        for number, layer in enumerate(layers):
-            draw_weights(model, layer, f"model.layers.{number}", seed)
+            split_rows(inner, self.pieces, self.attention)
+        elif inner.config.model_type == "baichuan_m1":
+            inner.set_attn_implementation(self.attention)
+        for name, layer in decoder_layers(inner):
+            draw_weights(inner, layer, name, seed)
             layer.to(self.device)
             if split.tensor > 1:
                 from galenic.pretrain.parallelism.tensor_parallel import split_layer
@@ -276,7 +287,7 @@ class Parallel:
             if how.compile:
                 compile_layer(layer)
             self._shard(layer)
-        draw_weights(model, model, "", seed)
+        draw_weights(inner, inner, "", seed)
         model.to(self.device)
         self._shard(model)
 

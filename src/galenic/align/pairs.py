@@ -1,0 +1,169 @@
+"""Preference pairs: a prompt with a better and a worse answer. For TDPO and reward models.
+
+A line of a file: {"prompt", "chosen", "rejected"}, each a text or messages (`prompt` ends with the user's, the answers
+are the assistant's one message); `margin` tells how much better, where that is known.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from galenic.align.tasks import messages_of
+from galenic.corpus.tokens.chat_format import PAD
+from galenic.corpus.tokens.chat_template import encode_chat
+from galenic.pretrain.data.drawing import stable_hash
+from galenic.runtime import UserError, read_jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One pair as token ids, prompts included."""
+
+    id: str
+    """`file:line`."""
+    chosen: list[int]
+    rejected: list[int]
+    prompt: int
+    """Tokens of the prompt, the same in both."""
+    margin: float = 0.0
+    """How much better, in units of reward."""
+
+
+def read_pairs(path: str, tokenizer: Any, context: int) -> tuple[list[Pair], dict[str, int]]:
+    """Reads and encodes a file of pairs.
+
+    Args:
+        path: JSON lines; see above.
+        tokenizer: of the model.
+        context: tokens at most in a prompt with an answer.
+
+    Returns:
+        The pairs, and how many were left out, by reason.
+
+    Raises:
+        UserError: a line that is no pair, or whose answers are the same, named; no pair fits.
+    """
+    pairs, dropped = [], Counter()
+    for number, row in enumerate(read_jsonl(path), start=1):
+        try:
+            pair = _encode(row, tokenizer, f"{Path(path).name}:{number}")
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not a pair ({error})") from None
+        if max(len(pair.chosen), len(pair.rejected)) > context:
+            dropped["longer than context"] += 1
+        else:
+            pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{path}: no pair fits {context} tokens")
+    return pairs, dict(dropped)
+
+
+def _encode(row: dict[str, Any], tokenizer: Any, name: str) -> Pair:
+    prompt = messages_of(row.get("prompt"))
+    answers = {key: _answer(row.get(key), key) for key in ("chosen", "rejected")}
+    if answers["chosen"].strip() == answers["rejected"].strip():
+        raise ValueError("chosen and rejected are the same")
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"margin {margin!r} is not a number")
+    asked = encode_chat(tokenizer, prompt)[0]
+    ids = {
+        key: encode_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}])[0]
+        for key, text in answers.items()
+    }
+    if any(found[: len(asked)] != asked for found in ids.values()):
+        raise ValueError("the tokenizer writes the prompt differently once an answer follows")
+    return Pair(
+        id=name, chosen=ids["chosen"], rejected=ids["rejected"], prompt=len(asked), margin=float(margin)
+    )
+
+
+def _answer(value: Any, key: str) -> str:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        if value[0].get("role") != "assistant":
+            raise ValueError(f"{key} is a message of role {value[0].get('role')!r}, not the assistant's")
+        value = value[0].get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"no {key}: a text, or one message of the assistant's")
+    return value
+
+
+def set_aside(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Splits pairs by a hash of their prompts: all pairs of one prompt fall on one side.
+
+    Returns:
+        (for training, held out), neither empty.
+
+    Raises:
+        UserError: there are too few.
+    """
+    limit = share * 2**64
+    held = [pair for pair in pairs if stable_hash(f"{seed}/{pair.chosen[: pair.prompt]}") < limit]
+    kept = [pair for pair in pairs if stable_hash(f"{seed}/{pair.chosen[: pair.prompt]}") >= limit]
+    if not held or not kept:
+        raise UserError(
+            f"{len(pairs)} pairs are too few to set {share:.0%} aside; name a file of held-out pairs"
+        )
+    return kept, held
+
+
+class Pairs:
+    """The batches of a run over pairs (`galenic.pretrain.loop.Batches`), epoch after epoch in a new order.
+
+    A batch of n pairs: `input_ids` (2n, longest), the chosen at even rows and the rejected behind each; `answers`, of
+    the same shape, bool, tokens of the answer; `margins` (n,) float32.
+    """
+
+    domains: Sequence[str] = ()
+
+    def __init__(self, pairs: list[Pair], *, rows: int, epochs: float, context: int, seed: int) -> None:
+        self.pairs, self.rows, self.context, self.seed = pairs, rows, context, seed
+        self.steps = int(epochs * len(pairs)) // rows
+        if not self.steps:
+            raise UserError(
+                f"rows: {len(pairs)} pairs, read {epochs:g} times, are fewer than a batch of {rows}"
+            )
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def _number(self, place: int) -> int:
+        """Which pair stands at a place in the order of training."""
+        epoch, within = divmod(place, len(self.pairs))
+        if self._order[0] != epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, stable_hash(f"pairs/{epoch}")]))
+            self._order = epoch, generator.permutation(len(self.pairs)).tolist()
+        return self._order[1][within]
+
+    def batch(self, step: int, rows: Sequence[int]) -> dict[str, Any]:
+        """Returns these pairs of a batch."""
+        return collate_pairs([self.pairs[self._number(step * self.rows + row)] for row in rows])
+
+    def documents(self, step: int) -> list[str]:
+        """Names the pairs of a batch."""
+        return [self.pairs[self._number(step * self.rows + row)].id for row in range(self.rows)]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where the reader stands before a step."""
+        return {"pair": step * self.rows}
+
+
+def collate_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Lays pairs into tensors; see `Pairs`."""
+    import torch
+
+    from galenic.align.policy import padded
+
+    sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    ids = padded(sequences, PAD)
+    places = torch.arange(ids.shape[1])[None]
+    prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(2)[:, None]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    return {
+        "input_ids": ids,
+        "answers": (places >= prompts) & (places < lengths),
+        "margins": torch.tensor([pair.margin for pair in pairs]),
+    }

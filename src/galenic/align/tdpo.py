@@ -1,0 +1,192 @@
+"""Verb `tdpo`: token-level direct preference optimization.
+
+    u      = beta (log p(y_w|x) - log q(y_w|x)) - beta (log p(y_l|x) - log q(y_l|x))
+    D(y)   = sum_t KL(q(.|x, y_<t) || p(.|x, y_<t))        sequential KL, over the whole vocabulary
+    TDPO1  = -log sigmoid(u - beta (D(y_l) - D(y_w)))
+    TDPO2  = -log sigmoid(u - alpha beta (D(y_l) - sg[D(y_w)]))
+
+p is the policy, q the reference, y_w the better and y_l the worse answer, sg stops gradients. TDPO2 with alpha = 0 is
+DPO (arXiv 2305.18290). Source: Zeng et al. 2024, arXiv 2404.11999; Baichuan-M1 report, section 5.4, which says neither
+which of the two nor its constants.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from galenic.align.config import TdpoConfig
+from galenic.align.training import opened
+from galenic.runtime import Plan, UserError, human, read_jsonl
+
+if TYPE_CHECKING:
+    import torch
+
+    from galenic.align.policy import Reference
+
+
+def tdpo_loss(
+    log_ratios: "torch.Tensor",
+    kl: "torch.Tensor",
+    *,
+    beta: float,
+    alpha: float,
+    method: Literal["tdpo1", "tdpo2"],
+) -> "torch.Tensor":
+    """Computes the loss of each pair.
+
+    Args:
+        log_ratios: (pairs, 2) log p(y|x) - log q(y|x), nats, of the chosen and the rejected answer.
+        kl: (pairs, 2) sequential KL divergences D(y), nats.
+        beta: scale of the implicit reward.
+        alpha: weight of the divergences, for tdpo2.
+        method: which of the two.
+
+    Returns:
+        (pairs,) losses, nats.
+    """
+    import torch.nn.functional as F
+
+    margin = log_ratios[:, 0] - log_ratios[:, 1]
+    if method == "tdpo1":
+        return -F.logsigmoid(beta * (margin - (kl[:, 1] - kl[:, 0])))
+    return -F.logsigmoid(beta * (margin - alpha * (kl[:, 1] - kl[:, 0].detach())))
+
+
+class TdpoObjective:
+    """The loss of a batch of `Pairs` (`galenic.pretrain.loop.Objective`); a unit is a pair."""
+
+    measures = ("accuracy", "reward", "reward_margin", "kl", "kl_chosen", "kl_rejected", "entropy", "length")
+
+    def __init__(self, config: TdpoConfig, reference: "Reference", *, product: bool) -> None:
+        self.config, self.reference, self.product = config, reference, product
+
+    def units(self, part: Mapping[str, Any]) -> float:
+        """Counts pairs."""
+        return len(part["margins"])
+
+    def __call__(
+        self, model: Any, part: Mapping[str, Any], units: float
+    ) -> tuple["torch.Tensor", dict[str, tuple[float, float]]]:
+        """Computes loss and measures of a part."""
+        from galenic.align.policy import per_row, statistics
+
+        answers = part["answers"]
+        found = statistics(
+            model,
+            {"input_ids": part["input_ids"]},
+            answers,
+            product=self.product,
+            reference=self.reference,
+        )
+        assert found.reference_log_probs is not None and found.kl is not None
+        config, beta = self.config, self.config.beta
+        log_ratios = per_row(found.log_probs - found.reference_log_probs, answers).view(-1, 2)
+        kl = per_row(found.kl, answers).view(-1, 2)
+        losses = tdpo_loss(log_ratios, kl, beta=beta, alpha=config.alpha, method=config.method)
+        rewards, divergence = (beta * log_ratios).detach().double(), kl.detach().double()
+        pairs, tokens = len(rewards), int(answers.sum())
+        margins = rewards[:, 0] - rewards[:, 1]
+        return losses.sum() / units, {
+            "accuracy": (float((margins > 0).sum()), pairs),
+            "reward": (float(rewards[:, 0].sum()), pairs),
+            "reward_margin": (float(margins.sum()), pairs),
+            "kl": (float(divergence.sum()), tokens),
+            "kl_chosen": (float(divergence[:, 0].sum()), pairs),
+            "kl_rejected": (float(divergence[:, 1].sum()), pairs),
+            "entropy": (float(found.entropy.detach().double().sum()), tokens),
+            "length": (float(tokens), 2 * pairs),
+        }
+
+
+def plan(config: TdpoConfig) -> Plan:
+    """What the verb would do."""
+    for path in config.reads():
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder")
+    count = sum(1 for _ in read_jsonl(config.pairs))
+    trained = count if config.heldout else round(count * (1 - config.heldout_share))
+    steps = int(config.epochs * trained) // config.rows
+    name = {"tdpo1": "TDPO1", "tdpo2": f"TDPO2, alpha {config.alpha:g}"}[config.method]
+    return Plan(
+        reads=config.reads(),
+        writes=[f"{config.out}/model"],
+        facts={
+            "pairs": human(count),
+            "objective": f"{name}, beta {config.beta:g}",
+            "training": f"about {steps} steps of {config.rows} pairs, learning rate {config.optim.lr:g} to "
+            f"{config.final_lr:g} on a cosine",
+            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
+        },
+    )
+
+
+def run(config: TdpoConfig) -> None:
+    """Trains; continues where a killed run stopped, to the same bytes."""
+    from galenic.align.health import watchdog
+    from galenic.align.pairs import Pairs, read_pairs, set_aside
+    from galenic.align.policy import Reference
+
+    with opened("tdpo", config) as run:
+        if run is None:
+            return
+        run.check_context(config.context)
+        pairs, dropped = read_pairs(config.pairs, run.tokenizer, config.context)
+        if config.heldout:
+            heldout = read_pairs(config.heldout, run.tokenizer, config.context)[0]
+        else:
+            pairs, heldout = set_aside(pairs, config.heldout_share, config.seed)
+        batches = Pairs(
+            pairs, rows=config.rows, epochs=config.epochs, context=config.context, seed=config.seed
+        )
+        reference = Reference(run.model, config.reference, base=config.model, parallel=run.parallel)
+        objective = TdpoObjective(config, reference, product=run.product)
+        run.fit(
+            batches,
+            objective,
+            steps=batches.steps,
+            score=lambda: measured(run.model, objective, heldout, config.rows, run.trainer),
+            check=watchdog(config.limits),
+        )
+        run.write(
+            {"pairs": len(pairs), "heldout": len(heldout), "dropped": dropped},
+            pairs=Path(config.pairs).name,
+            method=config.method,
+            beta=config.beta,
+            alpha=config.alpha,
+        )
+
+
+def measured(model: Any, objective: Any, pairs: list[Any], rows: int, trainer: Any) -> dict[str, float]:
+    """Measures an objective's loss and measures on held-out pairs; each process takes its share.
+
+    Args:
+        model: in `eval()`.
+        objective: of pairs.
+        pairs: all of them.
+        rows: pairs at a time.
+        trainer: knows device and processes.
+
+    Returns:
+        loss and the objective's measures.
+    """
+    import torch
+
+    from galenic.align.pairs import collate_pairs
+
+    names, every = objective.measures, trainer.parallel.data_ranks
+    sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64)
+    groups = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+    # All processes take as many turns: what some have over is taken again, and not counted.
+    for turn in range(-(-len(groups) // every)):
+        place = turn * every + trainer.parallel.data_rank
+        part = collate_pairs(groups[min(place, len(groups) - 1)])
+        part = {name: tensor.to(trainer.device) for name, tensor in part.items()}
+        with torch.no_grad():
+            loss, told = objective(model, part, 1)
+        if place < len(groups):
+            sums += torch.tensor([float(loss), *(value for name in names for value in told[name])])
+    loss, *told = trainer.parallel.added(sums).tolist()
+    found = {
+        name: total / count for name, total, count in zip(names, told[::2], told[1::2], strict=True) if count
+    }
+    return {"loss": loss / len(pairs), **found}
