@@ -1,7 +1,7 @@
 """Matrix products in float32 on AMD processors: through oneDNN, which uses AVX-512 there, instead of MKL.
 
 PyTorch's x86 wheels carry both libraries. They multiply float32 matrices with MKL, which keeps its AVX-512 kernels to
-Intel's processors; with oneDNN a training step was 1.27 to 1.46 times as fast on an AMD EPYC (benchmarks/pretrain.py).
+Intel's processors; with oneDNN a training step was 1.28 to 1.56 times as fast on an AMD EPYC (benchmarks/pretrain.py).
 Precision is the same, the order of additions and so the last bits are not.
 """
 
