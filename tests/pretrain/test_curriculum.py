@@ -311,6 +311,14 @@ def test_without_a_state_or_backwards_it_is_slower_and_the_same(folder):
     assert laid(reader, 5) == expected[5]
 
 
+def test_a_released_reader_holds_no_block_and_reads_the_same(folder):
+    batches = make_batches(folder, make_phase(), block_rows=4)
+    before = laid(batches, batches.steps - 1)
+    batches.release()
+    assert not batches._held
+    assert laid(batches, batches.steps - 1) == before
+
+
 def test_the_next_block_is_made_while_this_one_trains(folder):
     batches = make_batches(folder, make_phase(), 6)
     threads = []

@@ -188,6 +188,7 @@ def _phases(
             folder = Path(config.out) / phase.name
             trainer.model.eval()
             export_model(trainer.model, trainer.parallel, folder, config.tokenizer, provenance)
+        batches.release()
 
 
 def _identity(config: PretrainConfig, data: str) -> dict[str, Any]:

@@ -281,6 +281,10 @@ class PhaseBatches:
         self._held.clear()
         self._next, self._ahead = place, None
 
+    def release(self) -> None:
+        """Lets go of the blocks, once the phase is over; whoever reads on has them packed anew."""
+        self._seek(Place())
+
     # ------------------------------------------------------------------------ state
 
     def state(self, step: int) -> dict[str, Any]:
