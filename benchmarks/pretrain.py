@@ -123,7 +123,7 @@ def on_cuda() -> list[str]:
     import torch
 
     from galenic.model import BaichuanM1Config
-    from galenic.pretrain.planning.budget import flops_per_token
+    from galenic.pretrain.planning.budget import flops
     from galenic.pretrain.planning.memory import ALONE, memory
     from model import matmul_peak
 
@@ -136,7 +136,7 @@ def on_cuda() -> list[str]:
         seconds = median_interval([worker.steps(shape.steps) for _ in range(7)]).median / shape.steps
         worker.close()
         tokens = shape.rows * shape.context
-        mfu = flops_per_token(config, shape.context, MEAN_DOCUMENT) * tokens / seconds / peak
+        mfu = flops(config, shape.context, MEAN_DOCUMENT).trained * tokens / seconds / peak
         planned = memory(config, ALONE, rows=shape.rows, micro=shape.rows, context=shape.context).peak
         found = worker.told[-1]["peak"]
         near = "met" if abs(found / planned - 1) <= 0.1 else "**not met**"

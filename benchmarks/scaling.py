@@ -75,7 +75,7 @@ def needs():
     print(columns + "".join(f"{f'{devices:,} x H100':>16}" for devices in DEVICES))
     for name, (architecture, vocabulary, tokens, context) in sizes().items():
         shape = shape_of(architecture, vocabulary, context)
-        count, each = budget.parameters(shape).total, budget.flops_per_token(shape, context)
+        count, each = budget.parameters(shape).total, budget.flops(shape, context).trained
         state = memory.state(shape, memory.ALONE).total
         line = f"{name:<9}{count:>15,}{human(tokens):>8}{each / GIGA:>13.3g}{tokens * each:>10.2g}"
         line += f"{state / GIGA:>10.3g}{memory.checkpoint_bytes(shape) / GIGA:>9.3g}"
@@ -117,7 +117,9 @@ def measure(name, architecture, vocabulary, rows, context, steps):
 
     from galenic.model import BaichuanM1ForCausalLM
     from galenic.pretrain.watching.watch import matmul_peak
+    from galenic.runtime import torch_setup
 
+    torch_setup(0)
     torch.set_num_threads(2)
     shape = shape_of(architecture, vocabulary, context)
     shape._attn_implementation = "sdpa"
@@ -134,7 +136,7 @@ def measure(name, architecture, vocabulary, rows, context, steps):
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - started)
     peak = statistics.mean([before, matmul_peak("cpu", torch.float32)])
-    each = budget.flops_per_token(shape, context, 192)
+    each = budget.flops(shape, context, 192).trained
     speeds = [rows * context / took for took in times[1:]]
     shares = [speed * each / peak for speed in speeds]
     count = budget.parameters(shape).total
