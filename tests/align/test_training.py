@@ -302,7 +302,7 @@ def test_rows_that_do_not_divide_are_refused(base, pair_file, tmp_path):
 def test_only_rows_and_weights_are_shared(base, pair_file, tmp_path, name):
     config = make_config(tmp_path / "a", base, pair_file, parallel=ParallelConfig(**{name: 2}))
     with pytest.raises(UserError, match=f"parallel.{name}: alignment shares rows and weights only"):
-        Run("tdpo", config, load=load_any)
+        Run("tdpo", config, load_any)
 
 
 def test_a_step_draws_no_random_number(tmp_path, tokenizer_step):

@@ -20,17 +20,18 @@ def _peft() -> Any:
 def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
     """Puts an adapter that changes nothing yet on a model and freezes the rest.
 
-    Of a classifier, the last layer is trained with it.
-
     Raises:
         UserError: PEFT is not installed, or a target is no layer of the model.
     """
     import torch
 
+    from galenic.model.foreign import kind_of
+
     peft = _peft()
+    classifies = kind_of(type(model).__name__) == "text classifier"  # its head is trained whole, and saved
     torch.manual_seed(seed)  # of the first factor; the second starts at zero
     settings = peft.LoraConfig(
-        task_type="SEQ_CLS" if "SequenceClassification" in type(model).__name__ else "CAUSAL_LM",
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.targets or "all-linear",

@@ -108,6 +108,9 @@ class Reference:
         if self.model is not None:
             self.model.requires_grad_(False).eval()
             if parallel is not None:
+                if parallel.precision == "bfloat16":  # it computes in that, and never learns
+                    for parameter in self.model.parameters():
+                        parameter.data = parameter.data.bfloat16()
                 parallel.apply(self.model)
             if self.offload:
                 self.model.to("cpu")

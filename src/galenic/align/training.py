@@ -33,7 +33,7 @@ class Run:
     """
 
     def __init__(
-        self, verb: str, config: TrainingConfig, *, load: Callable[[str], Any], packed: bool = False
+        self, verb: str, config: TrainingConfig, load: Callable[[str], Any], *, packed: bool = False
     ) -> None:
         from galenic.align.lora import add_adapter
         from galenic.model import load_tokenizer
@@ -227,14 +227,14 @@ class Run:
 
 @contextmanager
 def opened(
-    verb: str, config: TrainingConfig, *, load: Callable[[str], Any] | None = None, packed: bool = False
+    verb: str, config: TrainingConfig, load: Callable[[str], Any] | None = None, *, packed: bool = False
 ) -> Iterator[Run | None]:
     """Opens the run of a verb; None if its model is there already.
 
     Args:
         verb: its name.
         config: its own.
-        load: folder -> model on the CPU in float32. Default: any causal language model.
+        load: opens its model's folder. Default: any causal language model.
         packed: whether a row holds several texts.
 
     Raises:
@@ -250,7 +250,7 @@ def opened(
             Checkpoints(config.out, config.checkpoints).finish()  # a kill may have left them
             yield None
             return
-        yield Run(verb, config, load=load or load_any, packed=packed)
+        yield Run(verb, config, load or load_any, packed=packed)
 
 
 def _without_dropout(model: Any) -> None:
