@@ -25,10 +25,13 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
     """
     import torch
 
+    from galenic.model.foreign import kind_of
+
     peft = _peft()
+    classifies = kind_of(type(model).__name__) == "text classifier"  # its head is trained whole, and saved
     torch.manual_seed(seed)  # of the first factor; the second starts at zero
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.targets or "all-linear",
@@ -39,6 +42,21 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
             return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from None
+
+
+def load_adapter(model: Any, folder: str | Path) -> Any:
+    """Returns a model with an adapter's updates in its weights.
+
+    Raises:
+        UserError: PEFT is not installed, or the folder is no adapter of this model.
+    """
+    peft = _peft()
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: no adapter of this model ({' '.join(str(error).split())[:300]})"
+        ) from None
 
 
 def save_adapter(
