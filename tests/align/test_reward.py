@@ -17,7 +17,7 @@ from galenic.model import BaichuanM1ForCausalLM, load, load_tokenizer, save
 from galenic.model.folder import as_scorer, load_classifier
 from galenic.model.foreign import load_any, load_scorer
 from galenic.pretrain.config import CheckpointConfig, OptimConfig
-from galenic.runtime import UserError, read_json
+from galenic.runtime import UserError, folder_name, read_json
 
 # ---------------------------------------------------------------------------- the mathematics
 
@@ -199,7 +199,7 @@ def test_pairs_that_can_be_told_apart_are_told_apart(kind, lora, base, llama_fol
     before, after = rows_of(tmp_path / "a", "heldout")
     assert (before["accuracy"], before["brier"], before["calibration_error"]) == (0.5, 0.25, 0.0)
     assert before["loss"] == pytest.approx(math.log(2)) and before["reward_deviation"] == 0
-    assert after["accuracy"] == 1.0 and after["brier"] < 0.05 and after["reward_margin"] > 1
+    assert after["accuracy"] == 1.0 and after["brier"] < 0.15 and after["reward_margin"] > 1
     assert contents(tmp_path / "a" / "model") == contents(tmp_path / "b" / "model")
     made = str(tmp_path / "a" / "model")
     scores = scores_of(f"{folder}+{made}" if lora else made)
@@ -235,7 +235,7 @@ def test_a_reward_model_is_a_folder_that_others_open(base, pairs, tmp_path):
         tmp_path / "again",
         tokenizer=made,
         provenance=read_json(made / "galenic.json"),
-        parents=["model"],
+        parents=[folder_name(str(base))],
     )
     assert contents(tmp_path / "again") == contents(made)
 
@@ -288,7 +288,7 @@ def test_margins_ask_for_a_wider_lead(base, tmp_path):
     leads = {}
     for margin in (0.0, 6.0):
         file = write_pairs(tmp_path / f"{margin}.jsonl", margin=margin)
-        run(tmp_path / f"m{margin}", base, file)
+        run(tmp_path / f"m{margin}", base, file, optim=OptimConfig(lr=1e-2, warmup_steps=1), epochs=5.0)
         leads[margin] = rows_of(tmp_path / f"m{margin}", "heldout")[1]["reward_margin"]
     assert leads[6.0] > 1.5 * leads[0.0]
 
@@ -305,7 +305,7 @@ def test_the_centre_keeps_rewards_around_zero(base, pairs, tmp_path):
 
 def test_a_run_that_was_cut_ends_with_the_same_bytes(base, pairs, tmp_path, monkeypatch):
     often = CheckpointConfig(seconds=0, asynchronous=False)
-    run(tmp_path / "whole", base, pairs, checkpoints=often)
+    run(tmp_path / "whole", base, pairs, epochs=1.0, checkpoints=often)
     real, calls = reward.RewardObjective.__call__, []
 
     def cut(self, *arguments):
@@ -316,9 +316,9 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(base, pairs, tmp_path, monk
 
     monkeypatch.setattr(reward.RewardObjective, "__call__", cut)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", base, pairs, checkpoints=often)
+        run(tmp_path / "cut", base, pairs, epochs=1.0, checkpoints=often)
     monkeypatch.undo()
-    run(tmp_path / "cut", base, pairs, checkpoints=often)
+    run(tmp_path / "cut", base, pairs, epochs=1.0, checkpoints=often)
     assert contents(tmp_path / "cut" / "model") == contents(tmp_path / "whole" / "model")
 
 

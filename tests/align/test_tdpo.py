@@ -234,7 +234,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("head", ["ours", "another's"])
 def test_the_logits_of_a_batch_are_never_held(head, monkeypatch, llama_folder):
-    model = small(vocab_size=1500) if head == "ours" else load_any(llama_folder)
+    model = small(vocab_size=3000) if head == "ours" else load_any(llama_folder)
     vocabulary = model.config.vocab_size
     chunk = 20 * vocabulary
     reference = policy.Reference(model, ReferenceConfig(), base="m")
@@ -247,8 +247,8 @@ def test_the_logits_of_a_batch_are_never_held(head, monkeypatch, llama_folder):
         loss.backward()
     answers, positions = int(part["answers"].sum()), part["answers"].numel()
     weights = max(parameter.numel() for parameter in model.parameters())
-    hidden = positions * model.config.intermediate_size
-    allowed = max(chunk, weights, hidden)
+    widths = [m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    allowed = max(chunk, weights, positions * max(w for w in widths if w != vocabulary))
     assert answers * vocabulary > 1.3 * allowed  # holding them would be noticed
     assert largest.entries <= allowed
 
@@ -278,7 +278,10 @@ def test_preferences_are_learnt_and_a_rerun_gives_the_same_bytes(base, pairs, tm
     for name in ("a", "b"):
         run(tmp_path / name, base, pairs, **changes)
     before, after = rows_of(tmp_path / "a", "heldout")
-    assert before["loss"] == math.log(2) and (before["accuracy"], before["kl"]) == (0.5, 0)
+    assert before["loss"] == pytest.approx(math.log(2), rel=1e-7) and (before["accuracy"], before["kl"]) == (
+        0.5,
+        0,
+    )
     assert after["accuracy"] > 0.9 and after["loss"] < 0.6 and after["kl"] > 0
     assert after["preferred"] > 0.9 and after["reward_margin"] > 0.2
     trained = rows_of(tmp_path / "a", "train")
@@ -291,7 +294,7 @@ def test_preferences_are_learnt_and_a_rerun_gives_the_same_bytes(base, pairs, tm
 def test_another_architecture_is_aligned_too(llama_folder, pairs, tmp_path, lora):
     run(tmp_path / "a", llama_folder, pairs, lora=lora)
     before, after = rows_of(tmp_path / "a", "heldout")
-    assert before["loss"] == math.log(2) and after["accuracy"] > 0.9
+    assert before["loss"] == pytest.approx(math.log(2), rel=1e-7) and after["accuracy"] > 0.9
 
 
 def test_another_reference_is_what_the_policy_is_held_against(base, pairs, tmp_path, tokenizer_step):
@@ -334,20 +337,20 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(base, pairs, tmp_path, monk
     from galenic.pretrain.config import CheckpointConfig
 
     often = CheckpointConfig(seconds=0, asynchronous=False)
-    run(tmp_path / "whole", base, pairs, checkpoints=often)
+    run(tmp_path / "whole", base, pairs, epochs=1.0, checkpoints=often)
     real, calls = tdpo.TdpoObjective.__call__, []
 
     def cut(self, *arguments):
         calls.append(1)
-        if len(calls) == 12:
+        if len(calls) == 9:
             raise KeyboardInterrupt
         return real(self, *arguments)
 
     monkeypatch.setattr(tdpo.TdpoObjective, "__call__", cut)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", base, pairs, checkpoints=often)
+        run(tmp_path / "cut", base, pairs, epochs=1.0, checkpoints=often)
     monkeypatch.undo()
-    run(tmp_path / "cut", base, pairs, checkpoints=often)
+    run(tmp_path / "cut", base, pairs, epochs=1.0, checkpoints=often)
     assert contents(tmp_path / "cut" / "model") == contents(tmp_path / "whole" / "model")
     told = [
         [(r["step"], r["loss"], r["kl"]) for r in rows_of(tmp_path / n, "train")] for n in ("cut", "whole")
