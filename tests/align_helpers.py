@@ -93,11 +93,15 @@ def write_lines(path, rows):
 
 def pairs(count=40):
     """Preference pairs: the word that follows is better than the one before."""
+
+    def before(i):
+        return WORDS[(i - 1) % len(WORDS)]
+
     return [
         {
             "prompt": f"What follows {WORDS[i % len(WORDS)]} in list {i}?",
             "chosen": f"{WORDS[(i + 1) % len(WORDS)]}.",
-            "rejected": f"{WORDS[i - 1]} {WORDS[i - 2]}." if i % 3 else f"{WORDS[i - 1]}.",
+            "rejected": f"{before(i)} {before(i - 1)}." if i % 3 else f"{before(i)}.",
         }
         for i in range(count)
     ]
