@@ -67,6 +67,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.sft",
         "fine-tune an expert on conversations, loss on answers only",
     ),
+    "reward": (
+        "galenic.align.config:RewardConfig",
+        "galenic.align.reward",
+        "train a reward model on preference pairs (Bradley-Terry)",
+    ),
     "tdpo": (
         "galenic.align.config:TdpoConfig",
         "galenic.align.tdpo",

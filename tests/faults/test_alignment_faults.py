@@ -62,13 +62,15 @@ def tdpo(inputs):
     return {"pairs": inputs["pairs"], "heldout_share": 0.2, "rows": 2, "context": 64, "epochs": 2}
 
 
-VERBS = {"sft": sft, "tdpo": tdpo}
+VERBS = {"sft": sft, "tdpo": tdpo, "reward": tdpo}
 CASES = {
     "sft-full": ("sft", "ours", {}),
     "sft-lora": ("sft", "ours", {"lora": {"rank": 4}}),
     "tdpo-full": ("tdpo", "ours", {}),
     "tdpo-lora": ("tdpo", "llama", {"lora": {"rank": 4}}),
     "tdpo-offloaded": ("tdpo", "llama", {"reference": {"offload": True}}),
+    "reward-full": ("reward", "ours", {}),
+    "reward-lora": ("reward", "llama", {"lora": {"rank": 4}}),
 }
 
 
