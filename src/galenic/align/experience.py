@@ -6,26 +6,26 @@ For the tokens y_1 ... y_T of an answer, policy p, reference q, reward s of the 
 before y_t:
 
     r_t = [t = T] s - b (log p(y_t) - log q(y_t))                  arXiv 2203.02155, eq. 2, token by token
-    A_t = sum_k (gamma lambda)^k (r_{t+k} + gamma V_{t+k+1} - V_{t+k}),  V_{T+1} = 0        arXiv 1506.02438, eq. 16
+    A_t                                                            generalised advantage estimation, `advantages.py`
     R_t = A_t + V_t                                                what V_t should have been
 
 An answer that was cut off ends where it was cut: `rewards.cut_off` says what it is worth.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from galenic.align.advantages import adapted_kl, gae, whiten
 from galenic.align.config import PpoConfig
-from galenic.align.policy import Reference, padded, plain, statistics
+from galenic.align.policy import Reference, padded
 from galenic.align.rollouts import stale
 from galenic.align.tasks import Task
-from galenic.align.token_statistics import TokenStatistics
+from galenic.align.values import with_values
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash
@@ -36,128 +36,6 @@ TOLD = ("reward", "reward_deviation", "kl", "kl_weight", "length", "ended", "sta
 """What is told of all answers that were sampled together; not a number where it is not known."""
 COLUMNS = ("log_probs", "values", "advantages", "returns")
 """Numbers of each token of an answer."""
-
-# ---------------------------------------------------------------------------- mathematics
-
-
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, answers: torch.Tensor, *, discount: float, lam: float
-) -> torch.Tensor:
-    """Computes generalised advantage estimates; see above for the equation.
-
-    Args:
-        rewards: (rows, length) of each token.
-        values: (rows, length) of what stands before it.
-        answers: (rows, length) bool, tokens of the answer, which stand together in their row.
-        discount: gamma.
-        lam: lambda.
-
-    Returns:
-        (rows, length) advantages, 0 outside answers.
-    """
-    advantages = torch.zeros_like(values)
-    later = following = values.new_zeros(len(values))
-    for place in reversed(range(values.shape[1])):
-        error = rewards[:, place] + discount * following - values[:, place]
-        later = torch.where(answers[:, place], error + discount * lam * later, 0.0)
-        following = torch.where(answers[:, place], values[:, place], 0.0)
-        advantages[:, place] = later
-    return advantages
-
-
-def whiten(values: torch.Tensor, *, shift: bool = True) -> torch.Tensor:
-    """Divides numbers by their standard deviation, where they have one; `shift`: and moves their mean to 0."""
-    centred = values - values.mean()
-    deviation = centred.square().mean().sqrt()
-    result = centred if shift else values
-    # Of equal numbers only rounding errors would be left, blown up.
-    return result / deviation if deviation > 1e-8 * values.abs().max() else result
-
-
-def adapted_kl(weight: float, kl: float, target: float) -> float:
-    """Returns the penalty's next weight: larger after a divergence above the target, by 2% at most.
-
-    b <- b (1 + 0.1 clip(kl / target - 1, -0.2, 0.2)). Source: Ziegler et al., arXiv 1909.08593, section 2.2.
-
-    Args:
-        weight: b, of this batch of answers.
-        kl: their mean divergence from the reference, nats an answer.
-        target: what it should be.
-    """
-    return weight * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
-
-
-# ---------------------------------------------------------------------------- values
-
-
-class ValueHead(torch.nn.Module):
-    """A value of each of a model's last hidden states: (..., width) -> (...), 0 to begin with.
-
-    A vector and a number: optimizers that treat matrices in their own way leave it alone.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(width))
-        self.bias = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Computes values, at least in float32."""
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        return hidden.to(exact) @ self.weight.to(exact) + self.bias.to(exact)
-
-
-def add_value_head(model: Any) -> None:
-    """Makes a value head a part of the model, which is trained, sharded and kept in checkpoints with it."""
-    model.value_head = ValueHead(plain(model).get_output_embeddings().weight.shape[-1])
-
-
-@contextmanager
-def _heard(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Keeps what is given to the model's head in passes meanwhile: last hidden states (rows, length, width)."""
-    kept: list[torch.Tensor] = []
-    head = plain(model).get_output_embeddings()
-    listener = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    try:
-        yield kept
-    finally:
-        listener.remove()
-
-
-def with_values(
-    model: Any,
-    ids: torch.Tensor,
-    answers: torch.Tensor,
-    *,
-    product: bool,
-    temperature: float,
-    reference: Reference | None = None,
-) -> tuple[TokenStatistics, torch.Tensor]:
-    """Computes the statistics of the answers' tokens, and the value of what stands before each.
-
-    Args:
-        model: with a value head.
-        ids: (rows, length) token ids.
-        answers: (rows, length) bool, never a row's first.
-        product: what `head_is_product` says of the model.
-        temperature: that tokens were sampled at.
-        reference: what the model is held against.
-
-    Returns:
-        The statistics and (tokens,) values, in the order of `answers.nonzero()`, all from one pass.
-    """
-    with _heard(model) as hidden:
-        found = statistics(
-            model,
-            {"input_ids": ids},
-            answers,
-            product=product,
-            reference=reference,
-            temperature=temperature,
-        )
-    # The last pass is the policy's: a reference that is the base under its adapter comes before.
-    return found, model.value_head(hidden[-1][answers.roll(-1, 1)])
-
 
 # ---------------------------------------------------------------------------- answers
 
@@ -251,7 +129,8 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
 
     def laid(name: str) -> torch.Tensor:
         table = torch.zeros(wanted.shape, dtype=torch.float64)
-        table[wanted] = torch.tensor([x for answer in answers for x in getattr(answer, name)]).double()
+        numbers = [number for answer in answers for number in getattr(answer, name)]
+        table[wanted] = torch.tensor(numbers, dtype=torch.float64)
         return table
 
     scores = torch.tensor([answer.reward for answer in answers], dtype=torch.float64)

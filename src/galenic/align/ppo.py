@@ -81,7 +81,8 @@ class PpoObjective:
         self, model: Any, part: Mapping[str, Any], units: float
     ) -> tuple["torch.Tensor", dict[str, tuple[float, float]]]:
         """Computes loss and measures of a part."""
-        from galenic.align.experience import TOLD, with_values
+        from galenic.align.experience import TOLD
+        from galenic.align.values import with_values
 
         config, answers = self.config, part["answers"]
         found, values = with_values(
@@ -141,11 +142,12 @@ def plan(config: PpoConfig) -> Plan:
 
 def run(config: PpoConfig) -> None:
     """Trains; continues where a killed run stopped, to the same bytes."""
-    from galenic.align.experience import Experiences, add_value_head, fitting
+    from galenic.align.experience import Experiences, fitting
     from galenic.align.health import watchdog
     from galenic.align.policy import Reference
     from galenic.align.rewards.rewards import Rewards
     from galenic.align.rollouts import Sampler
+    from galenic.align.values import add_value_head
 
     with opened("ppo", config) as run:
         if run is None:
