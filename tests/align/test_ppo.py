@@ -13,7 +13,7 @@ from galenic.align.config import LimitsConfig, LoraConfig, PpoConfig, ReferenceC
 from galenic.align.experience import Experiences, collate_answers, experience, fitting
 from galenic.align.policy import Reference, head_is_product
 from galenic.align.tasks import read_tasks
-from galenic.align.values import ValueHead, add_value_head, with_values
+from galenic.align.values import ValueHead, value_head_for, with_values
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
 from galenic.model.foreign import load_any
 from galenic.pretrain.config import CheckpointConfig, OptimConfig, ParallelConfig
@@ -64,6 +64,9 @@ class Letters:
     def __init__(self, *_, **__):
         pass
 
+    def ready(self, tasks):
+        pass
+
     def __call__(self, tasks, texts, ended):
         assert len(tasks) == len(texts) == len(ended)
         return [sum(letter in "abcdefgh" for letter in text) / max(1, len(text)) for text in texts]
@@ -109,7 +112,7 @@ def test_values_are_those_of_the_states_that_tokens_are_predicted_from(base, lla
     torch.manual_seed(1)
     for folder in (base, llama_folder):
         model = load_any(folder)
-        add_value_head(model)
+        model.value_head = value_head_for(model)
         torch.nn.init.normal_(model.value_head.weight)
         torch.nn.init.normal_(model.value_head.bias)
         ids = torch.randint(10, 300, (3, 7))
@@ -131,7 +134,7 @@ def test_values_under_an_adapter_are_the_policys_and_not_its_bases(llama_folder)
 
     model = add_adapter(load_any(llama_folder), LoraConfig(rank=2), 0)
     reference = Reference(model, ReferenceConfig(), base=str(llama_folder))
-    add_value_head(model)
+    model.value_head = value_head_for(model)
     torch.nn.init.normal_(model.value_head.weight)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -187,7 +190,7 @@ def test_loss_and_gradient_equal_the_naive_ones_and_do_not_depend_on_the_cut(bas
         )
     found = experience(answers, config, config.kl)
     model = load(base).double()
-    add_value_head(model)
+    model.value_head = value_head_for(model)
     model.value_head.double()
     torch.nn.init.normal_(model.value_head.weight, std=0.3)
     objective = ppo.PpoObjective(config, product=head_is_product(model))
@@ -227,7 +230,7 @@ def test_a_value_head_is_spared_from_decay_and_matrices_ways(base):
     from galenic.pretrain.optimizers import trained_parameters
 
     model = load(base)
-    add_value_head(model)
+    model.value_head = value_head_for(model)
     others = [id(parameter) for parameter in trained_parameters(model)[1]]
     assert {id(model.value_head.weight), id(model.value_head.bias)} <= set(others)
     assert ValueHead(4)(torch.ones(2, 3, 4, dtype=torch.bfloat16)).dtype == torch.float32

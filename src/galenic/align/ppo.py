@@ -147,26 +147,22 @@ def run(config: PpoConfig) -> None:
     from galenic.align.policy import Reference
     from galenic.align.rewards.rewards import Rewards
     from galenic.align.rollouts import Sampler
-    from galenic.align.values import add_value_head
+    from galenic.align.values import value_head_for
 
     with opened("ppo", config) as run:
         if run is None:
             return
         run.check_context(config.context)
-        if (config.rows // config.minibatches) % run.parallel.data_ranks:
-            raise UserError(
-                f"rows: a minibatch of {config.rows // config.minibatches} answers (rows / minibatches) does not "
-                f"divide among {run.parallel.data_ranks} processes"
-            )
         room = config.context - config.sampling.max_new_tokens
         questions, dropped = fitting(read_tasks(config.tasks), run.tokenizer, room)
         heldout: list[Question] = []
         if config.heldout:
             heldout = fitting(read_tasks(config.heldout, limit=config.heldout_tasks), run.tokenizer, room)[0]
         rewards, sampler = Rewards(config.rewards), Sampler(run, config.sampling)
+        rewards.ready([question.task for question in (*questions, *heldout)])
         objective = PpoObjective(config, product=run.product)
         reference = Reference(run.model, config.reference, base=config.model, parallel=run.parallel)
-        add_value_head(run.model)  # after the reference, which needs none, was copied
+        run.attach("value_head", value_head_for(run.model))  # after the reference, which needs none, was copied
         batches = Experiences(run, config, questions, sampler=sampler, rewards=rewards, reference=reference)
         run.fit(
             batches,
@@ -176,7 +172,6 @@ def run(config: PpoConfig) -> None:
             check=watchdog(config.limits, longest=config.sampling.max_new_tokens),
             together=batches.together,
         )
-        del run.model.value_head  # it has served
         run.write(
             {"tasks": len(questions), "heldout": len(heldout), "dropped": dropped},
             tasks=Path(config.tasks).name,

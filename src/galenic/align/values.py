@@ -1,17 +1,12 @@
-"""A value head on a model's last hidden states: a part of the model while PPO trains, and no part of what is exported.
+"""A value head on a model's last hidden states: a part of the model while PPO trains, and no part of what is written."""
 
-The states are those that the model's own head is given, in its own forward pass: adapters, shards and heads that do
-more than multiply stay as they are.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from galenic.align.policy import Reference, plain, statistics
-from galenic.align.token_statistics import TokenStatistics
+from galenic.align.policy import Reference, hidden_and_states
+from galenic.align.token_statistics import TokenStatistics, token_statistics
+from galenic.model.foreign import plain
 
 
 class ValueHead(torch.nn.Module):
@@ -31,21 +26,9 @@ class ValueHead(torch.nn.Module):
         return hidden.to(exact) @ self.weight.to(exact) + self.bias.to(exact)
 
 
-def add_value_head(model: Any) -> None:
-    """Makes a value head a part of the model, which is trained, sharded and kept in checkpoints with it."""
-    model.value_head = ValueHead(plain(model).get_output_embeddings().weight.shape[-1])
-
-
-@contextmanager
-def _heard(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Keeps what is given to the model's head in passes meanwhile: last hidden states (rows, length, width)."""
-    kept: list[torch.Tensor] = []
-    head = plain(model).get_output_embeddings()
-    listener = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    try:
-        yield kept
-    finally:
-        listener.remove()
+def value_head_for(model: Any) -> ValueHead:
+    """Makes one for the states that a model's own head is given; `with_values` looks for it at `model.value_head`."""
+    return ValueHead(plain(model).get_output_embeddings().weight.shape[-1])
 
 
 def with_values(
@@ -57,27 +40,24 @@ def with_values(
     temperature: float,
     reference: Reference | None = None,
 ) -> tuple[TokenStatistics, torch.Tensor]:
-    """Computes the statistics of the answers' tokens, and the value of what stands before each.
+    """Computes the statistics of the answers' tokens, and the value of what stands before each, in one pass.
 
     Args:
         model: with a value head.
-        ids: (rows, length) token ids.
+        ids: (rows, length) token ids; padding stands on the right, where a causal model cannot see it.
         answers: (rows, length) bool, never a row's first.
         product: what `head_is_product` says of the model.
         temperature: that tokens were sampled at.
         reference: what the model is held against.
 
     Returns:
-        The statistics and (tokens,) values, in the order of `answers.nonzero()`, all from one pass.
+        The statistics and (tokens,) values, in the order of `answers.nonzero()`.
     """
-    with _heard(model) as hidden:
-        found = statistics(
-            model,
-            {"input_ids": ids},
-            answers,
-            product=product,
-            reference=reference,
-            temperature=temperature,
-        )
-    # The last pass is the policy's: a reference that is the base under its adapter comes before.
-    return found, model.value_head(hidden[-1][answers.roll(-1, 1)])
+    inputs, before = {"input_ids": ids}, answers.roll(-1, 1)
+    other = None
+    if reference is not None:
+        states, head = reference.states(inputs)
+        other = states[before], head
+    hidden, (states, head) = hidden_and_states(model, inputs, product=product)
+    found = token_statistics((states[before], head), ids[answers], reference=other, temperature=temperature)
+    return found, model.value_head(hidden[before])
