@@ -78,11 +78,13 @@ def judge(code: str, tests: str) -> str:
     Returns:
         `passed`, `error` (the code failed), `tests` (a test did) or `memory`.
     """
+    understand, execute = compile, exec  # the code may put others in their place, so that tests do nothing
     module = types.ModuleType("answer")
     sys.modules["answer"] = module
+    space = module.__dict__
     for text, failed in ((code, "error"), (tests, "tests")):
         try:
-            exec(compile(text, f"<{failed}>", "exec"), module.__dict__)
+            execute(understand(text, f"<{failed}>", "exec"), space)
         except MemoryError:
             return "memory"
         except BaseException:  # SystemExit too: leaving is not passing

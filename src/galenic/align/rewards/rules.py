@@ -67,7 +67,7 @@ def check(task: Task, text: str, config: RewardsConfig) -> float:
     elif task.rule == "diagnosis":
         right = same_diagnosis(said, task.answer)
     else:
-        right = normal(said) == normal(task.answer)
+        right = normal(said) == normal(task.answer) != ""
     return float(right)
 
 
@@ -135,15 +135,19 @@ def option(answer: str, options: Sequence[str]) -> int | None:
     option, and no other, has to be named.
     """
     names, said = [normal(name) for name in options], normal(answer)
-    if said in names:
+    if answer.strip() in options:
+        return options.index(answer.strip())
+    if said and said in names:
         return names.index(said)
     label = _LABEL.match(answer.strip())
     if label:
         index = int(label[1]) - 1 if label[1].isdigit() else ord(label[1].upper()) - ord("A")
         rest = normal(answer.strip()[label.end() :])
         others = [name for number, name in enumerate(names) if number != index]
-        contradicts = bool(_LABEL.match(rest)) or any(_names(rest, name, start=True) for name in others)
-        return index if 0 <= index < len(names) and not contradicts else None
+        if not 0 <= index < len(names):
+            return None
+        contradicts = _LABEL.match(rest) or any(_names(rest, name, start=True) for name in others)
+        return index if rest == names[index] or not contradicts else None
     if re.search(r"\b(?:not|no|isnt|never|except)\b|不|非", said):
         return None
     found = [name for name in names if _names(said, name)]
@@ -192,7 +196,7 @@ def same_diagnosis(answer: str, truth: str) -> bool:
     """
     listed = [part.strip() for part in truth.split("|") if part.strip()]
     codes = [_digits(part) for part in listed if _CODE.fullmatch(part)]
-    names = set().union(*(_turned(part) for part in listed))
+    names = set().union(*(_turned(part) for part in listed)) - {""}
     if _turned(answer) & names:
         return True
     given = [_digits(code) for code in _CODE.findall(answer)]
