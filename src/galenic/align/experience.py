@@ -124,7 +124,9 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
     lengths = torch.tensor([answer.length for answer in answers])[:, None]
     tokens, places = int(lengths.sum()), torch.arange(int(lengths.max()))
     if not tokens:
-        raise UserError("nothing was sampled: every answer is empty, without even an end; look at what samples")
+        raise UserError(
+            "nothing was sampled: every answer is empty, without even an end; look at what samples"
+        )
     wanted = places < lengths
 
     def laid(name: str) -> torch.Tensor:
@@ -180,7 +182,9 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
                 for number, answer in zip(chosen, answers, strict=True)
             ]
         )
-    part["told"] = torch.tensor([found.told[name] for name in TOLD], dtype=torch.float64).repeat(len(answers), 1)
+    part["told"] = torch.tensor([found.told[name] for name in TOLD], dtype=torch.float64).repeat(
+        len(answers), 1
+    )
     return part
 
 
@@ -188,7 +192,7 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
 
 
 class Experiences:
-    """The batches of a run (`galenic.pretrain.loop.Batches`): minibatches of answers, which are sampled as they are due.
+    """The batches of a run (`galenic.pretrain.loop.Batches`): minibatches of answers, sampled as they are due.
 
     Every `together` steps share answers, which follow from the weights before the first of them, the seed and the
     number of the rollout; the weight of the KL penalty is in the reader's state. No checkpoint may fall between them.
@@ -250,7 +254,8 @@ class Experiences:
         """The questions of some rows of a rollout; all are read before one is read again, each time in a new order."""
         places = [divmod(rollout * self.config.rows + row, len(self.questions)) for row in rows]
         orders = {
-            epoch: self._permutation(f"tasks/{epoch}", len(self.questions)) for epoch in {e for e, _ in places}
+            epoch: self._permutation(f"tasks/{epoch}", len(self.questions))
+            for epoch in {e for e, _ in places}
         }
         return [self.questions[orders[epoch][within]] for epoch, within in places]
 
@@ -260,7 +265,9 @@ class Experiences:
 
     def _sampled(self, rollout: int) -> Experience:
         """Samples answers, each process its share, and tells everyone of all of them."""
-        kl_weight = self.run.trainer.reader.get("kl", self.config.kl)  # as the step before, or a checkpoint, left it
+        kl_weight = self.run.trainer.reader.get(
+            "kl", self.config.kl
+        )  # as the step before, or a checkpoint, left it
         training = self.run.model.training
         self.run.model.eval()
         own = self.run.parallel.rows(self.config.rows)
@@ -326,6 +333,4 @@ class Experiences:
             "values": values,
         }
         split = {name: column.cpu().split(lengths) for name, column in columns.items()}
-        return [
-            {name: parts[row].tolist() for name, parts in split.items()} for row in range(len(sequences))
-        ]
+        return [{name: parts[row].tolist() for name, parts in split.items()} for row in range(len(sequences))]
