@@ -109,7 +109,7 @@ class Experience:
     log_probs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
-    """Whitened over all tokens."""
+    """Whitened over all tokens; centred only, where all answers are worth the same."""
     returns: torch.Tensor
     told: dict[str, float]
     """Of `TOLD`."""
@@ -136,12 +136,16 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
         return table
 
     scores = torch.tensor([answer.reward for answer in answers], dtype=torch.float64)
-    worth = whiten(scores, shift=False) if config.whiten_rewards else scores
+    deviation = float(scores.std(correction=0))
+    differ = deviation > 1e-8 * float(scores.abs().max())  # by more than rounding
+    worth = whiten(scores, shift=False) if config.whiten_rewards and differ else scores
     log_ratios, values = laid("log_ratios"), laid("values")
     rewards = torch.where(places == lengths - 1, worth[:, None], 0.0) - kl_weight * log_ratios
     advantages = gae(rewards, values, wanted, discount=config.discount, lam=config.lam)
     returns = advantages + values
-    advantages[wanted] = whiten(advantages[wanted])
+    of_tokens = advantages[wanted]
+    # Where no answer is better than another, whitening would blow up what is left: the errors of values and penalties.
+    advantages[wanted] = whiten(of_tokens) if differ else of_tokens - of_tokens.mean()
     compared = sum(answer.stale[1] for answer in answers)
     return Experience(
         answers=answers,
@@ -151,7 +155,7 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
         returns=returns,
         told={
             "reward": float(scores.mean()),
-            "reward_deviation": float(scores.std(correction=0)),
+            "reward_deviation": deviation if differ else 0.0,
             "kl": float(log_ratios.sum()) / tokens,
             "kl_weight": kl_weight,
             "length": tokens / len(answers),
