@@ -1,9 +1,9 @@
 """What the tests of PPO share: answers, tasks and a reward; and what each process of several runs."""
 
+from align_helpers import WORDS
 from galenic.align.experience import Answer
 
-WORDS = "fever cough asthma lung heart pain drug dose".split()
-TASKS = [{"prompt": f"What follows {word}?", "answer": "a"} for word in WORDS]
+TASKS = [{"prompt": f"What follows {word}?", "answer": "a"} for word in WORDS[:8]]
 
 
 def make_answer(prompt=(5, 6), length=2, **changes):

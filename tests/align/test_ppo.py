@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from ppo_helpers import TASKS, Letters, make_answer
 from safetensors.torch import load_file
 
-from align_helpers import our_folder, told, write_lines
-from galenic.align import ppo
+from align_helpers import WORDS, our_folder, told, write_lines
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
+from synthesis_helpers import serving
+
+from galenic.align import ppo, sft
 from galenic.align.config import (
     LimitsConfig,
     LoraConfig,
@@ -18,11 +23,13 @@ from galenic.align.config import (
     ReferenceConfig,
     RewardsConfig,
     SamplingConfig,
+    SftConfig,
 )
 from galenic.align.experience import Experiences, collate_answers, experience, fitting
 from galenic.align.policy import Reference, head_is_product
 from galenic.align.tasks import read_tasks
 from galenic.align.values import ValueHead, value_head_for, with_values
+from galenic.corpus.synthesis.synthesise_config import EndpointConfig
 from galenic.model import load, load_tokenizer, save
 from galenic.model.foreign import load_any
 from galenic.pretrain.config import CheckpointConfig, OptimConfig, ParallelConfig
@@ -238,6 +245,46 @@ def test_rewards_are_those_of_the_tasks_rules(base, tasks, tmp_path):
     path = write_lines(tmp_path / "open.jsonl", [{"prompt": "What follows fever?"}])
     with pytest.raises(UserError, match="no rule that could reward it"):
         ppo.run(make_config(tmp_path / "b", base, path))
+
+
+@pytest.mark.slow
+def test_right_answers_become_likelier_after_fine_tuning(base, tmp_path):
+    following = {f"What follows {word}?": f"{WORDS[(i + 1) % len(WORDS)]}." for i, word in enumerate(WORDS)}
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in following.items()
+    ]
+    (tmp_path / "sft").mkdir()
+    conversations = write_lines(tmp_path / "conversations.jsonl", rows)
+    sft.run(
+        SftConfig(
+            out=str(tmp_path / "sft"), model=str(base), conversations=conversations, tokens=240 * 128, context=128,
+            rows=4, optim=OptimConfig(lr=1e-2, warmup_steps=1),
+        )
+    )  # fmt: skip
+    rows = [{"prompt": asked, "answer": said} for asked, said in following.items()]
+    tasks = write_lines(tmp_path / "tasks.jsonl", rows)
+    given = {"rollouts": 40, "rows": 120, "kl": 0.02, "optim": OptimConfig(lr=3e-3, warmup_steps=10)}
+    ppo.run(make_config(tmp_path / "ppo", tmp_path / "sft" / "model", tasks, heldout=tasks, **given))
+    rewards = [row["reward"] for row in told(tmp_path / "ppo")][::4]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.25  # sampled: from 0.2 to 0.6
+    before, after = told(tmp_path / "ppo", "heldout")
+    assert after["reward"] > before["reward"] + 0.1  # the likeliest one: from 0.6 to 0.9
+
+
+def test_answers_of_a_server_are_learnt_from(base, tasks, tmp_path, letters):
+    size = len(load_tokenizer(base).encode("a bad lung", add_special_tokens=False)) + 1
+    content = [{"token": "x", "logprob": -1.0}] * size
+    choice = {"finish_reason": "stop", "logprobs": {"content": content}}
+    choice["message"] = {"role": "assistant", "content": "a bad lung"}
+    with serving() as server:
+        server.fault = lambda number, body: ("raw", json.dumps({"choices": [choice]}).encode())
+        endpoint = EndpointConfig(base_url=server.url, model="m")
+        sampling = SamplingConfig(max_new_tokens=size + 1, endpoint=endpoint)
+        ppo.run(make_config(tmp_path / "a", base, tasks, rollouts=1, sampling=sampling))
+    row = told(tmp_path / "a")[0]
+    assert (row["length"], row["ended"], row["reward_deviation"]) == (size, 1, 0)
+    assert row["stale"] > 1
 
 
 def test_steps_of_a_rollout_share_answers_and_each_is_read_once_an_epoch(

@@ -8,6 +8,7 @@ for the tokens 1 ... T of an answer, V_t being the value of what stands before t
 
 import torch
 
+
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, answers: torch.Tensor, *, discount: float, lam: float
 ) -> torch.Tensor:

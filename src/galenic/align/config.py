@@ -358,7 +358,7 @@ class PpoConfig(TrainingConfig):
     clip: float = 0.2
     """How far the ratio of new to old probability may leave 1 and still gain."""
     value_clip: float = 0.2
-    """How far a value may leave the old one and still gain."""
+    """How far a value may leave the old one and still gain, in units of reward: more, where rewards are far from 1."""
     value_weight: float = 0.1
     """Weight of the value's loss."""
     entropy_weight: float = 0.0
