@@ -36,19 +36,29 @@ def rewritten(built, tmp_path, file, change):
     shutil.copytree(built[0], copy)
     config, path = fake_run.build(copy), copy / file
     content = path.read_text()
-    rows = [json.loads(line) for line in content.splitlines()] if path.suffix == ".jsonl" else json.loads(content)
+    rows = (
+        [json.loads(line) for line in content.splitlines()]
+        if path.suffix == ".jsonl"
+        else json.loads(content)
+    )
     fake_run.write(path, change(rows))
     return section(report.render(config, read_run(config)))
 
 
 def test_each_stage_has_its_curves_in_order(built):
-    charts = re.findall(r'<svg class="chart"[^>]*aria-label="Health of ([^"]*)">(.*?)</svg>', built[2], re.DOTALL)
+    charts = re.findall(
+        r'<svg class="chart"[^>]*aria-label="Health of ([^"]*)">(.*?)</svg>', built[2], re.DOTALL
+    )
     assert [label.split()[0] for label, _ in charts] == list(fake_run.STAGES)
     for (label, drawing), name in zip(charts, fake_run.STAGES, strict=True):
         drawn = [text for text in re.findall(r">([^<]+)</text>", drawing)]
         rows = [json.loads(line) for line in (built[0] / fake_run.STAGES[name] / "metrics.jsonl").open()]
         last = [row for row in rows if row["kind"] == "train"][-1]
-        for measure, title in (("reward", "reward"), ("kl", "KL, nats a token"), ("clipped", "clipped, share")):
+        for measure, title in (
+            ("reward", "reward"),
+            ("kl", "KL, nats a token"),
+            ("clipped", "clipped, share"),
+        ):
             assert (title in drawn) == (measure in last)
             if measure in last:
                 assert f"{measure} {last[measure]:.3g}" in label
@@ -69,16 +79,16 @@ def test_the_table_tells_ends_and_what_was_held_out(built):
 
 
 def test_five_questions_go_from_the_base_through_the_stages(built):
-    articles = re.findall(r'<article class="card written">.*?</article>', built[2], re.DOTALL)
-    assert len(articles) == 5
-    for number, article in enumerate(articles):
-        names = re.findall(r"</span>([\w-]+)(?: <span class=\"tag\">|</dt>)", article)
+    cards = re.findall(r'<div class="card written">.*?</div>', built[2], re.DOTALL)
+    assert len(cards) == 5
+    for number, card in enumerate(cards):
+        names = re.findall(r"</span>([\w-]+)(?: <span class=\"tag\">|</dt>)", card)
         assert names == [fake_run.PHASES[-1], "after-sft", "after-elo", "after-tdpo", "after-ppo"]
-        assert f"{fake_run.PHASES[-1]} says that it is fever {number}" in article
-    right = re.findall(r"<dt>(?:(?!</dt>).)*&#10003;", articles[0])
+        assert f"{fake_run.PHASES[-1]} says that it is fever {number}" in card
+    right = re.findall(r"<dt>(?:(?!</dt>).)*&#10003;", cards[0])
     assert len(right) == 1 and "after-ppo" in right[0]
-    assert "nothing" in articles[0] and "myocardial infarction" in articles[0]
-    assert "&lt;script&gt;" in articles[3]
+    assert "nothing" in cards[0] and "myocardial infarction" in cards[0]
+    assert "&lt;script&gt;" in cards[3]
 
 
 def test_without_a_stage_among_the_models_all_are_shown(built, tmp_path):
@@ -105,7 +115,10 @@ def test_a_stage_under_way_or_gone_astray_says_so(built, tmp_path):
     def change(rows):
         kept = [row for row in rows if row["step"] < 40]
         kept[3]["reward"] = float("nan")
-        return [*kept, {"kind": "stopped", "step": 40, "loss": "nan", "grad_norm": "inf", "documents": ["a:7"]}]
+        return [
+            *kept,
+            {"kind": "stopped", "step": 40, "loss": "nan", "grad_norm": "inf", "documents": ["a:7"]},
+        ]
 
     text = words(rewritten(built, tmp_path, "59-ppo/metrics.jsonl", change))
     assert "ppo stopped at step 40: loss nan, gradient norm inf. Documents of its batch: a:7" in text
