@@ -7,6 +7,7 @@ import shutil
 import fake_run
 import pytest
 from balanced import Balanced
+from markupsafe import Markup
 
 from galenic.report import report
 from galenic.report.inputs import read_run
@@ -18,6 +19,12 @@ def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("aligned")
     config = fake_run.build(root)
     return root, config, section(report.render(config, read_run(config)))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without drawings, where the drawings are not what is tested."""
+    monkeypatch.setattr("galenic.report.charts.draw_figure", lambda key, label, *_: Markup("<svg></svg>"))
 
 
 def section(text):
@@ -62,7 +69,7 @@ def test_each_stage_has_its_curves_in_order(built):
             assert (title in drawn) == (measure in last)
             if measure in last:
                 assert f"{measure} {last[measure]:.3g}" in label
-        assert "loss" in drawn and "step" in drawn
+        assert "loss" in drawn
     assert "sft → elo → tdpo → reward → ppo" in built[2]
 
 
@@ -70,16 +77,16 @@ def test_the_table_tells_ends_and_what_was_held_out(built):
     rows = dict(re.findall(r'<tr><th scope="row">([\w-]+)</th>(.*?)</tr>', built[2], re.DOTALL))
     assert list(rows) == list(fake_run.STAGES)
     assert "answers tasks 2.750 → 1.250" in words(rows["sft"])
-    assert "fine-tuning 120 1 min 0 s – – – – –" in words(rows["sft"])
+    assert "fine-tuning – – – – –" in words(rows["sft"])
     metrics = [json.loads(line) for line in (built[0] / "56-elo/metrics.jsonl").open()]
     rewards = [row["reward"] for row in metrics if row["kind"] == "train"]
     first, last = sum(rewards[:12]) / 12, sum(rewards[-12:]) / 12
-    assert f"ELO 120 1 min 0 s {first:.3g} → {last:.3g}" in words(rows["elo"])
+    assert f"ELO {first:.3g} → {last:.3g}" in words(rows["elo"])
     assert "accuracy 0.125 → 0.625; loss 1.500 → 0.875" in words(rows["elo"])
 
 
 def test_five_questions_go_from_the_base_through_the_stages(built):
-    cards = re.findall(r'<div class="card written">.*?</div>', built[2], re.DOTALL)
+    cards = re.findall(r'<div class="card question written">.*?</div>', built[2], re.DOTALL)
     assert len(cards) == 5
     for number, card in enumerate(cards):
         names = re.findall(r"</span>([\w-]+)(?: <span class=\"tag\">|</dt>)", card)
@@ -91,7 +98,7 @@ def test_five_questions_go_from_the_base_through_the_stages(built):
     assert "&lt;script&gt;" in cards[3]
 
 
-def test_without_a_stage_among_the_models_all_are_shown(built, tmp_path):
+def test_without_a_stage_among_the_models_all_are_shown(undrawn, built, tmp_path):
     def change(results):
         for model in results["models"].values():
             model["path"] = "elsewhere/model"
@@ -101,7 +108,7 @@ def test_without_a_stage_among_the_models_all_are_shown(built, tmp_path):
     assert text.count("says that it is fever 1") == len(fake_run.MODELS)
 
 
-def test_without_written_answers_there_are_none(built, tmp_path):
+def test_without_written_answers_there_are_none(undrawn, built, tmp_path):
     def change(results):
         for question in results["shown"]:
             del question["said"]
@@ -111,7 +118,7 @@ def test_without_written_answers_there_are_none(built, tmp_path):
     assert "What the models say" not in text and "Stages" in text
 
 
-def test_a_stage_under_way_or_gone_astray_says_so(built, tmp_path):
+def test_a_stage_under_way_or_gone_astray_says_so(undrawn, built, tmp_path):
     def change(rows):
         kept = [row for row in rows if row["step"] < 40]
         kept[3]["reward"] = float("nan")
@@ -126,6 +133,6 @@ def test_a_stage_under_way_or_gone_astray_says_so(built, tmp_path):
     assert re.search(r"reward\s+done", text)
 
 
-def test_a_broken_stage_is_named(built, tmp_path):
+def test_a_broken_stage_is_named(undrawn, built, tmp_path):
     with pytest.raises(UserError, match="alignment: not what its step writes"):
         rewritten(built, tmp_path, "56-elo/metrics.jsonl", lambda rows: [{"kind": "train"}])
