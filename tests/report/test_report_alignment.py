@@ -82,7 +82,7 @@ def test_the_table_tells_ends_and_what_was_held_out(built):
     rewards = [row["reward"] for row in metrics if row["kind"] == "train"]
     first, last = sum(rewards[:12]) / 12, sum(rewards[-12:]) / 12
     assert f"ELO {first:.3g} → {last:.3g}" in words(rows["elo"])
-    assert "accuracy 0.125 → 0.625; loss 1.500 → 0.875" in words(rows["elo"])
+    assert "accuracy 0.125 → 0.625; log likelihood -1.500 → -0.875" in words(rows["elo"])
 
 
 def test_five_questions_go_from_the_base_through_the_stages(built):

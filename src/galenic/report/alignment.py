@@ -106,7 +106,7 @@ def _flat(row: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, dict):
             found |= {f"{name} {part}".removesuffix(".heldout"): number for part, number in value.items()}
         elif name not in ("kind", "step") and isinstance(value, int | float):
-            found[name] = value
+            found[name.replace("_", " ")] = value
     return found
 
 

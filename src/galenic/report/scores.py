@@ -14,6 +14,7 @@ KIND_WORDS = {
     "translation": "Chinese and English",
     "arithmetic": "calculations",
     "code": "programs",
+    "chains": "calculations of several steps",
 }
 KIND_ORDER = tuple(KIND_WORDS)
 GROUP_WORDS = {
