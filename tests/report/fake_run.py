@@ -240,7 +240,11 @@ def _stage(folder: Path, name: str, rng: random.Random) -> None:
         if name == "ppo":
             row |= {"clipped": 0.1 * rng.random()}
         rows.append(row)
-    last = {"answers": {"tasks.heldout": 1.25}} if name == "sft" else {"accuracy": 0.625, "log_likelihood": -0.875}
+    last = (
+        {"answers": {"tasks.heldout": 1.25}}
+        if name == "sft"
+        else {"accuracy": 0.625, "log_likelihood": -0.875}
+    )
     write(folder / "metrics.jsonl", [*rows, {"kind": "heldout", "step": 120, **last}])
     write(folder / "model/galenic.json", {"verb": name})
     done(folder, 61.0)
