@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from test_rollouts import END, KEYS, PROMPTS, ours
 
+from galenic.align.rollouts import sample
 from galenic.pretrain.config import ParallelConfig
 from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.ranks import gathered, process_group, rank, ranks
-
-from galenic.align.rollouts import sample
 
 
 def sampled(out: str) -> None:
@@ -26,7 +25,7 @@ def sampled(out: str) -> None:
             [PROMPTS[i] for i in own],
             keys=[KEYS[i] for i in own],
             max_new_tokens=6,
-            end={END},
+            end=END,
             batch=1,
             together=lambda done: all(gathered(done)),
         )
