@@ -226,7 +226,10 @@ def test_a_verdict_cannot_be_pretended(name):
 def test_endless_code_is_ended():
     start = time.monotonic()
     assert judged("while True: pass", seconds=1) == "time"
-    assert judged("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", seconds=1) == "time"
+    assert (
+        judged("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", seconds=1)
+        == "time"
+    )
     assert judged("", "while True: print('x' * 1000)", seconds=1) == "time"
     assert time.monotonic() - start < 60
 
@@ -234,7 +237,10 @@ def test_endless_code_is_ended():
 def test_waiting_code_is_ended(monkeypatch):
     monkeypatch.setattr(sandbox, "_WAIT", 0.5)
     assert judged("import time; time.sleep(3600)", seconds=1) == "time"
-    assert judged("import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()", seconds=1) == "time"
+    assert (
+        judged("import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()", seconds=1)
+        == "time"
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,9 @@ def test_the_parent_is_out_of_reach(tmp_path):
         "        try:\n            send()\n        except (OSError, ValueError):\n            pass\n"
     )
     parent = f"from galenic.align.rewards import run_tests; print(run_tests({attack!r}, 'pass', seconds=2, memory_mb=256).reason)"
-    found = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, start_new_session=True)
+    found = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, start_new_session=True
+    )
     assert (found.returncode, found.stdout.strip()) == (0, "passed"), found.stderr
 
 

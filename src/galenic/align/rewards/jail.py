@@ -45,7 +45,14 @@ OPENING = {"open": (2, None, 1), "openat": (257, 56, 2)}
 """Allowed for reading only: the third number is the argument that holds the flags."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-LIBRARY = (os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64")
+LIBRARY = (
+    os.path.dirname(os.__file__),
+    os.path.join(sys.base_prefix, "lib"),
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+)
 NEEDED = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom", "/usr/share/zoneinfo")
 PRELOADED = (
     "abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions "
@@ -129,7 +136,9 @@ def lock(parent: int, seconds: float, memory_mb: int, *, landlock: bool) -> None
             __import__(name)
     program = filter_program(column, architecture, reading=reading)
     instructions = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions)))
+    header = ctypes.create_string_buffer(
+        struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))
+    )
     _call(libc.prctl, 22, 2, header, 0, 0)  # PR_SET_SECCOMP, a filter
     for path, flags in ((os.devnull, os.O_WRONLY), ("/", os.O_RDONLY)):
         try:
@@ -153,7 +162,9 @@ def confine(libc: ctypes.CDLL) -> bool:
         except FileNotFoundError:
             continue
         rights = file | folder if os.path.isdir(path) else file
-        _call(libc.syscall, add, rules, 1, ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12), 0)
+        _call(
+            libc.syscall, add, rules, 1, ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12), 0
+        )
         os.close(place)
     _call(libc.syscall, restrict, rules, 0)
     os.close(rules)

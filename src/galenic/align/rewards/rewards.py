@@ -54,7 +54,9 @@ class Rewards:
         for task in tasks:
             weights = self.weights(task)
             if not weights:
-                raise UserError(f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}")
+                raise UserError(
+                    f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}"
+                )
             if "rule" in weights and task.rule is None:
                 raise UserError(
                     f"task {task.id} has no answer and no tests, but rewards.weights counts its rule: give it one, or "

@@ -26,11 +26,12 @@ _BOXED = r"\\boxed\s*\{"
 _MARKERS = re.compile(f"{_BOXED}|{_ANSWER}", re.IGNORECASE)
 _DIAGNOSIS_MARKERS = re.compile(f"{_BOXED}|{_ANSWER}|{_DIAGNOSIS}", re.IGNORECASE)
 _LABEL = re.compile(
-    r"(?:(?:option|choice)\b|选项|选择|选)?\s*[(\[]?\s*([A-Za-z]|\d{1,2})\s*(?:[)\]:、]|\.(?!\d)|$)", re.IGNORECASE
+    r"(?:(?:option|choice)\b|选项|选择|选)?\s*[(\[]?\s*([A-Za-z]|\d{1,2})\s*(?:[)\]:、]|\.(?!\d)|$)",
+    re.IGNORECASE,
 )
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-_CODE = re.compile(r"\b[A-Za-z]\d[0-9A-Za-z](?:\.[0-9A-Za-z]{1,4})?\b")
-"""ICD-10: a letter, two places, and up to four behind a dot."""
+_CODE = re.compile(r"\b[A-Za-z]\d[0-9A-Za-z](?:\.[0-9A-Za-z]{1,4}|\d{1,2})?\b")
+"""ICD-10: a letter, two places, and up to four behind a dot, which is often left out."""
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 

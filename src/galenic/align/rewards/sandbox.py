@@ -55,7 +55,9 @@ def run_tests(code: str, tests: str, *, seconds: float, memory_mb: int) -> Verdi
         UserError: this machine cannot isolate code.
     """
     if sys.platform != "linux":
-        raise UserError("rule 'code': only Linux can isolate code (seccomp); leave out the tasks with tests here")
+        raise UserError(
+            "rule 'code': only Linux can isolate code (seccomp); leave out the tasks with tests here"
+        )
     secret = secrets.token_hex(16)
     request = {
         "code": code,
