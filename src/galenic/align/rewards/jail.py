@@ -5,7 +5,8 @@ Before any of that code runs, the process gives up, for good, whatever it could 
     no new privileges; limits of processor time, memory and descriptors; dies with its parent
     Landlock   reads the Python library and nothing else; where the kernel has none, nothing is opened at all
     seccomp    a list of what is allowed: no sockets, no processes or threads, no signals to others, no opening for
-               writing, no change to any file, no other program
+               writing, no change to any file, no other program (Linux lets no filter see uprobe and uretprobe, with
+               which a process can only end itself)
 
 It imports nothing of Galenic and sees an empty environment.
 """

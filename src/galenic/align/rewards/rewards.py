@@ -97,9 +97,10 @@ class Rewards:
             told = values([tasks[row] for row in rows], [texts[row] for row in rows])
             for row, value in zip(rows, told, strict=True):
                 if not math.isfinite(value):
+                    where = f"; look at {self.config.model}" if part == "model" else ""
                     raise UserError(
-                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to learn "
-                        f"from{'; look at ' + (self.config.model or 'the reward model') if part == 'model' else ''}"
+                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to "
+                        f"learn from{where}"
                     )
                 found[row] += weights[row][part] * value
         return found

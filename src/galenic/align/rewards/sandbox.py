@@ -1,13 +1,14 @@
 """Runs an answer's code against tests in a process that can touch nothing.
 
-Each run is a fresh Python (`jail.py`), without site packages and with an empty environment. The kernel holds it: Landlock
-and seccomp leave it the Python library to read and its own memory to compute in. There are no threads, no other
-processes, no sockets, no files to write, and the user's own cannot be read. Processor time and memory are limited, and
-what only waits is ended by the clock.
+Each run is a fresh Python (`jail.py`), without site packages and with an empty environment. The kernel holds it:
+Landlock and seccomp leave it the Python library to read and its own memory to compute in. There are no threads, no
+other processes, no sockets, no files to write, and the user's own cannot be read. Processor time and memory are
+limited, and what only waits is ended by the clock.
 
-What this cannot see: tests share a process with the code they test, here as elsewhere. Leaving early, printing or writing
-a verdict does not pass; but code that is made to fool its tests (a result that equals everything, `assert`ed values
-replaced) or that searches the frames of this very harness can. Rewards on code want tests that look closely.
+What this cannot see: tests share a process with the code they test, here as elsewhere. Leaving early, printing or
+writing a verdict does not pass; but code that is made to fool its tests (a result that equals everything, a name put in
+the place of one that tests use) or that searches the frames of this very harness can. Rewards on code want tests that
+look closely.
 """
 
 import json
@@ -21,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from galenic.runtime import UserError
 
@@ -124,7 +125,7 @@ def _verdict(said: bytes | None, secret: str, process: subprocess.Popen) -> Verd
                 "with seccomp on x86-64 or ARM64; leave out the tasks with tests here"
             )
         if outcome in get_args(Reason):
-            return Verdict(passed=outcome == "passed", reason=outcome)
+            return Verdict(passed=outcome == "passed", reason=cast(Reason, outcome))
     try:
         killed = process.wait(timeout=1) in (-signal.SIGKILL, -signal.SIGXCPU)
     except subprocess.TimeoutExpired:
