@@ -1,4 +1,4 @@
-"""The process in which an answer's code meets its tests: `sandbox.run_tests` starts it; it is never imported.
+"""The process in which an answer's code meets its tests: `sandbox.run_tests` starts it as a script.
 
 Before any of that code runs, the process gives up, for good, whatever it could do harm with:
 
@@ -21,6 +21,7 @@ import signal
 import struct
 import sys
 import types
+from collections.abc import Mapping
 from typing import Any
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -55,12 +56,6 @@ LIBRARY = (
     "/usr/lib64",
 )
 NEEDED = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom", "/usr/share/zoneinfo")
-PRELOADED = (
-    "abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions "
-    "functools hashlib heapq io itertools math numbers operator random re statistics string struct textwrap time "
-    "typing unicodedata unittest _strptime"
-)
-"""Modules that are there where nothing can be opened."""
 
 
 def main() -> None:
@@ -71,7 +66,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     write, leave = os.write, os._exit  # what the code puts in their place later does not matter
     try:
-        lock(request["parent"], request["seconds"], request["memory_mb"], landlock=request["landlock"])
+        lock(request)
     except (OSError, KeyError) as error:
         write(said, f"{secret} cannot: {error}".encode())
         leave(1)
@@ -103,14 +98,13 @@ def judge(code: str, tests: str) -> str:
 # ---------------------------------------------------------------------------- locking
 
 
-def lock(parent: int, seconds: float, memory_mb: int, *, landlock: bool) -> None:
+def lock(request: Mapping[str, Any]) -> None:
     """Gives up everything but computing.
 
     Args:
-        parent: its process; where that is gone, so is the reason to run.
-        seconds: of processor time, rounded up to whole ones.
-        memory_mb: of address space.
-        landlock: use it where the kernel has it.
+        request: `parent`, its process (where that is gone, so is the reason to run); `seconds` of processor time,
+            rounded up to whole ones; `memory_mb` of address space; `landlock`, whether to use it where the kernel has
+            it; `modules` that are loaded before, where nothing can be opened later.
 
     Raises:
         OSError, KeyError: it cannot be done here.
@@ -118,22 +112,22 @@ def lock(parent: int, seconds: float, memory_mb: int, *, landlock: bool) -> None
     libc = ctypes.CDLL(None, use_errno=True)
     column, architecture = MACHINES[os.uname().machine]
     _call(libc.prctl, 1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if os.getppid() != request["parent"]:
         os._exit(1)
     for what, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CPU, math.ceil(seconds)),
-        (resource.RLIMIT_AS, memory_mb << 20),
+        (resource.RLIMIT_CPU, math.ceil(request["seconds"])),
+        (resource.RLIMIT_AS, request["memory_mb"] << 20),
     ):
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
     _call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    reading = landlock and confine(libc)
+    reading = request["landlock"] and confine(libc)
     if not reading:
-        for name in PRELOADED.split():
+        for name in request["modules"]:
             __import__(name)
     program = filter_program(column, architecture, reading=reading)
     instructions = ctypes.create_string_buffer(program, len(program))

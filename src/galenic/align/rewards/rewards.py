@@ -112,7 +112,7 @@ class Rewards:
         for row in set(range(len(tasks))) - set(code):
             values[row] = check(tasks[row], texts[row], self.config)
         if code:
-            with ThreadPoolExecutor(min(len(code), len(os.sched_getaffinity(0)))) as pool:
+            with ThreadPoolExecutor(min(len(code), os.cpu_count() or 1)) as pool:
                 told = pool.map(lambda row: check(tasks[row], texts[row], self.config), code)
                 for row, value in zip(code, told, strict=True):
                     values[row] = value

@@ -32,6 +32,12 @@ _WAIT = 5
 """Seconds by the clock for each of processor time; and as many to start."""
 _LANDLOCK = True
 """Use it where the kernel has it."""
+_MODULES = (
+    "abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions "
+    "functools hashlib heapq io itertools math numbers operator random re statistics string struct textwrap time "
+    "typing unicodedata unittest _strptime"
+).split()
+"""What code can import where it may open nothing, and what has to be there everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ def run_tests(code: str, tests: str, *, seconds: float, memory_mb: int) -> Verdi
         "seconds": seconds,
         "memory_mb": memory_mb,
         "landlock": _LANDLOCK,
+        "modules": _MODULES,
     }
     reader, writer = os.pipe()
     process = None
@@ -139,9 +146,10 @@ def require(*, seconds: float, memory_mb: int) -> None:
     Raises:
         UserError: it cannot.
     """
-    verdict = run_tests("", "pass", seconds=seconds, memory_mb=memory_mb)
+    usual = "\n".join(f"import {name}" for name in _MODULES)
+    verdict = run_tests(usual, "pass", seconds=seconds, memory_mb=memory_mb)
     if not verdict.passed:
         raise UserError(
-            f"rule 'code': not even an empty program passes ({verdict.reason}); raise rewards.code_memory_mb "
-            f"{memory_mb} or rewards.code_seconds {seconds:g}"
+            f"rule 'code': not even a program that imports the usual modules passes ({verdict.reason}); raise "
+            f"rewards.code_memory_mb {memory_mb} or rewards.code_seconds {seconds:g}, or use another Python"
         )
