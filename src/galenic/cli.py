@@ -72,6 +72,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.reward",
         "train a reward model on preference pairs (Bradley-Terry)",
     ),
+    "elo": (
+        "galenic.align.config:EloConfig",
+        "galenic.align.elo",
+        "learn chains of thought from true answers, without a reward model",
+    ),
     "tdpo": (
         "galenic.align.config:TdpoConfig",
         "galenic.align.tdpo",
