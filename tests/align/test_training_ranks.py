@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from align_helpers import our_folder, pairs, rows, write_lines
+from align_helpers import our_folder, pairs, rows, tasks, write_lines
 from rank_helpers import Ranks
 
 CALL = "galenic.cli:main"
@@ -23,6 +23,7 @@ def ranks():
         "galenic.cli",
         "galenic.align.sft",
         "galenic.align.tdpo",
+        "galenic.align.rollouts",
         "galenic.pretrain.loop",
         "peft",
         folder="align",
@@ -38,6 +39,7 @@ def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
         "ours": str(our_folder(folder / "ours", tokenizer_step)),
         "llama": str(llama_folder),
         "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
         "conversations": str(conversations),
     }
 
@@ -60,7 +62,38 @@ def reward(inputs):
     return {**tdpo(inputs), "epochs": 2}
 
 
-VERBS = {"sft": sft, "tdpo": tdpo, "reward": reward}
+def elo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 5,
+        "steps": 4,
+        "rows": 4,
+        "samples": 2,
+        "context": 128,
+        "answer_term": True,
+        "kl": 0.1,
+        "sampling": {"max_new_tokens": 8},
+    }
+
+
+def ppo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 5,
+        "rollouts": 2,
+        "rows": 8,
+        "minibatches": 2,
+        "epochs": 2,
+        "context": 128,
+        "kl_target": 1.0,
+        "sampling": {"max_new_tokens": 8},
+        "rewards": {"cut_off": -0.5},
+    }
+
+
+VERBS = {"sft": sft, "tdpo": tdpo, "reward": reward, "elo": elo, "ppo": ppo}
 
 
 def words(verb, inputs, model, out, **changes):
@@ -116,7 +149,12 @@ VARIANTS = {
     "offloaded": {"reference": {"offload": True}},
     "parts": {"parallel": {"micro_rows": 1}},
 }
-QUICK = [("tdpo", "llama", "lora"), ("tdpo", "ours", "offloaded"), ("sft", "llama", "full"), ("reward", "ours", "full")]
+QUICK = [
+    ("tdpo", "llama", "lora"),
+    ("tdpo", "ours", "offloaded"),
+    ("sft", "llama", "full"),
+    ("reward", "ours", "full"),
+]
 SLOW = [
     ("sft", "ours", "full"),
     ("sft", "ours", "lora"),
@@ -131,6 +169,16 @@ SLOW = [
     ("reward", "ours", "parts"),
     ("reward", "llama", "full"),
     ("reward", "llama", "lora"),
+    ("elo", "ours", "full"),
+    ("elo", "ours", "offloaded"),
+    ("elo", "llama", "lora"),
+    ("elo", "llama", "parts"),
+    ("ppo", "ours", "full"),
+    ("ppo", "ours", "lora"),
+    ("ppo", "ours", "parts"),
+    ("ppo", "llama", "full"),
+    ("ppo", "llama", "offloaded"),
+    ("ppo", "llama", "lora"),
 ]
 
 
