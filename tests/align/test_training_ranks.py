@@ -116,7 +116,12 @@ VARIANTS = {
     "offloaded": {"reference": {"offload": True}},
     "parts": {"parallel": {"micro_rows": 1}},
 }
-QUICK = [("tdpo", "llama", "lora"), ("tdpo", "ours", "offloaded"), ("sft", "llama", "full"), ("reward", "ours", "full")]
+QUICK = [
+    ("tdpo", "llama", "lora"),
+    ("tdpo", "ours", "offloaded"),
+    ("sft", "llama", "full"),
+    ("reward", "ours", "full"),
+]
 SLOW = [
     ("sft", "ours", "full"),
     ("sft", "ours", "lora"),
