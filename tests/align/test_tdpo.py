@@ -318,6 +318,10 @@ def test_held_out_pairs_of_their_own(base, pairs, tmp_path):
     run(tmp_path / "a", base, pairs, heldout=str(held), epochs=0.2)
     data = (tmp_path / "a" / "data.json").read_text()
     assert '"heldout": 9' in data and '"pairs": 60' in data
+    run(tmp_path / "b", base, pairs, heldout=str(held), heldout_pairs=5, epochs=0.2)
+    assert '"heldout": 5' in (tmp_path / "b" / "data.json").read_text()
+    with pytest.raises(UserError, match="heldout_pairs: 0 is below 1"):
+        config(heldout_pairs=0)
 
 
 def test_a_policy_that_runs_away_is_stopped_with_advice(base, pairs, tmp_path):

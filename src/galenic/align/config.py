@@ -203,6 +203,8 @@ class RewardConfig(TrainingConfig):
     """Pairs on which accuracy and calibration are measured before and after. Default: `heldout_share` of `pairs`."""
     heldout_share: float = 0.05
     """Share of the pairs that is set aside where no file is given."""
+    heldout_pairs: int = 1000
+    """Held-out pairs measured at most."""
     epochs: float = 1.0
     """Times that each pair is read."""
     rows: int = 16
@@ -213,7 +215,12 @@ class RewardConfig(TrainingConfig):
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244)."""
 
     def __post_init__(self) -> None:
-        _require("", self, above=("epochs",), least=(("rows", 1), ("context", 2), ("centre", 0)))
+        _require(
+            "",
+            self,
+            above=("epochs",),
+            least=(("rows", 1), ("heldout_pairs", 1), ("context", 2), ("centre", 0)),
+        )
         if not 0 < self.heldout_share < 1:
             raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
 
@@ -280,6 +287,8 @@ class TdpoConfig(TrainingConfig):
     """Pairs on which preference accuracy is measured before and after. Default: `heldout_share` of `pairs`."""
     heldout_share: float = 0.05
     """Share of the pairs that is set aside where no file is given."""
+    heldout_pairs: int = 1000
+    """Held-out pairs measured at most."""
     method: Literal["tdpo1", "tdpo2"] = "tdpo2"
     """Which of the two losses; the report does not say. `alpha: 0` with tdpo2 is DPO."""
     beta: float = 0.1
@@ -298,7 +307,8 @@ class TdpoConfig(TrainingConfig):
     """When to stop."""
 
     def __post_init__(self) -> None:
-        _require("", self, above=("beta", "epochs"), least=(("alpha", 0), ("rows", 1), ("context", 2)))
+        least = (("alpha", 0), ("rows", 1), ("heldout_pairs", 1), ("context", 2))
+        _require("", self, above=("beta", "epochs"), least=least)
         if not 0 < self.heldout_share < 1:
             raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
 

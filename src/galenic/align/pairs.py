@@ -130,12 +130,14 @@ def trained_and_heldout(config: Any, tokenizer: Any) -> tuple[list[Pair], list[P
     """Reads the pairs of a run, `TdpoConfig`'s or `RewardConfig`'s.
 
     Returns:
-        Those to train on, those held out, and how many of the former were left out, by reason.
+        Those to train on, those held out and measured, and how many of the former were left out, by reason.
     """
     pairs, dropped = read_pairs(config.pairs, tokenizer, config.context)
     if config.heldout:
-        return pairs, read_pairs(config.heldout, tokenizer, config.context)[0], dropped
-    return *set_aside(pairs, config.heldout_share, config.seed), dropped
+        heldout = read_pairs(config.heldout, tokenizer, config.context)[0]
+    else:
+        pairs, heldout = set_aside(pairs, config.heldout_share, config.seed)
+    return pairs, heldout[: config.heldout_pairs], dropped
 
 
 def steps_of(config: Any) -> tuple[int, int]:
