@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align_helpers import files, our_folder, pairs, told, write_lines
+from align_helpers import files, our_folder, pairs, tasks, told, write_lines
 from kill_helpers import steps
 from rank_helpers import Ranks
 
@@ -25,7 +25,13 @@ WHERE = ("step", "while writing", "before the rename", "model folder", "any time
 @pytest.fixture(scope="module")
 def ranks():
     started = Ranks(
-        "galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.pretrain.loop", "peft", folder="faults"
+        "galenic.cli",
+        "galenic.align.sft",
+        "galenic.align.tdpo",
+        "galenic.align.rollouts",
+        "galenic.pretrain.loop",
+        "peft",
+        folder="faults",
     )
     yield started
     started.close()
@@ -38,6 +44,7 @@ def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
         "ours": str(our_folder(folder / "ours", tokenizer_step)),
         "llama": str(llama_folder),
         "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
         "conversations": str(conversations),
     }
 
@@ -57,13 +64,49 @@ def tdpo(inputs):
     return {"pairs": inputs["pairs"], "heldout_share": 0.2, "rows": 2, "context": 64, "epochs": 2}
 
 
-VERBS = {"sft": sft, "tdpo": tdpo}
+def elo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 4,
+        "steps": 24,
+        "rows": 2,
+        "samples": 2,
+        "context": 128,
+        "kl": 0.1,
+        "sampling": {"max_new_tokens": 6},
+    }
+
+
+def ppo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 4,
+        "rollouts": 6,
+        "rows": 4,
+        "minibatches": 2,
+        "epochs": 2,
+        "context": 128,
+        "kl_target": 1.0,
+        "sampling": {"max_new_tokens": 6},
+        "rewards": {"cut_off": -0.5},
+    }
+
+
+VERBS = {"sft": sft, "tdpo": tdpo, "reward": tdpo, "elo": elo, "ppo": ppo}
 CASES = {
     "sft-full": ("sft", "ours", {}),
     "sft-lora": ("sft", "ours", {"lora": {"rank": 4}}),
     "tdpo-full": ("tdpo", "ours", {}),
     "tdpo-lora": ("tdpo", "llama", {"lora": {"rank": 4}}),
     "tdpo-offloaded": ("tdpo", "llama", {"reference": {"offload": True}}),
+    "reward-full": ("reward", "ours", {}),
+    "reward-lora": ("reward", "llama", {"lora": {"rank": 4}}),
+    "elo-full": ("elo", "ours", {}),
+    "elo-lora": ("elo", "llama", {"lora": {"rank": 4}}),
+    "ppo-full": ("ppo", "ours", {"reference": {"offload": True}}),
+    "ppo-lora": ("ppo", "llama", {"lora": {"rank": 4}}),
 }
 
 

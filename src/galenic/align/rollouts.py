@@ -110,7 +110,13 @@ def sample(
             places = order[first : first + batch]
             noise = torch.from_numpy(np.stack([uniforms(keys[i], max_new_tokens) for i in places]))
             _sample_batch(
-                passes, [prompts[i] for i in places], [found[i] for i in places], noise, end, temperature, stop
+                passes,
+                [prompts[i] for i in places],
+                [found[i] for i in places],
+                noise,
+                end,
+                temperature,
+                stop,
             )
         passes.wait()
     return found
@@ -159,9 +165,7 @@ def _rows(
     return values[index.to(values.device)], mask[index]
 
 
-def _next(
-    logits: torch.Tensor, noise: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _next(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the next token of each row and its log-probability, (rows,) each; see `sample`."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = (exact / (temperature or 1.0)).log_softmax(-1)
@@ -347,7 +351,7 @@ class Sampler:
 
     def text(self, rollout: Rollout) -> str:
         """Returns the text of a rollout, without the token that ended the turn."""
-        return self.run.tokenizer.decode(rollout.ids, skip_special_tokens=True)
+        return str(self.run.tokenizer.decode(rollout.ids, skip_special_tokens=True))
 
 
 def ends_with(tokenizer: Any, marker: str) -> Stop:

@@ -54,7 +54,9 @@ class Rewards:
         for task in tasks:
             weights = self.weights(task)
             if not weights:
-                raise UserError(f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}")
+                raise UserError(
+                    f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}"
+                )
             if "rule" in weights and task.rule is None:
                 raise UserError(
                     f"task {task.id} has no answer and no tests, but rewards.weights counts its rule: give it one, or "
@@ -95,9 +97,10 @@ class Rewards:
             told = values([tasks[row] for row in rows], [texts[row] for row in rows])
             for row, value in zip(rows, told, strict=True):
                 if not math.isfinite(value):
+                    where = f"; look at {self.config.model}" if part == "model" else ""
                     raise UserError(
-                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to learn "
-                        f"from{'; look at ' + (self.config.model or 'the reward model') if part == 'model' else ''}"
+                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to "
+                        f"learn from{where}"
                     )
                 found[row] += weights[row][part] * value
         return found
@@ -109,7 +112,7 @@ class Rewards:
         for row in set(range(len(tasks))) - set(code):
             values[row] = check(tasks[row], texts[row], self.config)
         if code:
-            with ThreadPoolExecutor(min(len(code), len(os.sched_getaffinity(0)))) as pool:
+            with ThreadPoolExecutor(min(len(code), os.cpu_count() or 1)) as pool:
                 told = pool.map(lambda row: check(tasks[row], texts[row], self.config), code)
                 for row, value in zip(code, told, strict=True):
                     values[row] = value
