@@ -26,9 +26,7 @@ def ours(vocab_size=512, seed=0, **changes):
 
     torch.manual_seed(seed)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    config = BaichuanM1Config(
-        vocab_size=vocab_size, initializer_range=0.2, **{**OURS, **special, **changes}
-    )
+    config = BaichuanM1Config(vocab_size=vocab_size, initializer_range=0.2, **{**OURS, **special, **changes})
     return BaichuanM1ForCausalLM(config)
 
 
@@ -97,7 +95,9 @@ def pairs(count=40):
         {
             "prompt": f"What follows {WORDS[i % len(WORDS)]} in list {i}?",
             "chosen": f"{WORDS[(i + 1) % len(WORDS)]}.",
-            "rejected": f"{WORDS[i - 1]} {WORDS[i - 2]}." if i % 3 else f"{WORDS[i - 1]}.",
+            "rejected": f"{WORDS[(i - 1) % len(WORDS)]} {WORDS[(i - 2) % len(WORDS)]}."
+            if i % 3
+            else f"{WORDS[(i - 1) % len(WORDS)]}.",
         }
         for i in range(count)
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
+from galenic.evaluate.config import model_parts
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, WatchConfig
 from galenic.runtime import UserError
 
@@ -324,7 +325,7 @@ class RewardsConfig:
     """What an answer is worth: rules where the right answer is known, a model where it is not."""
 
     model: str | None = None
-    """Folder of a reward model (verb `reward`)."""
+    """Folder of a reward model (verb `reward`), or `base+adapter`."""
     judge: JudgeConfig | None = None
     """A model behind an OpenAI-compatible endpoint."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -380,7 +381,7 @@ class PpoConfig(TrainingConfig):
     clip: float = 0.2
     """How far the ratio of new to old probability may leave 1 and still gain."""
     value_clip: float = 0.2
-    """How far a value may leave the old one and still gain."""
+    """How far a value may leave the old one and still gain, in units of reward: more, where rewards are far from 1."""
     value_weight: float = 0.1
     """Weight of the value's loss."""
     entropy_weight: float = 0.0
@@ -410,11 +411,19 @@ class PpoConfig(TrainingConfig):
                 raise UserError(f"{name}: {getattr(self, name)} is not in [0, 1]")
         if self.rows % self.minibatches:
             raise UserError(f"rows: {self.rows} answers do not divide into {self.minibatches} minibatches")
-        if self.kl_target is not None and not self.kl_target > 0:
-            raise UserError(f"kl_target: {self.kl_target} is not above 0")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.kl > 0):
+            raise UserError(
+                f"kl_target: {self.kl_target} and kl {self.kl}, which is adapted to it, must be above 0"
+            )
+        if self.sampling.max_new_tokens >= self.context:
+            raise UserError(
+                f"context: {self.context} tokens leave no room for a prompt beside sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens}"
+            )
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
         prompt = self.rewards.judge.prompt if self.rewards.judge else None
-        others = (self.heldout, self.reference.model, self.rewards.model, prompt)
+        scorer = model_parts(self.rewards.model) if self.rewards.model else []
+        others = (self.heldout, self.reference.model, *scorer, prompt)
         return [self.model, self.tasks, *(path for path in others if path)]

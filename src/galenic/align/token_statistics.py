@@ -113,7 +113,9 @@ class _Statistics(torch.autograd.Function):
     ) -> Any:
         hidden, head, targets, other, other_head, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = _exact(head, *head.shape).zero_() if head is not None and ctx.needs_input_grad[1] else None
+        grad_head = (
+            _exact(head, *head.shape).zero_() if head is not None and ctx.needs_input_grad[1] else None
+        )
         weight = None if head is None else head.to(hidden.dtype)
         for part in _parts(len(targets), ctx.rows):
             log_p = _log_softmax(hidden, head, part, ctx.temperature)
