@@ -103,8 +103,8 @@ class Judge:
             if sent >= _ATTEMPTS:
                 raise UserError(
                     f"{who}, which {_ATTEMPTS} times gave no points from 0 to {most} ({found.reason}) but said "
-                    f"{reply.text[:_SHOWN]!r}; {again} and asks anew; if it stays so, take a judge that follows its "
-                    "prompt, endpoint.json_mode, or another rewards.judge.prompt"
+                    f"{reply.text[:_SHOWN]!r}; {again} and asks anew; if it stays so, start a new run with "
+                    "endpoint.json_mode, another rewards.judge.prompt, or another judge"
                 )
             messages = [
                 messages[0],
