@@ -2,6 +2,8 @@
 
 import copy
 import json
+import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from synthesis_helpers import serving
 
 from galenic.align import ppo, sft
 from galenic.align.config import (
+    JudgeConfig,
     LimitsConfig,
     LoraConfig,
     PpoConfig,
@@ -29,7 +32,7 @@ from galenic.align.experience import Experiences, collate_answers, experience, f
 from galenic.align.policy import Reference, head_is_product
 from galenic.align.tasks import read_tasks
 from galenic.align.values import ValueHead, value_head_for, with_values
-from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
 from galenic.model import load, load_tokenizer, save
 from galenic.model.foreign import load_any
 from galenic.pretrain.config import CheckpointConfig, OptimConfig, ParallelConfig
@@ -344,6 +347,52 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(
     assert weights[0] == 0.05 and len(set(weights)) == 3
 
 
+@pytest.mark.parametrize("how", ["it fails", "it is too dear"])
+def test_a_judge_that_never_repeats_itself_does_not_change_a_run_that_was_cut(base, tmp_path, how):
+    rows = [{"prompt": f"What follows {word}?"} for word in WORDS[:8]]  # nothing but a judge can tell
+    tasks, dice, judged = write_lines(tmp_path / "tasks.jsonl", rows), random.Random(0), []
+
+    def answer(prompt):
+        if not prompt.startswith("Judge"):
+            return " ".join(dice.choice(WORDS) for _ in range(2))
+        judged.append(prompt)
+        return json.dumps({"points": dice.randrange(11), "reason": "so"})
+
+    def fails(number, body):
+        return (
+            ("status", 500)
+            if body["messages"][0]["content"].startswith("Judge") and len(judged) > 12
+            else None
+        )
+
+    with serving() as server:
+        server.answer = answer
+        endpoint = EndpointConfig(base_url=server.url, model="m", backoff=0.02, retries=1)
+        config = {
+            "rollouts": 3,
+            "sampling": SamplingConfig(max_new_tokens=20, endpoint=endpoint),
+            "rewards": RewardsConfig(judge=JudgeConfig(endpoint=endpoint)),
+            "checkpoints": CheckpointConfig(seconds=0, asynchronous=False),
+        }
+        budget = BudgetConfig(requests=12) if how == "it is too dear" else BudgetConfig()
+        if how == "it fails":
+            server.fault = fails
+        with pytest.raises(UserError, match="same command continues"):
+            ppo.run(make_config(tmp_path / "cut", base, tasks, budget=budget, **config))
+        assert (tmp_path / "cut" / "checkpoint-00000004").exists()
+        server.fault = lambda number, body: None
+        ppo.run(make_config(tmp_path / "cut", base, tasks, **config))
+        before = len(server.bodies)
+        (tmp_path / "whole").mkdir()
+        for name in ("judged-0.jsonl", "rollouts-0.jsonl"):
+            shutil.copy(tmp_path / "cut" / name, tmp_path / "whole" / name)
+        ppo.run(make_config(tmp_path / "whole", base, tasks, **config))
+        assert len(server.bodies) == before
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+    assert same_model(tmp_path / "cut", tmp_path / "whole")
+    assert len({row["reward"] for row in told(tmp_path / "whole")}) > 1
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
 def test_the_value_head_is_not_in_what_is_written(base, llama_folder, tasks, tmp_path, letters, lora):
     for name, folder in (("ours", base), ("llama", llama_folder)):
@@ -379,6 +428,9 @@ def test_the_plan_says_what_would_be_done(base, tasks, tmp_path):
     assert plan.facts["training"].startswith("2 rollouts of 8 answers, 4 steps on each (2 x 2)")
     assert plan.facts["objective"] == "clip 0.2, KL penalty 0.05, adapted to 6 nats an answer"
     assert plan.facts["rewards"] == "rules for 8 tasks"
+    judge = JudgeConfig(endpoint=EndpointConfig(base_url="http://h/v1", model="m"))
+    plan = ppo.plan(make_config(tmp_path / "a", base, tasks, rewards=RewardsConfig(judge=judge)))
+    assert plan.facts["rewards"] == "rules for 8 tasks, judge m at http://h/v1"
 
 
 # ---------------------------------------------------------------------------- what goes wrong

@@ -123,6 +123,7 @@ def plan(config: PpoConfig) -> Plan:
             raise UserError(f"{path}: no such file or folder")
     tasks = read_tasks(config.tasks)
     steps = config.epochs * config.minibatches
+    judge = config.rewards.judge
     held = f", adapted to {config.kl_target:g} nats an answer" if config.kl_target else ""
     return Plan(
         reads=config.reads(),
@@ -130,7 +131,8 @@ def plan(config: PpoConfig) -> Plan:
         facts={
             "tasks": human(len(tasks)),
             "rewards": f"rules for {human(sum(task.rule is not None for task in tasks))} tasks"
-            + (f", reward model {config.rewards.model}" if config.rewards.model else ""),
+            + (f", reward model {config.rewards.model}" if config.rewards.model else "")
+            + (f", judge {judge.endpoint.model} at {judge.endpoint.base_url}" if judge else ""),
             "training": f"{config.rollouts} rollouts of {config.rows} answers, {steps} steps on each "
             f"({config.epochs} x {config.minibatches}), learning rate {config.optim.lr:g} to {config.final_lr:g} on a "
             "cosine",
@@ -158,7 +160,8 @@ def run(config: PpoConfig) -> None:
         heldout: list[Question] = []
         if config.heldout:
             heldout = fitting(read_tasks(config.heldout, limit=config.heldout_tasks), run.tokenizer, room)[0]
-        rewards, sampler = Rewards(config.rewards), Sampler(run, config.sampling)
+        rewards = Rewards(config.rewards, out=run.out, budget=config.budget)
+        sampler = Sampler(run, config.sampling)
         rewards.ready([question.task for question in (*questions, *heldout)])
         objective = PpoObjective(config, product=run.product)
         reference = Reference(run.model, config.reference, base=config.model, parallel=run.parallel)
