@@ -210,6 +210,14 @@ def test_pairs_that_can_be_told_apart_are_told_apart(kind, lora, base, llama_fol
             RewardModel(made)
 
 
+def test_an_adapter_of_another_model_is_refused(base, llama_folder, pairs, tmp_path):
+    run(tmp_path / "a", base, pairs, lora=LoraConfig(rank=2), epochs=0.2)
+    with pytest.raises(UserError, match="no adapter of this model"):
+        RewardModel(f"{llama_folder}+{tmp_path / 'a' / 'model'}")
+    with pytest.raises(UserError, match="no LoRA adapter there"):
+        RewardModel(f"{base}+{tmp_path / 'nowhere'}")
+
+
 def test_a_reward_model_is_a_folder_that_others_open(base, pairs, tmp_path):
     run(tmp_path / "a", base, pairs)
     made = tmp_path / "a" / "model"
