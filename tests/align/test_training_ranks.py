@@ -1,12 +1,15 @@
 """Two processes (FSDP2 over gloo) align as one does: losses, measures, weights, and one folder that is written once."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from align_helpers import our_folder, pairs, rows, write_lines
+from align_helpers import our_folder, pairs, rows, tasks, write_lines
 from rank_helpers import Ranks
 
 CALL = "galenic.cli:main"
@@ -23,6 +26,7 @@ def ranks():
         "galenic.cli",
         "galenic.align.sft",
         "galenic.align.tdpo",
+        "galenic.align.rollouts",
         "galenic.pretrain.loop",
         "peft",
         folder="align",
@@ -38,6 +42,7 @@ def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
         "ours": str(our_folder(folder / "ours", tokenizer_step)),
         "llama": str(llama_folder),
         "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
         "conversations": str(conversations),
     }
 
@@ -60,7 +65,38 @@ def reward(inputs):
     return {**tdpo(inputs), "epochs": 2}
 
 
-VERBS = {"sft": sft, "tdpo": tdpo, "reward": reward}
+def elo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 5,
+        "steps": 4,
+        "rows": 4,
+        "samples": 2,
+        "context": 128,
+        "answer_term": True,
+        "kl": 0.1,
+        "sampling": {"max_new_tokens": 8},
+    }
+
+
+def ppo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 5,
+        "rollouts": 2,
+        "rows": 8,
+        "minibatches": 2,
+        "epochs": 2,
+        "context": 128,
+        "kl_target": 1.0,
+        "sampling": {"max_new_tokens": 8},
+        "rewards": {"cut_off": -0.5},
+    }
+
+
+VERBS = {"sft": sft, "tdpo": tdpo, "reward": reward, "elo": elo, "ppo": ppo}
 
 
 def words(verb, inputs, model, out, **changes):
@@ -115,6 +151,7 @@ VARIANTS = {
     "lora": {"lora": {"rank": 4}},
     "offloaded": {"reference": {"offload": True}},
     "parts": {"parallel": {"micro_rows": 1}},
+    "shift": {"shift": {"layers": ["*.down_proj"], "start": 0.2, "every": 2, "rank": 20, "anchored": True}},
 }
 QUICK = [
     ("tdpo", "llama", "lora"),
@@ -126,6 +163,7 @@ SLOW = [
     ("sft", "ours", "full"),
     ("sft", "ours", "lora"),
     ("sft", "ours", "parts"),
+    ("sft", "ours", "shift"),
     ("sft", "llama", "lora"),
     ("tdpo", "ours", "full"),
     ("tdpo", "ours", "lora"),
@@ -136,6 +174,16 @@ SLOW = [
     ("reward", "ours", "parts"),
     ("reward", "llama", "full"),
     ("reward", "llama", "lora"),
+    ("elo", "ours", "full"),
+    ("elo", "ours", "offloaded"),
+    ("elo", "llama", "lora"),
+    ("elo", "llama", "parts"),
+    ("ppo", "ours", "full"),
+    ("ppo", "ours", "lora"),
+    ("ppo", "ours", "parts"),
+    ("ppo", "llama", "full"),
+    ("ppo", "llama", "offloaded"),
+    ("ppo", "llama", "lora"),
 ]
 
 
@@ -162,3 +210,57 @@ def test_rows_that_do_not_divide_stop_all_with_a_line(ranks, inputs, tmp_path):
     codes, text = ranks.run(2, CALL, started_by)
     assert codes == [2, 2] and text.count("rows: 3 in a batch do not divide among 2 processes") == 2
     assert "Traceback" not in text and not (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "model"),
+    [
+        ("elo", "ours"),
+        *(
+            pytest.param(verb, model, marks=pytest.mark.slow)
+            for verb in VERBS
+            for model in ("ours", "llama")
+            if (verb, model) != ("elo", "ours")
+        ),
+    ],
+)
+def test_row_by_row_is_all_at_once(ranks, inputs, tmp_path, verb, model):
+    outs = [tmp_path / name for name in ("whole", "parts")]
+    for out in outs:
+        run(ranks, 1, words(verb, inputs, model, out, **(VARIANTS["parts"] if out.name == "parts" else {})))
+    assert_alike(*outs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_in_half_precision_it_stays_near(ranks, inputs, tmp_path, variant):
+    """Weights, moments and reductions stay float32; products, and a reference of its own, are bfloat16."""
+    losses = {}
+    for precision, count in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
+        out = tmp_path / f"{precision}-{count}"
+        run(ranks, count, words("tdpo", inputs, "ours", out, precision=precision, **VARIANTS[variant]))
+        losses[precision, count] = [row["loss"] for row in rows(out)]
+        assert all(str(tensor.dtype) == "torch.float32" for tensor in weights(out).values())
+    exact, *others = losses.values()
+    for other in others:
+        assert other == pytest.approx(exact, abs=0.05) and other != exact
+        assert other[0] == pytest.approx(0.6931, abs=2e-3)  # the policy is its reference, in this precision too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(ranks, inputs, tmp_path, first, then):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    changes = {"lora": {"rank": 4}, "epochs": 4}
+    run(ranks, 1, words("tdpo", inputs, "llama", whole, **changes))
+    started_by = words("tdpo", inputs, "llama", out, **changes)
+    out.mkdir()
+    job = ranks.start(first, CALL, started_by)
+    while not list(out.glob("checkpoint-0000001*")) and not job.ended():
+        time.sleep(0.001)
+    for pid in job.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert job.wait() == [-signal.SIGKILL] * first, job.stderr()
+    run(ranks, then, started_by)
+    assert len(rows(out)) > 20
+    assert_alike(whole, out)

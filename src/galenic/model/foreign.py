@@ -215,7 +215,8 @@ def _open(
             return opener.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=attn_implementation,
+                # A few networks (Gemma 2) have no "sdpa"; left alone, transformers takes it wherever there is one.
+                attn_implementation=None if attn_implementation == "sdpa" else attn_implementation,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
