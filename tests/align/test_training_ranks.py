@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from align_helpers import our_folder, pairs, rows, tasks, write_lines
+from align_helpers import foreign, our_folder, pairs, rows, tasks, write_lines
+from galenic.model.foreign import copy_companions
 from rank_helpers import Ranks
 
 CALL = "galenic.cli:main"
@@ -38,9 +39,13 @@ def ranks():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
     folder = tmp_path_factory.mktemp("inputs")
+    untied = foreign("llama", vocab_size=512, tie_word_embeddings=False, max_position_embeddings=256)
+    untied.save_pretrained(folder / "untied")
+    copy_companions(llama_folder, folder / "untied")
     return {
         "ours": str(our_folder(folder / "ours", tokenizer_step)),
         "llama": str(llama_folder),
+        "untied": str(folder / "untied"),
         "pairs": write_lines(folder / "pairs.jsonl", pairs()),
         "tasks": write_lines(folder / "tasks.jsonl", tasks()),
         "conversations": str(conversations),
@@ -149,6 +154,7 @@ def assert_alike(one, other):
 VARIANTS = {
     "full": {},
     "lora": {"lora": {"rank": 4}},
+    "head": {"lora": {"rank": 4, "targets": ["q_proj", "lm_head"]}},
     "offloaded": {"reference": {"offload": True}},
     "parts": {"parallel": {"micro_rows": 1}},
     "shift": {"shift": {"layers": ["*.down_proj"], "start": 0.2, "every": 2, "rank": 20, "anchored": True}},
@@ -168,6 +174,7 @@ SLOW = [
     ("tdpo", "ours", "full"),
     ("tdpo", "ours", "lora"),
     ("tdpo", "ours", "parts"),
+    ("tdpo", "untied", "head"),
     ("tdpo", "llama", "full"),
     ("tdpo", "llama", "offloaded"),
     ("reward", "ours", "lora"),
@@ -244,7 +251,9 @@ def test_in_half_precision_it_stays_near(ranks, inputs, tmp_path, variant):
     exact, *others = losses.values()
     for other in others:
         assert other == pytest.approx(exact, abs=0.05) and other != exact
-        assert other[0] == pytest.approx(0.6931, abs=2e-3)  # the policy is its reference, in this precision too
+        assert other[0] == pytest.approx(
+            0.6931, abs=2e-3
+        )  # the policy is its reference, in this precision too
 
 
 @pytest.mark.slow
