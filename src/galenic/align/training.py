@@ -108,7 +108,7 @@ class Run:
             objective: `galenic.pretrain.loop.Objective`; None: the labels' likelihood.
             steps: in all.
             score: told as a row of kind `heldout` at step 0 and at the end; called on every process, in `eval()`.
-            check: looks at each row and may end the run.
+            check: looks at each row, of a run that goes on at those before too, and may end the run.
             after: given the trainer, whose model is still the one that was opened, makes what is called after each
                 step; see `Trainer.train`.
             together: see `Trainer.train`.
@@ -147,6 +147,10 @@ class Run:
             follow = after(self.trainer) if after else None
             if self.trainer.resume() and hasattr(batches, "restore"):
                 batches.restore(self.trainer.reader)
+            if check is not None:
+                for row in gathered(self.trainer.rows() if rank() == 0 else [])[0]:
+                    if row["kind"] == "train":
+                        check(row)
             if self.trainer.step == 0:
                 self._score(score, 0)
 
