@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.evaluate.config import model_parts
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, WatchConfig
 from galenic.runtime import UserError
 
@@ -322,7 +323,7 @@ class RewardsConfig:
     """What an answer is worth: rules where the right answer is known, a reward model where it is not."""
 
     model: str | None = None
-    """Folder of a reward model (verb `reward`)."""
+    """Folder of a reward model (verb `reward`), or `base+adapter`."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     """Domain of a task (`*`: any other) -> weight of `rule` and of `model` in its reward. Default: rule where a task
     has one, else model."""
@@ -414,5 +415,5 @@ class PpoConfig(TrainingConfig):
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        others = (self.heldout, self.reference.model, self.rewards.model)
+        others = (self.heldout, self.reference.model, *model_parts(self.rewards.model or ""))
         return [self.model, self.tasks, *(path for path in others if path)]
