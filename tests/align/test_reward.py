@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from align_helpers import files, our_folder, ours, rows
 from galenic.align import reward
-from galenic.align.config import LoraConfig, RewardConfig
+from galenic.align.config import LoraConfig, PpoConfig, RewardConfig, RewardsConfig
 from galenic.align.pairs import collate_pairs
 from galenic.align.reward import RewardModel, calibration, reward_loss
 from galenic.model import BaichuanM1ForCausalLM, load, load_tokenizer, save
@@ -208,6 +208,20 @@ def test_pairs_that_can_be_told_apart_are_told_apart(kind, lora, base, llama_fol
     if lora:
         with pytest.raises(UserError, match=r"is an adapter of a reward model; .*base\+adapter"):
             RewardModel(made)
+
+
+def test_what_ppo_reads_of_a_reward_model_with_an_adapter():
+    for model, parts in (("b+a", ["b", "a"]), ("m", ["m"]), (None, [])):
+        config = PpoConfig(out="o", model="p", tasks="t", rewards=RewardsConfig(model=model))
+        assert config.reads() == ["p", "t", *parts]
+
+
+def test_an_adapter_of_another_model_is_refused(base, llama_folder, pairs, tmp_path):
+    run(tmp_path / "a", base, pairs, lora=LoraConfig(rank=2), epochs=0.2)
+    with pytest.raises(UserError, match="no adapter of this model"):
+        RewardModel(f"{llama_folder}+{tmp_path / 'a' / 'model'}")
+    with pytest.raises(UserError, match="no LoRA adapter there"):
+        RewardModel(f"{base}+{tmp_path / 'nowhere'}")
 
 
 def test_a_reward_model_is_a_folder_that_others_open(base, pairs, tmp_path):
