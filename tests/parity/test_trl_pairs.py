@@ -85,7 +85,7 @@ def test_dpo_is_tdpo2_without_its_divergences(norm_head, tokenizer_step, tmp_pat
     }
     rows = their_rows()
     theirs = drive(
-        "trl",
+        "newest",
         "with_trl_pairs",
         tmp_path / "trl",
         way="dpo",
@@ -122,7 +122,7 @@ def test_the_reward_loss_is_theirs_on_our_own_folder(margins, tokenizer_step, tm
     save(model, tmp_path / "folder", tokenizer=tokenizer_step, provenance={"title": "Random"})
     rows = their_rows(margins)
     theirs = drive(
-        "trl",
+        "newest",
         "with_trl_pairs",
         tmp_path / "trl",
         way="reward",
