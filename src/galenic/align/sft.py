@@ -173,8 +173,9 @@ def answer_loss(model: Any, samples: list[Sample], context: int, alone: bool = F
     import torch.nn.functional as F
 
     from galenic.model import BaichuanM1ForCausalLM
+    from galenic.model.foreign import plain
 
-    ours = isinstance(model, BaichuanM1ForCausalLM)
+    ours = isinstance(plain(model), BaichuanM1ForCausalLM)
     rows = best_fit([context if alone else len(ids) for ids, _ in samples], context)
     total = count = 0.0
     with torch.no_grad():
@@ -211,8 +212,9 @@ def answer_losses(
 def run(config: SftConfig) -> None:
     """Fine-tunes; continues where a killed run stopped, to the same bytes."""
     from galenic.model import BaichuanM1ForCausalLM
+    from galenic.model.foreign import plain
 
-    with opened("sft", config) as run:
+    with opened("sft", config, packed=True) as run:
         if run is None:
             return
         run.check_context(config.context)
@@ -222,7 +224,8 @@ def run(config: SftConfig) -> None:
         samples, ledger = encoded.samples, encoded.ledger
         if ledger and rank() == 0:
             write_jsonl(run.out / "ledger.jsonl", ledger)
-        alone = not isinstance(run.model, BaichuanM1ForCausalLM) and not keeps_apart(run.model, samples[0])
+        ours = isinstance(plain(run.model), BaichuanM1ForCausalLM)
+        alone = not ours and not keeps_apart(run.model, samples[0])
         packed = pack_samples(
             samples,
             context=config.context,
