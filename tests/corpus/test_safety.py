@@ -68,7 +68,8 @@ def test_answers_do_what_their_label_says(language):
 def test_harmful_and_harmless_come_in_the_same_guises(language):
     items = list(items_of(BOOKS[language], language, 0))
     guises = {
-        side: {(i.label, i.attack) for i in items if (i.behaviour == "help") == side} for side in (True, False)
+        side: {(i.label, i.attack) for i in items if (i.behaviour == "help") == side}
+        for side in (True, False)
     }
     assert guises[False] - guises[True] == {(label, "escalation") for label in BOOKS[language]["labels"]}
     assert not guises[True] - guises[False]
@@ -196,9 +197,12 @@ def test_a_file_of_another_form_is_refused(tmp_path, change, says):
 def test_ones_own_file_is_used_and_another_name_refused(tmp_path):
     only = broken(lambda b: b.update(labels={"privacy": b["labels"]["privacy"]}))
     (tmp_path / "safety.en.yaml").write_text(yaml.safe_dump(only))
-    assert list(load("en", str(tmp_path))["labels"]) == ["privacy"] and len(load("zh", str(tmp_path))["labels"]) > 1
+    assert (
+        list(load("en", str(tmp_path))["labels"]) == ["privacy"]
+        and len(load("zh", str(tmp_path))["labels"]) > 1
+    )
     (tmp_path / "safety.de.yaml").write_text("{}")
-    with pytest.raises(UserError, match="safety.de.yaml: no such file of prompts"):
+    with pytest.raises(UserError, match=r"safety.de.yaml: no such file of prompts"):
         load("en", str(tmp_path))
     (tmp_path / "safety.de.yaml").unlink()
     (tmp_path / "safety.en.yaml").write_text("labels: [")

@@ -25,7 +25,12 @@ WHERE = ("step", "while writing", "before the rename", "model folder", "any time
 @pytest.fixture(scope="module")
 def ranks():
     started = Ranks(
-        "galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.pretrain.loop", "peft", folder="faults"
+        "galenic.cli",
+        "galenic.align.sft",
+        "galenic.align.tdpo",
+        "galenic.pretrain.loop",
+        "peft",
+        folder="faults",
     )
     yield started
     started.close()

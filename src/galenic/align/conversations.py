@@ -74,9 +74,7 @@ def in_order(categories: Sequence[str]) -> list[str]:
     )
 
 
-def read_conversations(
-    path: str, tokenizer: Any, context: int, *, bad_lines: BadLines = "refuse"
-) -> Encoded:
+def read_conversations(path: str, tokenizer: Any, context: int, *, bad_lines: BadLines = "refuse") -> Encoded:
     """Reads and encodes a file of conversations.
 
     Args:

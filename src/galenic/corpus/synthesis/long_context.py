@@ -10,6 +10,7 @@ main text stands is drawn evenly. Questions stay answerable: a text in which wha
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from galenic.corpus.starter.holdout import stable_key, stable_shuffle, tokens
@@ -201,7 +202,10 @@ class _Builder:
             return fill(wording, {"texts": BETWEEN.join(texts), "question": asked.question})
 
         def length(texts: Sequence[str]) -> int:
-            turns = ({"role": "user", "content": prompt(texts)}, {"role": "assistant", "content": asked.answer})
+            turns = (
+                {"role": "user", "content": prompt(texts)},
+                {"role": "assistant", "content": asked.answer},
+            )
             return len(encode_chat(self.tokenizer, list(turns))[0])
 
         try:
@@ -225,7 +229,7 @@ class _Builder:
             department=text.department,
             task=asked.task,
             document=text.id,
-            around=taken,
+            around=taken[: len(texts) - 1],  # what was taken last had no room, not for a word
             tokens=length(texts),
         )
         return Outcome(id=name, conversation=row)
@@ -271,9 +275,10 @@ def surround(
     if least > budget:
         return None
     supply, most = iter(others), least + round(before * (budget - least))
-    front = _taken(supply, most - least, count)[::-1]
-    front = _trimmed(front, lambda texts: length([*texts, main]) <= most, at_start=True)
-    back = _taken(supply, budget - length([*front, main]), count)
+    taken = _taken(supply, most - least, count)
+    front = _trimmed(taken[::-1], lambda texts: length([*texts, main]) <= most, at_start=True)
+    # Those that had no room in front, not for a word, come first behind.
+    back = _taken(chain(taken[len(front) :], supply), budget - length([*front, main]), count)
     back = _trimmed(back, lambda texts: length([*front, main, *texts]) <= budget, at_start=False)
     return [*front, main, *back]
 

@@ -164,7 +164,9 @@ def affixed(texts: Mapping[str, str]) -> dict[str, str]:
     >>> affixed({"a": "may I take it", "b": "well may I take it", "c": "may I"})
     {'a': 'c', 'b': 'a'}
     """
-    keys = sorted(texts, key=lambda key: len(texts[key]))  # a stable sort: of equal ones the first stays first
+    keys = sorted(
+        texts, key=lambda key: len(texts[key])
+    )  # a stable sort: of equal ones the first stays first
     whole: dict[str, str] = {}
     found: dict[str, str] = {}
     for key in keys:
