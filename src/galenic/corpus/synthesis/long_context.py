@@ -297,11 +297,16 @@ def _trimmed(texts: list[str], fits: Callable[[list[str]], bool], *, at_start: b
     while texts and not fits(texts):
         if at_start:
             cut = cut_to_fit(texts[0][::-1], lambda part, rest=texts[1:]: fits([part[::-1], *rest]))[::-1]
-            texts = [cut, *texts[1:]] if cut else texts[1:]
+            texts = [*([cut] if _says(cut) else []), *texts[1:]]
         else:
             cut = cut_to_fit(texts[-1], lambda part, rest=texts[:-1]: fits([*rest, part]))
-            texts = [*texts[:-1], cut] if cut else texts[:-1]
+            texts = [*texts[:-1], *([cut] if _says(cut) else [])]
     return texts
+
+
+def _says(text: str) -> bool:
+    """Whether more than punctuation is left."""
+    return any(map(str.isalnum, text))
 
 
 def cut_to_fit(text: str, fits: Callable[[str], bool]) -> str:
