@@ -138,7 +138,12 @@ def test_no_checkpoint_falls_between_steps_that_belong_together(tmp_path, monkey
     monkeypatch.setattr(Trainer, "save", lambda self: saved.append(self.step))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(seconds=0))
     trainer = Trainer(
-        ours(), OptimConfig(), GuardConfig(max_skips=0), tmp_path, checkpoints=checkpoints, objective=Nothing()
+        ours(),
+        OptimConfig(),
+        GuardConfig(max_skips=0),
+        tmp_path,
+        checkpoints=checkpoints,
+        objective=Nothing(),
     )
     trainer.train(Nothing(), first=0, last=8, lr=lambda step: 1e-3, bar=Silent(), together=3)
     assert saved == [3, 6]

@@ -20,7 +20,12 @@ CLOCK = ("tokens_per_second", "seconds", "memory_gb")
 @pytest.fixture(scope="module")
 def ranks():
     started = Ranks(
-        "galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.pretrain.loop", "peft", folder="align"
+        "galenic.cli",
+        "galenic.align.sft",
+        "galenic.align.tdpo",
+        "galenic.pretrain.loop",
+        "peft",
+        folder="align",
     )
     yield started
     started.close()

@@ -39,7 +39,9 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it sees how GPT-2's layers lie, and says so
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out"
+            )  # it sees how GPT-2's layers lie, and says so
             return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from None

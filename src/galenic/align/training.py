@@ -219,9 +219,7 @@ class Run:
             save(self.model, folder, base=config.model, provenance=record, parents=parents, weights=weights)
 
         trained_only = config.lora is not None
-        export(
-            self.model, self.parallel, folder, write, wanted=lambda p: p.requires_grad or not trained_only
-        )
+        export(self.model, self.parallel, folder, write, wanted=lambda p: p.requires_grad or not trained_only)
         self.trainer.finish()
 
 
