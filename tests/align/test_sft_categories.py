@@ -13,8 +13,9 @@ from galenic.align import sft
 from galenic.align.config import SftConfig, ShiftConfig
 from galenic.align.conversations import CATEGORIES, check_messages, read_conversations
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
-from galenic.pretrain.config import OptimConfig
+from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.pretrain.data.collate import IGNORE
+from galenic.pretrain.loop import Trainer
 from galenic.runtime import UserError, numbered_jsonl, read_json, read_jsonl
 
 
@@ -165,6 +166,35 @@ def test_rounds_train_as_long_as_they_say(base, conversations, tmp_path):
     assert len(train) == len(rows) / 2 and train[-1]["lr"] == pytest.approx(0, abs=1e-9)
     shifted = make_config(tmp_path / "b", base, conversations, tokens=None, rounds=2, shift=ShiftConfig())
     assert sft.plan(shifted).facts["shifts"] == "after 50% of the steps and each 100 later"
+
+
+def test_cut_in_a_round_it_ends_with_the_same_bytes_and_rows(base, mixed, tmp_path, monkeypatch):
+    def run(name):
+        changes = {"tokens": None, "rounds": 3, "heldout": str(mixed)}
+        sft.run(make_config(tmp_path / name, base, mixed, checkpoints=CheckpointConfig(seconds=0), **changes))
+
+    save, calls = Trainer.save, []
+
+    def cut(trainer):
+        save(trainer)
+        calls.append(trainer.step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    run("cut")
+    run("whole")
+    for file in sorted((tmp_path / "whole" / "model").iterdir()):
+        assert file.read_bytes() == (tmp_path / "cut" / "model" / file.name).read_bytes(), file.name
+    told = [
+        [(row["step"], row["loss"], row["domains"]) for row in metrics(tmp_path / name, "train")]
+        for name in ("cut", "whole")
+    ]
+    assert told[0] == told[1] and len(told[0]) > 4
+    assert metrics(tmp_path / "cut", "heldout") == metrics(tmp_path / "whole", "heldout")
 
 
 @pytest.mark.parametrize(

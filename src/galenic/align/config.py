@@ -179,7 +179,8 @@ class SftConfig(TrainingConfig):
     context: int = 512
     """Tokens in a row; longer conversations are left out and named in `ledger.jsonl`."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
-    """What becomes of a line that is no conversation: the run ends, or it is left out and named in `ledger.jsonl`."""
+    """What becomes of a line of `conversations` that is none: the run ends, or it is left out and named in
+    `ledger.jsonl`. One of `heldout` always ends the run."""
     rows: int = 8
     """Rows in a batch."""
     shift: ShiftConfig | None = None
