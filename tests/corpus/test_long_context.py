@@ -206,6 +206,13 @@ def test_conversations_are_full_and_answerable(corpus, tokenizer_step, tmp_path)
     assert (tmp_path / "a" / "sft.jsonl").read_bytes() == (tmp_path / "b" / "sft.jsonl").read_bytes()
 
 
+def test_any_models_tokens_count(corpus, llama_folder, tmp_path):
+    run(config(corpus, llama_folder, tmp_path / "a", tokens=2000, limit=3))
+    rows, tokenizer = list(read_jsonl(tmp_path / "a" / "sft.jsonl")), load_tokenizer(llama_folder)
+    assert [row["tokens"] for row in rows] == [len(encode_chat(tokenizer, r["messages"])[0]) for r in rows]
+    assert len(rows) == 3 and all(1960 <= row["tokens"] <= 2000 for row in rows)
+
+
 def test_no_other_text_answers_too(corpus, tokenizer_step, tmp_path):
     """Siblings that name an entity may not stand beside it: here every other text names it, so none does."""
     rows = [row for row in graph_rows() if row["id"] == "D:3"]

@@ -235,11 +235,12 @@ class _Builder:
         return Outcome(id=name, conversation=row)
 
     def _fitting(self, name: str, text: Seed, asked: Asked, taken: list[str]) -> Iterator[str]:
-        """Yields texts of the same language that do not answer the question too, each once; notes their ids."""
+        """Yields texts that do not answer the question too, each once, the same language first; notes their ids."""
         keys = [_phrase(part) for part in asked.unique]
         document = text.id.partition("#")[0]
-        for other in stable_shuffle(self.others, lambda o: o.id, self.seed, name):
-            if other.language != text.language or other.id.partition("#")[0] == document:
+        shuffled = stable_shuffle(self.others, lambda o: o.id, self.seed, name)
+        for other in sorted(shuffled, key=lambda o: o.language != text.language):
+            if other.id.partition("#")[0] == document:
                 continue
             if other.id not in self._phrases:
                 self._phrases[other.id] = _phrase(other.text)
