@@ -103,6 +103,17 @@ def pairs(count=40):
     ]
 
 
+def tasks(count=24):
+    """Tasks whose answer is the word that follows; a thought may come first."""
+    return [
+        {
+            "prompt": f"What follows {WORDS[i % len(WORDS)]} in {i}?",
+            "answer": f"{WORDS[(i + 1) % len(WORDS)]}.",
+        }
+        for i in range(count)
+    ]
+
+
 def rows(out, kind="train"):
     """Rows of a run's metrics."""
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()

@@ -67,10 +67,25 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.sft",
         "fine-tune an expert on conversations, loss on answers only",
     ),
+    "reward": (
+        "galenic.align.config:RewardConfig",
+        "galenic.align.reward",
+        "train a reward model on preference pairs (Bradley-Terry)",
+    ),
+    "elo": (
+        "galenic.align.config:EloConfig",
+        "galenic.align.elo",
+        "learn chains of thought from true answers, without a reward model",
+    ),
     "tdpo": (
         "galenic.align.config:TdpoConfig",
         "galenic.align.tdpo",
         "align a model with preference pairs, token by token (TDPO1, TDPO2, DPO)",
+    ),
+    "ppo": (
+        "galenic.align.config:PpoConfig",
+        "galenic.align.ppo",
+        "align a model with rewards for what it answers (PPO)",
     ),
     "merge": (
         "galenic.merge.config:MergeConfig",

@@ -274,6 +274,10 @@ class EloConfig(TrainingConfig):
         _require("", self, least=(("steps", 1), ("rows", 1), ("samples", 2), ("context", 2), ("kl", 0)))
         if not self.marker:
             raise UserError("marker: is empty; without it no one can tell a chain from its answer")
+        if self.marker != self.marker.rstrip():
+            raise UserError(
+                f"marker: {self.marker!r} ends in white space, which tokenizers join with the answer"
+            )
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
@@ -374,7 +378,7 @@ class PpoConfig(TrainingConfig):
     clip: float = 0.2
     """How far the ratio of new to old probability may leave 1 and still gain."""
     value_clip: float = 0.2
-    """How far a value may leave the old one and still gain."""
+    """How far a value may leave the old one and still gain, in units of reward: more, where rewards are far from 1."""
     value_weight: float = 0.1
     """Weight of the value's loss."""
     entropy_weight: float = 0.0
@@ -404,8 +408,15 @@ class PpoConfig(TrainingConfig):
                 raise UserError(f"{name}: {getattr(self, name)} is not in [0, 1]")
         if self.rows % self.minibatches:
             raise UserError(f"rows: {self.rows} answers do not divide into {self.minibatches} minibatches")
-        if self.kl_target is not None and not self.kl_target > 0:
-            raise UserError(f"kl_target: {self.kl_target} is not above 0")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.kl > 0):
+            raise UserError(
+                f"kl_target: {self.kl_target} and kl {self.kl}, which is adapted to it, must be above 0"
+            )
+        if self.sampling.max_new_tokens >= self.context:
+            raise UserError(
+                f"context: {self.context} tokens leave no room for a prompt beside sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens}"
+            )
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
