@@ -165,6 +165,13 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
     )
 
 
+def _laid(sequences: list[list[int]], prompts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lays sequences into (rows, longest) int64; returns them and which of their tokens follow the prompt, bool."""
+    ids, places = padded(sequences, PAD), torch.arange(max(map(len, sequences)))
+    first, last = (torch.tensor(numbers)[:, None] for numbers in (prompts, [len(own) for own in sequences]))
+    return ids, (places >= first) & (places < last)
+
+
 def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
     """Lays answers into a part of a batch.
 
@@ -173,10 +180,7 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
         `COLUMNS`, of the same shape, float32; `told` (rows, len(TOLD)) float64, all rows alike.
     """
     answers = [found.answers[number] for number in chosen]
-    ids = padded([answer.ids for answer in answers], PAD)
-    places = torch.arange(ids.shape[1])[None]
-    first = torch.tensor([answer.prompt for answer in answers])[:, None]
-    wanted = (places >= first) & (places < torch.tensor([len(answer.ids) for answer in answers])[:, None])
+    ids, wanted = _laid([answer.ids for answer in answers], [answer.prompt for answer in answers])
     part = {"input_ids": ids, "answers": wanted}
     for name in COLUMNS:
         part[name] = torch.zeros(ids.shape)
@@ -269,9 +273,8 @@ class Experiences:
 
     def _sampled(self, rollout: int) -> Experience:
         """Samples answers, each process its share, and tells everyone of all of them."""
-        kl_weight = self.run.trainer.reader.get(
-            "kl", self.config.kl
-        )  # as the step before, or a checkpoint, left it
+        # As the step before, or a checkpoint, left it.
+        kl_weight = self.run.trainer.reader.get("kl", self.config.kl)
         training = self.run.model.training
         self.run.model.eval()
         own = self.run.parallel.rows(self.config.rows)
@@ -286,18 +289,19 @@ class Experiences:
         return found
 
     def _answered(self, questions: list[Question], rollout: int, rows: Sequence[int]) -> list[Answer]:
-        """Samples an answer to each question, and looks at what policy, reference and value head say of it."""
+        """Samples an answer to each question, and finds out what it is worth and how likely."""
         tasks = [question.task for question in questions]
         sampled = self.sampler([task.messages for task in tasks], step=rollout, numbers=rows)
         replies = [copies[0] for copies in sampled]
         texts = [self.sampler.text(reply) for reply in replies]
         rewards = self.rewards(tasks, texts, [reply.ended for reply in replies])
         sequences = [[*question.ids, *reply.ids] for question, reply in zip(questions, replies, strict=True)]
+        prompts = [len(question.ids) for question in questions]
         numbers: list[Mapping[str, list[float]]] = []
         size = self.config.parallel.micro_rows or self.rows
         for start in range(0, len(sequences), size):
             part = slice(start, start + size)
-            numbers += self._numbers(sequences[part], [len(reply.ids) for reply in replies[part]])
+            numbers += self._numbers(sequences[part], prompts[part])
         return [
             Answer(
                 question=question.task.id,
@@ -315,12 +319,9 @@ class Experiences:
         ]
 
     @torch.no_grad()
-    def _numbers(self, sequences: list[list[int]], lengths: list[int]) -> list[Mapping[str, list[float]]]:
-        """What is known of each token of the answers at the sequences' ends."""
-        ids = padded(sequences, PAD)
-        ends = torch.tensor([len(sequence) for sequence in sequences])[:, None]
-        places = torch.arange(ids.shape[1])[None]
-        answers = (places < ends) & (places >= ends - torch.tensor(lengths)[:, None])
+    def _numbers(self, sequences: list[list[int]], prompts: list[int]) -> list[Mapping[str, list[float]]]:
+        """What policy, reference and value head say of each token that follows its prompt."""
+        ids, answers = _laid(sequences, prompts)
         device = self.run.trainer.device
         found, values = with_values(
             self.run.model,
@@ -336,5 +337,5 @@ class Experiences:
             "log_ratios": found.log_probs - found.reference_log_probs,
             "values": values,
         }
-        split = {name: column.cpu().split(lengths) for name, column in columns.items()}
+        split = {name: column.cpu().split(answers.sum(1).tolist()) for name, column in columns.items()}
         return [{name: parts[row].tolist() for name, parts in split.items()} for row in range(len(sequences))]
