@@ -346,3 +346,20 @@ def test_processes_that_share_weights_sample_their_own(tmp_path):
     alone, *parts = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert [len(part) for part in parts] == [4, 2]
     assert [row["ids"] for part in parts for row in part] == [row["ids"] for row in alone]
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_casts_its_weights_once(tmp_path):
+    from rank_helpers import Ranks
+
+    server = Ranks("rollouts_worker", folder="align")
+    try:
+        codes, errors = server.run(1, "rollouts_worker:mixed", str(tmp_path))
+        assert codes == [0], errors
+    finally:
+        server.close()
+    before, after = json.loads((tmp_path / "mixed.json").read_text())
+    for found in (before, after):
+        assert found["casts"] == 4  # three layers and the rest
+        assert found["rollouts"] == found["expected"]
+    assert before["rollouts"] != after["rollouts"]  # the step was seen

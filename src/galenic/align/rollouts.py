@@ -104,7 +104,7 @@ def sample(
     # Neighbours in this order are of about the same length, and equal prompts stand together.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
     found = [Rollout() for _ in prompts]
-    with _at_rest(model):
+    with _at_rest(model), _weights_ready(model):
         passes = _Passes(model, together)
         for first in range(0, len(order), batch):
             places = order[first : first + batch]
@@ -236,6 +236,25 @@ def _at_rest(model: Any) -> Iterator[None]:
         if attention == "flex_attention":
             inner.set_attn_implementation(attention)
         model.train(training)
+
+
+@contextmanager
+def _weights_ready(model: Any) -> Iterator[None]:
+    """Keeps the weights of a process of its own as they are computed with; else FSDP casts them anew for each token.
+
+    Where processes share the weights, they share them because all of them would be too much for one.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)] if ranks() == 1 else []
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP's own default
 
 
 # ---------------------------------------------------------------------------- of a run
