@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
 from galenic.evaluate.config import model_parts
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, WatchConfig
 from galenic.runtime import UserError
@@ -319,14 +319,32 @@ class TdpoConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A model behind an endpoint that gives points for answers; it is asked at temperature 0."""
+
+    endpoint: EndpointConfig
+    """Where it is and how it is asked."""
+    prompt: str | None = None
+    """File of one's own prompt with the places {question}, {answer}, {points} and {truth}, the true answer. Default:
+    the package's."""
+    points: int = 10
+    """Most points of an answer; what counts is the share of them."""
+
+    def __post_init__(self) -> None:
+        _require("rewards.judge.", self, least=(("points", 1),))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardsConfig:
-    """What an answer is worth: rules where the right answer is known, a reward model where it is not."""
+    """What an answer is worth: rules where the right answer is known, a model where it is not."""
 
     model: str | None = None
     """Folder of a reward model (verb `reward`), or `base+adapter`."""
+    judge: JudgeConfig | None = None
+    """A model behind an OpenAI-compatible endpoint."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Domain of a task (`*`: any other) -> weight of `rule` and of `model` in its reward. Default: rule where a task
-    has one, else model."""
+    """Domain of a task (`*`: any other) -> weights of `rule`, `model` and `judge` in its reward. Default: rule where a
+    task has one, else model, where none is named judge."""
     tolerance: float = 0.01
     """Relative error that a number may have, where a task does not say."""
     cut_off: float = 0.0
@@ -339,10 +357,10 @@ class RewardsConfig:
     def __post_init__(self) -> None:
         _require("rewards.", self, above=("code_seconds",), least=(("tolerance", 0), ("code_memory_mb", 32)))
         for domain, parts in self.weights.items():
-            unknown = set(parts) - {"rule", "model"}
+            unknown = set(parts) - {"rule", "model", "judge"}
             if unknown:
                 raise UserError(
-                    f"rewards.weights: '{domain}' weighs {', '.join(sorted(unknown))}; known: rule, model"
+                    f"rewards.weights: '{domain}' weighs {', '.join(sorted(unknown))}; known: rule, model, judge"
                 )
 
 
@@ -350,12 +368,16 @@ class RewardsConfig:
 class PpoConfig(TrainingConfig):
     """Proximal policy optimization (arXiv 1707.06347) with a per-token KL penalty (arXiv 2203.02155)."""
 
+    incidental: ClassVar[tuple[str, ...]] = (*TrainingConfig.incidental, "budget")
+
     tasks: str
     """JSON lines of {"prompt", "answer", ...}; see `galenic.align.tasks`."""
     heldout: str | None = None
     """Tasks whose rewards are measured before and after."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """What an answer is worth."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What requests to the judge may cost, those before a restart included; each process counts its own."""
     rollouts: int = 50
     """Times that answers are sampled."""
     rows: int = 32
@@ -415,5 +437,6 @@ class PpoConfig(TrainingConfig):
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        others = (self.heldout, self.reference.model, *model_parts(self.rewards.model or ""))
+        prompt = self.rewards.judge.prompt if self.rewards.judge else None
+        others = (self.heldout, self.reference.model, *model_parts(self.rewards.model or ""), prompt)
         return [self.model, self.tasks, *(path for path in others if path)]
