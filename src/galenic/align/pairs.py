@@ -17,7 +17,7 @@ from galenic.align.tasks import Messages, messages_of
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash
-from galenic.runtime import UserError, read_jsonl
+from galenic.runtime import UserError, numbered_jsonl, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ def read_pairs(path: str, tokenizer: Any, context: int) -> tuple[list[Pair], dic
         UserError: a line that is no pair, or whose answers are the same, named; no pair fits.
     """
     pairs, dropped = [], Counter()
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in numbered_jsonl(path):
+        if isinstance(row, UserError):
+            raise row
         try:
             pair = _encode(row, tokenizer, f"{Path(path).name}:{number}")
         except ValueError as error:
