@@ -177,6 +177,8 @@ class Run:
 
         Of inputs only that they were given: where they lie may change, and what is in them is the build's to know.
         """
+        from galenic.evaluate.config import model_parts
+
         values, paths = asdict(self.config), self.config.reads()
         for name in ("out", *self.config.incidental):
             del values[name]
@@ -184,7 +186,8 @@ class Run:
         def placeless(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: placeless(part) for name, part in value.items()}
-            return True if value in paths else value
+            is_input = isinstance(value, str) and all(part in paths for part in model_parts(value))
+            return True if is_input else value
 
         return {"verb": self.verb, **placeless(values)}
 
