@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from align_helpers import WORDS
-from galenic.align.pairs import Pair
+from galenic.align.data.pairs import Pair
 
 
 def drawn_pairs(count, vocabulary, seed=0) -> list[Pair]:

@@ -1,7 +1,7 @@
 """What the tests of PPO share: answers, tasks and a reward; and what each process of several runs."""
 
 from align_helpers import WORDS
-from galenic.align.experience import Answer
+from galenic.align.rollouts.experience import Answer
 
 TASKS = [{"prompt": f"What follows {word}?", "answer": "a"} for word in WORDS[:8]]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from test_rollouts import END, KEYS, PROMPTS, ours
 
-from galenic.align.rollouts import sample
+from galenic.align.rollouts.sampling import sample
 from galenic.pretrain.config import ParallelConfig
 from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.ranks import gathered, process_group, rank, ranks

@@ -6,10 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from galenic.align.chains import Questions, chain_row, collate_chains, decode, encode_question, read_questions
 from galenic.align.config import EloConfig
-from galenic.align.rollouts import Rollout, end_tokens
-from galenic.align.tasks import Task
+from galenic.align.data.tasks import Task
+from galenic.align.rollouts.chains import (
+    Questions,
+    chain_row,
+    collate_chains,
+    decode,
+    encode_question,
+    read_questions,
+)
+from galenic.align.rollouts.sampling import Rollout, end_tokens
 from galenic.corpus.tokens.chat_format import encode_text
 from galenic.model import load_tokenizer
 from galenic.runtime import UserError

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from galenic.align import elo
-from galenic.align.chains import Question, chain_row, collate_chains
 from galenic.align.config import EloConfig, LimitsConfig, LoraConfig, ReferenceConfig, SamplingConfig
+from galenic.align.data.tasks import Task
 from galenic.align.elo import EloObjective, elo_loss, leave_one_out
 from galenic.align.policy import Reference, head_is_product
-from galenic.align.rollouts import Rollout, sample
-from galenic.align.tasks import Task
+from galenic.align.rollouts.chains import Question, chain_row, collate_chains
+from galenic.align.rollouts.sampling import Rollout, sample
 from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.runtime import UserError
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
 from synthesis_helpers import serving
 
 from galenic.align.config import SamplingConfig
-from galenic.align.endpoint import rollout_of
-from galenic.align.rollouts import Sampler, ends_with
+from galenic.align.rollouts.endpoint import rollout_of
+from galenic.align.rollouts.sampling import Sampler, ends_with
 from galenic.corpus.synthesis.client import Reply
 from galenic.corpus.synthesis.synthesise_config import EndpointConfig
 from galenic.model import load_tokenizer

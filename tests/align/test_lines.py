@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from galenic.align.pairs import read_pairs
-from galenic.align.tasks import read_tasks
+from galenic.align.data.pairs import read_pairs
+from galenic.align.data.tasks import read_tasks
 from galenic.model import load_tokenizer
 from galenic.runtime import UserError
 

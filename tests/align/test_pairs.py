@@ -7,7 +7,7 @@ import pytest
 import torch
 from pair_helpers import drawn_pairs, question, write_pairs
 
-from galenic.align.pairs import (
+from galenic.align.data.pairs import (
     Pairs,
     collate_pairs,
     encode_answered,

@@ -28,10 +28,10 @@ from galenic.align.config import (
     SamplingConfig,
     SftConfig,
 )
-from galenic.align.experience import Experiences, collate_answers, experience, fitting
+from galenic.align.data.tasks import read_tasks
 from galenic.align.policy import Reference, head_is_product
-from galenic.align.tasks import read_tasks
-from galenic.align.values import ValueHead, value_head_for, with_values
+from galenic.align.rollouts.experience import Experiences, collate_answers, experience, fitting
+from galenic.align.rollouts.values import ValueHead, value_head_for, with_values
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
 from galenic.model import load, load_tokenizer, save
 from galenic.model.foreign import load_any

@@ -7,10 +7,10 @@ import pytest
 import torch
 from ppo_helpers import make_answer
 
-from galenic.align.advantages import adapted_kl, gae, whiten
 from galenic.align.config import PpoConfig, SamplingConfig
-from galenic.align.experience import COLUMNS, TOLD, collate_answers, experience
 from galenic.align.ppo import ppo_loss
+from galenic.align.rollouts.advantages import adapted_kl, gae, whiten
+from galenic.align.rollouts.experience import COLUMNS, TOLD, collate_answers, experience
 from galenic.runtime import UserError
 
 

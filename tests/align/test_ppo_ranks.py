@@ -19,7 +19,7 @@ CALL = "ppo_helpers:main"
 @pytest.fixture(scope="module")
 def ranks():
     started = Ranks(
-        "galenic.cli", "galenic.align.ppo", "galenic.align.experience", "galenic.pretrain.loop", "peft", folder="align"
+        "galenic.cli", "galenic.align.ppo", "galenic.align.rollouts.experience", "galenic.pretrain.loop", "peft", folder="align"
     )  # fmt: skip
     yield started
     started.close()

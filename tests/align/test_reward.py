@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from align_helpers import files, our_folder, ours, rows
 from galenic.align import reward
 from galenic.align.config import LoraConfig, PpoConfig, RewardConfig, RewardsConfig
-from galenic.align.pairs import collate_pairs
+from galenic.align.data.pairs import collate_pairs
 from galenic.align.reward import RewardModel, calibration, reward_loss
 from galenic.model import BaichuanM1ForCausalLM, load, load_tokenizer, save
 from galenic.model.folder import as_scorer, load_classifier

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from galenic.align.config import RewardsConfig
+from galenic.align.data.tasks import Task, task_of
 from galenic.align.rewards import Rewards
-from galenic.align.tasks import Task, task_of
 from galenic.runtime import UserError
 
 

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
 from synthesis_helpers import serving
 
 from galenic.align.config import JudgeConfig, PpoConfig, RewardsConfig
+from galenic.align.data.tasks import task_of
 from galenic.align.rewards import Rewards
 from galenic.align.rewards.judge import prompt_for, read_points, read_prompt
-from galenic.align.tasks import task_of
 from galenic.corpus.synthesis.checks import Problem
 from galenic.corpus.synthesis.client import Reply
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
@@ -281,7 +281,7 @@ KILLED = """
 import sys
 from galenic.align.config import JudgeConfig, RewardsConfig
 from galenic.align.rewards import Rewards
-from galenic.align.tasks import task_of
+from galenic.align.data.tasks import task_of
 from galenic.corpus.synthesis.synthesise_config import EndpointConfig
 assert "torch" not in sys.modules
 endpoint = EndpointConfig(base_url=sys.argv[1], model="m", concurrency=1)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galenic.align.config import RewardsConfig
+from galenic.align.data.tasks import Task
 from galenic.align.rewards.rules import answer_of, check, code_of, contradiction
-from galenic.align.tasks import Task
 
 CONFIG = RewardsConfig()
 

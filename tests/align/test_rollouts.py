@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from galenic.align.config import LoraConfig, SamplingConfig
 from galenic.align.lora import add_adapter
-from galenic.align.rollouts import (
+from galenic.align.rollouts.sampling import (
     Rollout,
     Sampler,
     draw,

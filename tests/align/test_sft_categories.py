@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from galenic.align import sft
 from galenic.align.config import SftConfig, ShiftConfig
-from galenic.align.conversations import CATEGORIES, check_messages, read_conversations
+from galenic.align.data.conversations import CATEGORIES, check_messages, read_conversations
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
 from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.pretrain.data.collate import IGNORE

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from align_helpers import files, our_folder, ours, rows
 from galenic.align import policy, tdpo
 from galenic.align.config import LimitsConfig, LoraConfig, ReferenceConfig, TdpoConfig
-from galenic.align.pairs import collate_pairs
+from galenic.align.data.pairs import collate_pairs
 from galenic.align.token_statistics import token_statistics
 from galenic.model import load
 from galenic.model.foreign import load_any

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from align_helpers import foreign, our_folder, ours, pairs, rows, told, write_lines
 from galenic.align import tdpo
 from galenic.align.config import LimitsConfig, LoraConfig, ReferenceConfig, TdpoConfig
-from galenic.align.pairs import Pair, Pairs
+from galenic.align.data.pairs import Pair, Pairs
 from galenic.align.policy import Reference
 from galenic.align.training import Run, opened
 from galenic.model.foreign import load_any

@@ -27,7 +27,7 @@ def ranks():
         "galenic.cli",
         "galenic.align.sft",
         "galenic.align.tdpo",
-        "galenic.align.rollouts",
+        "galenic.align.rollouts.sampling",
         "galenic.pretrain.loop",
         "peft",
         folder="align",

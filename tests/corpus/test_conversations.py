@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galenic.align.conversations import CATEGORIES
+from galenic.align.data.conversations import CATEGORIES
 from galenic.corpus.records import Entity
 from galenic.corpus.starter.conversations import (
     ANSWER_WORDS,

@@ -7,7 +7,7 @@ from parity_helpers import ANSWERS
 from test_serve import server
 
 from galenic.align.config import SamplingConfig
-from galenic.align.rollouts import Sampler
+from galenic.align.rollouts.sampling import Sampler
 from galenic.corpus.synthesis.synthesise_config import EndpointConfig
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any

@@ -8,7 +8,7 @@ from parity_helpers import drive, random_folder
 
 from galenic.align import reward
 from galenic.align.config import ReferenceConfig, TdpoConfig
-from galenic.align.pairs import collate_pairs, read_pairs
+from galenic.align.data.pairs import collate_pairs, read_pairs
 from galenic.align.policy import Reference, head_is_product
 from galenic.align.tdpo import TdpoObjective
 from galenic.model import load_tokenizer, save

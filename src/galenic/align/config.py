@@ -250,7 +250,7 @@ class EloConfig(TrainingConfig):
     """Exploratory Log-likelihood Optimization (Baichuan-M1 report, section 5.3, eq. 1-3)."""
 
     tasks: str
-    """JSON lines of {"prompt", "answer"} or {"question", "options", "answer"}; see `galenic.align.tasks`."""
+    """JSON lines of {"prompt", "answer"} or {"question", "options", "answer"}; see `galenic.align.data.tasks`."""
     heldout: str | None = None
     """Tasks on which the answers' likelihood and accuracy are measured before and after."""
     steps: int = 100
@@ -387,7 +387,7 @@ class PpoConfig(TrainingConfig):
     incidental: ClassVar[tuple[str, ...]] = (*TrainingConfig.incidental, "budget")
 
     tasks: str
-    """JSON lines of {"prompt", "answer", ...}; see `galenic.align.tasks`."""
+    """JSON lines of {"prompt", "answer", ...}; see `galenic.align.data.tasks`."""
     heldout: str | None = None
     """Tasks whose rewards are measured before and after."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

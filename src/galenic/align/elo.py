@@ -30,8 +30,8 @@ from galenic.runtime import Plan, UserError, human, read_jsonl
 if TYPE_CHECKING:
     import torch
 
-    from galenic.align.chains import Question
     from galenic.align.policy import Reference
+    from galenic.align.rollouts.chains import Question
     from galenic.align.training import Run
 
 
@@ -187,10 +187,10 @@ def plan(config: EloConfig) -> Plan:
 
 def run(config: EloConfig) -> None:
     """Trains; continues where a killed run stopped, to the same bytes."""
-    from galenic.align.chains import Questions, read_questions
     from galenic.align.health import watchdog
     from galenic.align.policy import Reference
-    from galenic.align.rollouts import Sampler
+    from galenic.align.rollouts.chains import Questions, read_questions
+    from galenic.align.rollouts.sampling import Sampler
 
     with opened("elo", config) as run:
         if run is None:
@@ -237,11 +237,11 @@ def answered(run: "Run", config: EloConfig, questions: "Sequence[Question]") -> 
     """
     import torch
 
-    from galenic.align.chains import chain_row, collate_chains
     from galenic.align.config import RewardsConfig
     from galenic.align.policy import per_row, states
     from galenic.align.rewards.rules import check
-    from galenic.align.rollouts import Sampler
+    from galenic.align.rollouts.chains import chain_row, collate_chains
+    from galenic.align.rollouts.sampling import Sampler
 
     parallel, device = run.parallel, run.trainer.device
     turns = -(-len(questions) // parallel.data_ranks)

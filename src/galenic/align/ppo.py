@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galenic.align.config import PpoConfig
-from galenic.align.tasks import read_tasks
+from galenic.align.data.tasks import read_tasks
 from galenic.align.training import opened
 from galenic.runtime import Plan, UserError, human
 
 if TYPE_CHECKING:
     import torch
 
-    from galenic.align.experience import Question
+    from galenic.align.rollouts.experience import Question
 
 MEASURES = ("entropy", "clipped", "policy_loss", "value_loss", "kl_step")
 """What is told of the tokens of a minibatch."""
@@ -68,7 +68,7 @@ class PpoObjective:
     """The loss of a minibatch of `Experiences` (`galenic.pretrain.loop.Objective`); a unit is a token of an answer."""
 
     def __init__(self, config: PpoConfig, *, product: bool) -> None:
-        from galenic.align.experience import TOLD
+        from galenic.align.rollouts.experience import TOLD
 
         self.config, self.product = config, product
         self.measures: Sequence[str] = (*TOLD, *MEASURES)
@@ -81,8 +81,8 @@ class PpoObjective:
         self, model: Any, part: Mapping[str, Any], units: float
     ) -> tuple["torch.Tensor", dict[str, tuple[float, float]]]:
         """Computes loss and measures of a part."""
-        from galenic.align.experience import TOLD
-        from galenic.align.values import with_values
+        from galenic.align.rollouts.experience import TOLD
+        from galenic.align.rollouts.values import with_values
 
         config, answers = self.config, part["answers"]
         found, values = with_values(
@@ -144,12 +144,12 @@ def plan(config: PpoConfig) -> Plan:
 
 def run(config: PpoConfig) -> None:
     """Trains; continues where a killed run stopped, to the same bytes."""
-    from galenic.align.experience import Experiences, fitting
     from galenic.align.health import watchdog
     from galenic.align.policy import Reference
     from galenic.align.rewards.rewards import Rewards
-    from galenic.align.rollouts import Sampler
-    from galenic.align.values import value_head_for
+    from galenic.align.rollouts.experience import Experiences, fitting
+    from galenic.align.rollouts.sampling import Sampler
+    from galenic.align.rollouts.values import value_head_for
 
     with opened("ppo", config) as run:
         if run is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galenic.align.config import RewardConfig
-from galenic.align.pairs import (
+from galenic.align.data.pairs import (
     Pair,
     Pairs,
     collate_pairs,
@@ -24,7 +24,7 @@ from galenic.align.pairs import (
     steps_of,
     trained_and_heldout,
 )
-from galenic.align.tasks import Messages
+from galenic.align.data.tasks import Messages
 from galenic.align.training import opened
 from galenic.evaluate.config import model_parts
 from galenic.runtime import Plan, UserError, device, human

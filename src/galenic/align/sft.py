@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from galenic.align.config import SftConfig, ShiftConfig
-from galenic.align.conversations import Encoded, Sample, count_categories, read_conversations
+from galenic.align.data.conversations import Encoded, Sample, count_categories, read_conversations
 from galenic.align.training import opened
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.pretrain.data.collate import IGNORE, collate

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from galenic.align.config import TdpoConfig
-from galenic.align.pairs import Pairs, collate_pairs, in_order, in_turn, steps_of, trained_and_heldout
+from galenic.align.data.pairs import Pairs, collate_pairs, in_order, in_turn, steps_of, trained_and_heldout
 from galenic.align.training import opened
 from galenic.runtime import Plan, UserError, human
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from galenic.align.rollouts import end_tokens, sample
+from galenic.align.rollouts.sampling import end_tokens, sample
 from galenic.corpus.tokens.chat_format import encode_text
 from galenic.model import load_tokenizer
 from galenic.runtime import (

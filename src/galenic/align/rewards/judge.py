@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from galenic.align.config import JudgeConfig
-from galenic.align.tasks import Messages, Task
+from galenic.align.data.tasks import Messages, Task
 from galenic.corpus.synthesis.budget import Budget, BudgetSpent
 from galenic.corpus.synthesis.cache import Cache
 from galenic.corpus.synthesis.checks import Problem, json_object

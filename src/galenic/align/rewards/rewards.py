@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from galenic.align.config import RewardsConfig
+from galenic.align.data.tasks import Task
 from galenic.align.rewards.rules import check, contradiction
-from galenic.align.tasks import Task
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig
 from galenic.ranks import rank
 from galenic.runtime import UserError

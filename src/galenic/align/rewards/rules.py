@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from galenic.align.config import RewardsConfig
+from galenic.align.data.tasks import Task
 from galenic.align.rewards.units import Quantity, quantities, unified
-from galenic.align.tasks import Task
 
 _ANSWER = r"\banswer\b[\s*_]*(?:is\b[\s*_]*:?|:)|答案[\s*_]*(?:[是为][\s*_]*:?|:)"
 _DIAGNOSIS = r"\bdiagnosis\b[\s*_]*(?:is\b[\s*_]*:?|:)|诊断[\s*_]*(?:[是为][\s*_]*:?|:)"

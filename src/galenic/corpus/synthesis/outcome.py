@@ -33,7 +33,7 @@ _CATEGORIES = {
     "long-context": "long-context",
     "safety": "safety",
 }
-"""Pipeline -> category of its conversations (`galenic.align.conversations.CATEGORIES`)."""
+"""Pipeline -> category of its conversations (`galenic.align.data.conversations.CATEGORIES`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

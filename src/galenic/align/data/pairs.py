@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from galenic.align.tasks import Messages, messages_of
+from galenic.align.data.tasks import Messages, messages_of
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash

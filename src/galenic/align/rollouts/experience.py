@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from galenic.align.advantages import adapted_kl, gae, whiten
 from galenic.align.config import PpoConfig
+from galenic.align.data.tasks import Task
 from galenic.align.policy import Reference, padded
-from galenic.align.rollouts import stale
-from galenic.align.tasks import Task
-from galenic.align.values import with_values
+from galenic.align.rollouts.advantages import adapted_kl, gae, whiten
+from galenic.align.rollouts.sampling import stale
+from galenic.align.rollouts.values import with_values
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash
@@ -93,7 +93,7 @@ class Answer:
     values: list[float]
     """V of each."""
     stale: tuple[float, int]
-    """How far the server that sampled was from the policy; see `galenic.align.rollouts.stale`."""
+    """How far the server that sampled was from the policy; see `galenic.align.rollouts.sampling.stale`."""
 
     @property
     def length(self) -> int:
@@ -209,7 +209,7 @@ class Experiences:
         run: the run, whose trainer will be there when a batch is asked for.
         config: of the verb.
         questions: to be answered.
-        sampler: samples answers (`galenic.align.rollouts.Sampler`).
+        sampler: samples answers (`galenic.align.rollouts.sampling.Sampler`).
         rewards: (tasks, texts, ended) -> what each is worth.
         reference: what the policy is held against.
     """

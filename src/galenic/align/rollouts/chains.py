@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from galenic.align.config import EloConfig
-from galenic.align.tasks import Task, read_tasks
+from galenic.align.data.tasks import Task, read_tasks
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash
 from galenic.runtime import UserError
 
 if TYPE_CHECKING:
-    from galenic.align.rollouts import Rollout, Sampler
+    from galenic.align.rollouts.sampling import Rollout, Sampler
 
 _LEAD = "So"
 """Any text: the marker is encoded as it follows one."""
@@ -73,7 +73,7 @@ def read_questions(
     """Reads and encodes a file of tasks.
 
     Args:
-        path: JSON lines; see `galenic.align.tasks`.
+        path: JSON lines; see `galenic.align.data.tasks`.
         tokenizer: of the model.
         marker: between chain and answer.
         room: tokens that a chain may have.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from galenic.align.rollouts import Rollout, Stop
-from galenic.align.tasks import Messages
+from galenic.align.data.tasks import Messages
+from galenic.align.rollouts.sampling import Rollout, Stop
 from galenic.corpus.synthesis.cache import Cache
 from galenic.corpus.synthesis.client import Client, Reply, RequestFailed
 from galenic.corpus.synthesis.synthesise_config import EndpointConfig

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from galenic.align.config import SamplingConfig
+from galenic.align.data.tasks import Messages
 from galenic.align.policy import plain
-from galenic.align.tasks import Messages
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.ranks import gathered, rank, ranks
 from galenic.runtime import UserError
@@ -298,7 +298,7 @@ class Sampler:
         self.end = end_tokens(run.tokenizer, run.model)
         self.server: Any = None
         if config.endpoint is not None:
-            from galenic.align.endpoint import Server
+            from galenic.align.rollouts.endpoint import Server
 
             self.server = Server(config.endpoint, run.out / f"rollouts-{rank()}.jsonl")
 
