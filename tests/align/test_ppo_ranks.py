@@ -18,9 +18,8 @@ CALL = "ppo_helpers:main"
 
 @pytest.fixture(scope="module")
 def ranks():
-    started = Ranks(
-        "galenic.cli", "galenic.align.ppo", "galenic.align.rollouts.experience", "galenic.pretrain.loop", "peft", folder="align"
-    )  # fmt: skip
+    names = ("cli", "align.ppo", "align.rollouts.experience", "pretrain.loop")
+    started = Ranks(*(f"galenic.{name}" for name in names), "peft", folder="align")
     yield started
     started.close()
 

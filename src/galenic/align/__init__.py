@@ -4,10 +4,10 @@
                             │   tasks    pairs    tasks
                     pairs ──└──> reward ───────────┘
 
-* `sft.py`, `reward.py`, `elo.py`, `tdpo.py`, `ppo.py`: a verb each: its objective on tensors with the equation beside it, and
-  a thin driver.
-* `training.py` is what they share: open, train, score, write. `policy.py` and `token_statistics.py`: log-likelihoods and
-  divergences of policy and reference without logits of a whole batch. `lora.py`, `health.py`, `shifting.py`.
+* `sft.py`, `reward.py`, `elo.py`, `tdpo.py`, `ppo.py`: a verb each: its objective on tensors with the equation beside
+  it, and a thin driver.
+* `training.py` is what they share: open, train, score, write. `policy.py` and `token_statistics.py`: log-likelihoods
+  and divergences of policy and reference without logits of a whole batch. `lora.py`, `health.py`, `shifting.py`.
 * `data/` reads conversations, pairs and tasks; `rollouts/` samples text; `rewards/` says what an answer is worth.
 
 In: a model folder, ours or of any causal language model that transformers knows. Out: the same, aligned.

@@ -1,1 +1,1 @@
-"""What the methods read, as token ids: conversations, preference pairs, tasks. Bad lines are refused by their number."""
+"""What the methods read, as token ids: conversations, preference pairs, tasks. Bad lines are named by number."""
