@@ -25,10 +25,13 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
     """
     import torch
 
+    from galenic.model.foreign import kind_of
+
     peft = _peft()
+    classifies = kind_of(type(model).__name__) == "text classifier"  # its head is trained whole, and saved
     torch.manual_seed(seed)  # of the first factor; the second starts at zero
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.targets or "all-linear",
@@ -36,20 +39,37 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it sees how GPT-2's layers lie, and says so
             return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from None
 
 
 def save_adapter(
-    model: Any, folder: str | Path, *, base: str, provenance: dict[str, Any], parents: Iterable[str]
+    model: Any,
+    folder: str | Path,
+    *,
+    base: str,
+    provenance: dict[str, Any],
+    parents: Iterable[str],
+    weights: Iterable[tuple[str, Any]] | None = None,
 ) -> None:
-    """Writes a PEFT adapter folder: all of it, or nothing. The same inputs give the same bytes."""
+    """Writes a PEFT adapter folder: all of it, or nothing. The same inputs give the same bytes.
+
+    Args:
+        model: with the adapter.
+        folder: where.
+        base: folder of the model under it.
+        provenance: how it was made.
+        parents: models it was made from.
+        weights: names and whole tensors of what was trained, of a model that holds parts of them only.
+    """
     from galenic.model.foreign import write_card
 
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        model.save_pretrained(temporary, save_embedding_layers=False)
+        state = None if weights is None else dict(weights)
+        model.save_pretrained(temporary, save_embedding_layers=False, state_dict=state)
         # PEFT keeps the names of layers in a set, whose order changes from run to run, and the base's place.
         settings = read_json(temporary / "adapter_config.json")
         if isinstance(settings["target_modules"], list):

@@ -6,7 +6,7 @@ theirs are taken whole.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,19 +14,17 @@ import torch
 
 from galenic.align.config import ReferenceConfig
 from galenic.align.token_statistics import States, TokenStatistics, token_statistics
-from galenic.model.foreign import load_any
+from galenic.model import load_tokenizer
+from galenic.model.foreign import load_any, plain
 from galenic.runtime import UserError
 
-
-def plain(model: Any) -> Any:
-    """Returns the causal language model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+# ---------------------------------------------------------------------------- hidden states and head
 
 
 @contextmanager
-def _aside(head: torch.nn.Module) -> Iterator[None]:
-    """Lets a head pass on what it is given."""
-    head.forward = lambda hidden: hidden
+def _giving(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Lets something else stand in a head's place."""
+    head.forward = forward
     try:
         yield
     finally:
@@ -35,30 +33,24 @@ def _aside(head: torch.nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def head_is_product(model: Any) -> bool:
-    """Whether the model's logits are its last hidden states times its head's weight, tried on a few tokens."""
-    inner = plain(model)
-    ids = torch.arange(1, 9, device=next(model.parameters()).device)[None] % inner.config.vocab_size
-    head = inner.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
+    """Whether the model's logits are its last hidden states times its head's weight, and nothing more.
+
+    What the head gives has to come out of the model as it is: tried with numbers so far apart that any scale, cap or
+    bias shows.
+    """
+    head = plain(model).get_output_embeddings()
+    if not (hasattr(head, "normalized_weight") or (type(head) is torch.nn.Linear and head.bias is None)):
         return False
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    with _aside(head):
-        hidden = model(input_ids=ids, use_cache=False).logits
-    weight = _weight(inner)
-    return weight.shape[1] == hidden.shape[-1] and torch.allclose(
-        hidden.float() @ weight.float().T, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())
-    )
-
-
-def _weight(inner: Any) -> torch.Tensor:
-    """The head's weight as it multiplies, (vocabulary, width)."""
-    head = inner.get_output_embeddings()
-    # Ours has rows of unit length.
-    return head.normalized_weight() if hasattr(head, "normalized_weight") else head.weight
+    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    size = head.weight.shape[0]
+    given = torch.linspace(-100, 100, 2 * size, device=ids.device).view(1, 2, size)
+    with _giving(head, lambda hidden: given):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return logits.shape == given.shape and torch.equal(logits.float(), given)
 
 
 def states(model: Any, inputs: Mapping[str, torch.Tensor], *, product: bool) -> States:
-    """Returns a model's last hidden states (rows, length, width) and its head.
+    """Returns a model's last hidden states (rows, length, width) and its head's weight, or its logits and None.
 
     Args:
         model: a causal language model, with an adapter or without.
@@ -67,23 +59,41 @@ def states(model: Any, inputs: Mapping[str, torch.Tensor], *, product: bool) -> 
     """
     if not product:
         return model(**inputs, use_cache=False).logits, None
-    inner = plain(model)
-    with _aside(inner.get_output_embeddings()):
+    head = plain(model).get_output_embeddings()
+    with _giving(head, lambda hidden: hidden):
         hidden = model(**inputs, use_cache=False).logits
-    return hidden, _weight(inner)
+    # Sharded weights are whole from the forward pass to the end of the backward pass. Ours has rows of unit length.
+    return hidden, head.normalized_weight() if hasattr(head, "normalized_weight") else head.weight
+
+
+def hidden_and_states(
+    model: Any, inputs: Mapping[str, torch.Tensor], *, product: bool
+) -> tuple[torch.Tensor, States]:
+    """Returns the last hidden states (rows, length, width) of any model, and with them what `states` does."""
+    kept: list[torch.Tensor] = []
+    head = plain(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: kept.append(given[0]))
+    try:
+        found = states(model, inputs, product=product)
+    finally:
+        hook.remove()
+    return kept[0], found
+
+
+# ---------------------------------------------------------------------------- the reference
 
 
 class Reference:
     """The model that a policy is held against; it never learns.
 
     Args:
-        policy: as it is before training.
+        policy: as it is before training, on no device yet.
         config: which model, and where it waits.
         base: folder that the policy was loaded from.
         parallel: spreads a copy as it spreads the policy (`galenic.pretrain.parallelism.Parallel`).
 
     Raises:
-        UserError: another model's vocabulary differs from the policy's.
+        UserError: another model has other tokens than the policy.
     """
 
     def __init__(self, policy: Any, config: ReferenceConfig, *, base: str, parallel: Any = None) -> None:
@@ -91,37 +101,71 @@ class Reference:
         self.model: Any = None  # none of its own: the base under the policy's adapter
         if config.model is not None and config.model != base:
             self.model = load_any(config.model)
-            sizes = [plain(model).config.vocab_size for model in (policy, self.model)]
-            if sizes[0] != sizes[1]:
-                raise UserError(
-                    f"reference.model: {config.model} has {sizes[1]} tokens, {base} has {sizes[0]}: only a model with "
-                    "the same tokenizer can be a reference"
-                )
-        elif not hasattr(policy, "disable_adapter"):
+            _refuse_other_tokens(policy, base, self.model, config.model)
+        elif not _has_adapter(policy):
             self.model = copy.deepcopy(policy)
+        self.product = head_is_product(policy if self.model is None else self.model)
         if self.model is not None:
             self.model.requires_grad_(False).eval()
             if parallel is not None:
+                if parallel.precision == "bfloat16":  # it computes in that, and never learns
+                    for parameter in self.model.parameters():
+                        parameter.data = parameter.data.bfloat16()
                 parallel.apply(self.model)
-        self.product = head_is_product(policy if self.model is None else self.model)
+            if self.offload:
+                self.model.to("cpu")
 
     @torch.no_grad()
     def states(self, inputs: Mapping[str, torch.Tensor]) -> States:
         """Returns its hidden states and head; see `states`."""
         if self.model is None:
-            with self.policy.disable_adapter():
+            with _without_adapter(self.policy):
                 return states(self.policy, inputs, product=self.product)
-        with self._here(next(iter(inputs.values())).device):
-            return states(self.model, inputs, product=self.product)
-
-    @contextmanager
-    def _here(self, device: torch.device) -> Iterator[None]:
         if not self.offload:
-            yield
-            return
-        self.model.to(device)
-        yield
+            return states(self.model, inputs, product=self.product)
+        self.model.to(next(iter(inputs.values())).device)
+        hidden, head = states(self.model, inputs, product=self.product)
+        head = None if head is None else head.clone()  # the model takes its own along
         self.model.to("cpu")
+        return hidden, head
+
+
+def _refuse_other_tokens(policy: Any, base: str, other: Any, folder: str) -> None:
+    sizes = [plain(model).config.vocab_size for model in (policy, other)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"reference.model: {folder} has {sizes[1]} tokens, {base} has {sizes[0]}: only a model with the same "
+            "tokenizer can be a reference"
+        )
+    if load_tokenizer(folder).get_vocab() != load_tokenizer(base).get_vocab():
+        raise UserError(
+            f"reference.model: {folder} has other tokens than {base}: only a model with the same tokenizer can be a "
+            "reference"
+        )
+
+
+def _has_adapter(model: Any) -> bool:
+    return plain(model) is not model
+
+
+@contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    """Lets a PEFT model compute as its base does.
+
+    PEFT's own way also says of the adapter that it is not trained, and shards that are whole at that moment (FSDP2)
+    would go on to say so.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+# ---------------------------------------------------------------------------- tokens
 
 
 def statistics(

@@ -154,8 +154,9 @@ def answer_loss(model: Any, samples: list[Sample], context: int, alone: bool = F
     import torch.nn.functional as F
 
     from galenic.model import BaichuanM1ForCausalLM
+    from galenic.model.foreign import plain
 
-    ours = isinstance(model, BaichuanM1ForCausalLM)
+    ours = isinstance(plain(model), BaichuanM1ForCausalLM)
     rows = best_fit([context if alone else len(ids) for ids, _ in samples], context)
     total = count = 0.0
     with torch.no_grad():
@@ -178,13 +179,15 @@ def answer_loss(model: Any, samples: list[Sample], context: int, alone: bool = F
 def run(config: SftConfig) -> None:
     """Fine-tunes; continues where a killed run stopped, to the same bytes."""
     from galenic.model import BaichuanM1ForCausalLM
+    from galenic.model.foreign import plain
 
-    with opened("sft", config) as run:
+    with opened("sft", config, packed=True) as run:
         if run is None:
             return
         run.check_context(config.context)
         samples, too_long = encode_samples(config.conversations, run.tokenizer, config.context)
-        alone = not isinstance(run.model, BaichuanM1ForCausalLM) and not keeps_apart(run.model, samples[0])
+        ours = isinstance(plain(run.model), BaichuanM1ForCausalLM)
+        alone = not ours and not keeps_apart(run.model, samples[0])
         rows = pack_samples(
             samples, tokens=config.tokens, context=config.context, seed=config.seed, alone=alone
         )

@@ -5,10 +5,12 @@ from typing import Any
 
 from galenic.align.config import ShiftConfig
 from galenic.corpus.tokens.chat_format import PAD
+from galenic.flatten.apply import whole
 from galenic.flatten.layers import select_layers, weight_of
 from galenic.flatten.training import TrainingShift
 from galenic.pretrain.data.collate import collate
 from galenic.pretrain.loop import Trainer
+from galenic.ranks import rank
 from galenic.runtime import append_jsonl
 
 
@@ -27,7 +29,7 @@ def shifter(
         UserError: the model has no such layers.
     """
     names = select_layers(trainer.model, config.layers)
-    start = {name: weight_of(trainer.model, name).detach().clone() for name in names if config.anchored}
+    start = {name: whole(weight_of(trainer.model, name).detach()).clone() for name in names if config.anchored}
     shift = TrainingShift(
         trainer.model,
         names,
@@ -47,8 +49,9 @@ def shifter(
     def after(step: int) -> None:
         if step not in steps:
             return
-        latest = range(max(0, step - config.batches), step)
-        done = shift.shift((inputs(row) for index in latest for row in rows(index)), trainer.optimizer)
+        latest = [rows(index) for index in range(max(0, step - config.batches), step)]
+        own = (inputs(batch[row]) for batch in latest for row in trainer.parallel.rows(len(batch)))
+        done = shift.shift(own, trainer.optimizer)
         layers = {
             name: {
                 "rank": s.rank,
@@ -59,6 +62,7 @@ def shifter(
             }
             for name, s in done.items()
         }
-        append_jsonl(trainer.out / "metrics.jsonl", {"kind": "shift", "step": step, "layers": layers})
+        if rank() == 0:
+            append_jsonl(trainer.out / "metrics.jsonl", {"kind": "shift", "step": step, "layers": layers})
 
     return after

@@ -108,6 +108,11 @@ def folder_kind(folder: str | Path, kinds: Sequence[Kind] = KINDS) -> Kind:
     return kind
 
 
+def plain(model: Any) -> Any:
+    """Returns the language model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load_any(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -169,16 +174,33 @@ def load_any(
 
 
 def save_any(
-    model: Any, folder: str | Path, *, base: str | Path, provenance: dict[str, Any], parents: Iterable[str]
+    model: Any,
+    folder: str | Path,
+    *,
+    base: str | Path,
+    provenance: dict[str, Any],
+    parents: Iterable[str],
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> None:
-    """Writes a model folder as `save` does, whichever architecture it has; `base` lends tokenizer and licence."""
+    """Writes a model folder as `save` does, whichever architecture it has.
+
+    Args:
+        model: what to save.
+        folder: where.
+        base: folder that lends tokenizer and licence.
+        provenance: how the model was made.
+        parents: models it was made from.
+        weights: names and whole tensors of a model that holds parts of them only; of another architecture than ours
+            they are held all at once.
+    """
     if isinstance(model, BaichuanM1ForCausalLM):
-        save(model, folder, tokenizer=base, provenance=provenance, parents=parents)
+        save(model, folder, tokenizer=base, provenance=provenance, parents=parents, weights=weights)
         return
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         with _quiet():
-            model.save_pretrained(temporary, max_shard_size="5GB")
+            state = None if weights is None else dict(weights)
+            model.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
         copy_companions(Path(base), temporary)
         write_json(temporary / "galenic.json", provenance)
         write_card(temporary, provenance, parents, "a model folder of Hugging Face's")

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from galenic.model import BaichuanM1ForCausalLM
+from galenic.model.foreign import plain
 from galenic.pretrain.checkpoints.checkpoints import Checkpoints
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig
 from galenic.pretrain.data.collate import IGNORE
@@ -124,7 +125,7 @@ class Trainer:
         self.watch = watch or Watch(out, device=self.device)
         self.micro_rows, self.objective = micro_rows, objective
         # Our network can do without holding the logits; others have no such argument.
-        self.ours = isinstance(model, BaichuanM1ForCausalLM)
+        self.ours = isinstance(plain(model), BaichuanM1ForCausalLM)
         self.optimizer = make_optimizer(model, optim)
         self.guard = self._make_guard()
         self.step = 0
@@ -253,8 +254,12 @@ class Trainer:
             sums[0] = output.loss.detach().double() / scale
             if output.token_losses is not None and of is not None:
                 sums[1:] = _per_domain(output.token_losses.detach(), of, domains)
-        elif own:  # the mean of nothing is not a number
-            loss = self.model(**part, use_cache=False).loss * (own / targets)
+        elif own or self.parallel.sharded:
+            if own:
+                loss = self.model(**part, use_cache=False).loss * (own / targets)
+            else:  # the mean of nothing is not a number, but the others wait for this process's gradients
+                del part["labels"]
+                loss = self.model(**part, use_cache=False).logits.sum() * 0
             (loss * scale).backward()
             sums[0] = loss.detach()
         return sums

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
+from galenic.model.foreign import plain
 from galenic.pretrain.config import ArchitectureConfig, ParallelConfig
 from galenic.pretrain.parallelism.initial import draw_weights
 from galenic.pretrain.parallelism.tensor_parallel import (
@@ -169,8 +170,8 @@ def compile_layer(layer: Any, backend: str = "inductor") -> None:
 
 
 def decoder_layers(model: Any) -> list[tuple[str, Any]]:
-    """Returns a causal language model's layers with their names; none where they cannot be told."""
-    count = model.config.num_hidden_layers
+    """Returns a language model's layers with their names; none where they cannot be told."""
+    count = getattr(model.config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return [(f"{name}.{number}", layer) for number, layer in enumerate(module)]
@@ -254,17 +255,17 @@ class Parallel:
     # ------------------------------------------------------------------------ the model
 
     def apply(self, model: Any, seed: int = 0) -> None:
-        """Spreads a causal language model over the processes, in place, and puts it on the device.
+        """Spreads a language model over the processes, in place, and puts it on the device.
 
         Layers are drawn and go to the device one after the other, so that neither the machine nor the device ever
         holds more than its shards and one whole layer.
 
         Args:
-            model: with the same weights on every process, or made on the meta device; ours, or with or without a PEFT
-                adapter any of transformers', whose attention stays as it is.
+            model: with the same weights on every process, or made on the meta device. Ours or any of transformers',
+                whose attention stays as it is; with a PEFT adapter or without.
             seed: that the weights of a model on the meta device are drawn from.
         """
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = plain(model)
         self.model_config = inner.config
         split, how = self.degrees, self.config
         if split.context > 1:

@@ -1,0 +1,139 @@
+"""Alignment killed with SIGKILL, anywhere, again and again: it ends with the bytes of a run that nobody disturbed."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from align_helpers import files, our_folder, pairs, told, write_lines
+from kill_helpers import steps
+from rank_helpers import Ranks
+
+CALL = "galenic.cli:main"
+COMMON = {
+    "optim": {"lr": 3e-3, "warmup_steps": 1},
+    "checkpoints": {"seconds": 0},
+    "watch": {"to": []},
+}
+WHERE = ("step", "while writing", "before the rename", "model folder", "any time")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    started = Ranks(
+        "galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.pretrain.loop", "peft", folder="faults"
+    )
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
+    folder = tmp_path_factory.mktemp("inputs")
+    return {
+        "ours": str(our_folder(folder / "ours", tokenizer_step)),
+        "llama": str(llama_folder),
+        "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "conversations": str(conversations),
+    }
+
+
+def sft(inputs):
+    heldout = {"heldout": inputs["conversations"]}
+    return {
+        "conversations": inputs["conversations"],
+        **heldout,
+        "tokens": 256 * 24,
+        "context": 128,
+        "rows": 2,
+    }
+
+
+def tdpo(inputs):
+    return {"pairs": inputs["pairs"], "heldout_share": 0.2, "rows": 2, "context": 64, "epochs": 2}
+
+
+VERBS = {"sft": sft, "tdpo": tdpo}
+CASES = {
+    "sft-full": ("sft", "ours", {}),
+    "sft-lora": ("sft", "ours", {"lora": {"rank": 4}}),
+    "tdpo-full": ("tdpo", "ours", {}),
+    "tdpo-lora": ("tdpo", "llama", {"lora": {"rank": 4}}),
+    "tdpo-offloaded": ("tdpo", "llama", {"reference": {"offload": True}}),
+}
+
+
+def words(inputs, case, out):
+    verb, model, changes = CASES[case]
+    out.mkdir(parents=True, exist_ok=True)
+    file = out.with_suffix(".yaml")
+    file.write_text(json.dumps({**COMMON, "model": inputs[model], **VERBS[verb](inputs), **changes}))
+    return [verb, "--config", str(file), "--out", str(out)]
+
+
+def reached(where, out, step, deadline):
+    """Whether a run is where it shall be killed."""
+    if where == "any time":
+        return time.monotonic() >= deadline
+    if where == "model folder":
+        return any(out.glob(".model.partial")) or (out / "model").exists()
+    if steps(out) < step:
+        return False
+    pattern = {"while writing": "*/*", "before the rename": "run.json"}.get(where)
+    return pattern is None or any(out.glob(f".checkpoint-*.partial/{pattern}"))
+
+
+def killed_until_done(ranks, count, started_by, total, kills, seed):
+    """Kills a run at places drawn from `seed`, then lets it end; returns how often it was really cut."""
+    draw, out, cut = random.Random(seed), Path(started_by[-1]), 0
+    for kill in range(kills):
+        where = WHERE[(kill + seed) % len(WHERE)]
+        step = min(total - 1, int(total * (kill + draw.random()) / kills))
+        job = ranks.start(count, CALL, started_by)
+        deadline = time.monotonic() + draw.uniform(0.1, 2.0)
+        victims = job.pids if draw.random() < 0.5 else [draw.choice(job.pids)]
+        while not job.ended():
+            if reached(where, out, step, deadline):
+                for pid in victims:
+                    os.kill(pid, signal.SIGKILL)
+                end = time.monotonic() + 30
+                while not job.ended() and time.monotonic() < end:
+                    time.sleep(0.01)
+                for pid in set(job.pids) - set(victims) if not job.ended() else ():
+                    os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        codes = job.wait()
+        assert all(code in (0, 2, -signal.SIGKILL) for code in codes), job.stderr()
+        cut += -signal.SIGKILL in codes
+    codes, text = ranks.run(count, CALL, started_by)
+    assert codes == [0] * count, text
+    return cut
+
+
+def survives(ranks, inputs, tmp_path, case, count, kills, seed=0):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    codes, text = ranks.run(count, CALL, words(inputs, case, whole))
+    assert codes == [0] * count, text
+    total = steps(whole)
+    assert total >= 24
+    assert killed_until_done(ranks, count, words(inputs, case, out), total, kills, seed) >= kills - 1
+    assert files(out / "model") == files(whole / "model")
+    for kind in ("train", "heldout"):
+        assert told(out, kind) == told(whole, kind)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_killed_inside_a_save_and_while_the_model_is_written(ranks, inputs, tmp_path):
+    survives(ranks, inputs, tmp_path, "tdpo-lora", 1, 3, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("case", list(CASES))
+def test_killed_many_times(ranks, inputs, tmp_path, case, count):
+    survives(ranks, inputs, tmp_path, case, count, 6, seed=count)
