@@ -67,6 +67,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.sft",
         "fine-tune an expert on conversations, loss on answers only",
     ),
+    "elo": (
+        "galenic.align.config:EloConfig",
+        "galenic.align.elo",
+        "learn chains of thought from true answers, without a reward model",
+    ),
     "tdpo": (
         "galenic.align.config:TdpoConfig",
         "galenic.align.tdpo",

@@ -258,6 +258,8 @@ class EloConfig(TrainingConfig):
         _require("", self, least=(("steps", 1), ("rows", 1), ("samples", 2), ("context", 2), ("kl", 0)))
         if not self.marker:
             raise UserError("marker: is empty; without it no one can tell a chain from its answer")
+        if self.marker != self.marker.rstrip():
+            raise UserError(f"marker: {self.marker!r} ends in white space, which tokenizers join with the answer")
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""

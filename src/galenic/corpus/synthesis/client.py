@@ -51,6 +51,8 @@ class Reply:
     """`stop`, `length`, `content_filter` ..."""
     prompt_tokens: int
     completion_tokens: int
+    log_probs: list[float] | None = None
+    """Of the answer's tokens, nats, if they were asked for (`extra: {logprobs: true}`) and told."""
 
 
 @dataclass
@@ -136,9 +138,10 @@ class Client:
             body = {"model": self.endpoint.model, "messages": messages, **settings}
             reply = await self._patiently(body, random.Random(name))
             money = self._cost(reply.prompt_tokens, reply.completion_tokens)[2]
-            self.cache.put(name, {"step": key, **asdict(reply), "money": money})
+            told = {entry: value for entry, value in asdict(reply).items() if value is not None}
+            self.cache.put(name, {"step": key, **told, "money": money})
         else:
-            reply = Reply(**{f.name: row[f.name] for f in fields(Reply)})
+            reply = Reply(**{f.name: row[f.name] for f in fields(Reply) if f.name in row})
             self.usage.cached += 1
         self.usage.answers += 1
         self.usage.prompt_tokens += reply.prompt_tokens
@@ -243,12 +246,14 @@ class Client:
             usage = answer.get("usage") or {}
             if not isinstance(text, str):
                 raise TypeError
+            tokens = (choice.get("logprobs") or {}).get("content") or []
             text = self._hide(text).encode("utf-8", "replace").decode()  # a lone surrogate is no text
             return Reply(
                 text=text,
                 finish=str(choice.get("finish_reason") or "stop"),
                 prompt_tokens=max(0, int(usage.get("prompt_tokens") or asked)),
                 completion_tokens=max(0, int(usage.get("completion_tokens") or count_tokens(text))),
+                log_probs=[float(token["logprob"]) for token in tokens] or None,
             )
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise _Transient("an answer that is no chat completion") from None
