@@ -77,6 +77,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.tdpo",
         "align a model with preference pairs, token by token (TDPO1, TDPO2, DPO)",
     ),
+    "ppo": (
+        "galenic.align.config:PpoConfig",
+        "galenic.align.ppo",
+        "align a model with rewards for what it answers (PPO)",
+    ),
     "merge": (
         "galenic.merge.config:MergeConfig",
         "galenic.merge.merge",

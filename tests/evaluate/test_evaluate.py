@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,3 +323,40 @@ def test_sample_ignores_order_and_keeps_it():
     assert sorted(sample(keys[::-1], keys[::-1], 10, seed=3)) == sorted(chosen)
     assert sample(keys, keys, 10, seed=4) != chosen
     assert sample(keys, keys, 99, seed=4) == keys
+
+
+@pytest.mark.parametrize("prompt", ["plain", "chat"])
+def test_models_write_answers_of_their_own(folders, tokens_folder, tmp_path, tokenizer, prompt):
+    config = config_of(folders, tokens_folder, tmp_path, prompt=prompt, written_tokens=6, questions_per_kind=3)
+    evaluate.run(config)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["kind"] for row in results["shown"]] == ["code", "recall", "code", "recall", "code"]
+    for name in config.models:
+        model = model_room.load(config.models[name])
+        for row in results["shown"]:
+            if prompt == "chat":
+                ids = encode_conversation(tokenizer, [{"role": "user", "content": row["question"]}])[0]
+            else:
+                ids = [1, *encode_text(tokenizer, f"Question: {row['question']}\nAnswer:")]
+            given = torch.tensor([ids])
+            written = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=6, do_sample=False, eos_token_id=2,
+                pad_token_id=3,
+            )[0, len(ids) :]  # fmt: skip
+            assert row["said"][name] == tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert "at most 6" in results["protocol"]["said"] and "{question}" in results["protocol"]["said"]
+
+
+def test_answers_are_written_only_if_asked_for(evaluated):
+    results = json.loads((Path(evaluated.out) / "results.json").read_text())
+    assert all("said" not in row for row in results["shown"]) and "said" not in results["protocol"]
+
+
+def test_a_long_question_loses_its_beginning_and_a_wish_too_long_is_refused(folders, tokens_folder, tmp_path):
+    evaluate.run(config_of(folders, tokens_folder, tmp_path / "a", written_tokens=90))  # of 96 tokens
+    shown = json.loads((tmp_path / "a/results.json").read_text())["shown"]
+    assert all(set(row["said"]) == {"one", "two"} for row in shown)
+    with pytest.raises(UserError, match="leave no room for a question"):
+        evaluate.run(config_of(folders, tokens_folder, tmp_path / "b", written_tokens=95))
+    with pytest.raises(UserError, match="must be 0 or more"):
+        config_of(folders, tokens_folder, tmp_path, written_tokens=-1)

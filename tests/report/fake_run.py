@@ -33,11 +33,13 @@ MERGES = {
     "ties": "53-merge-ties",
     "dare": "54-merge-dare",
 }
+STAGES = {"sft": "55-sft", "elo": "56-elo", "tdpo": "57-tdpo", "reward": "58-reward", "ppo": "59-ppo"}
 MODELS = {
     **dict.fromkeys(PHASES, "base"),
     **{f"sft-{name}": "expert" for name in EXPERTS},
     **dict.fromkeys(MERGES, "merge"),
     "flattened": "flattened",
+    **{f"after-{name}": "aligned" for name in STAGES if name != "reward"},
 }
 KINDS = {"recall": 600, "transfer": 600, "translation": 200, "arithmetic": 200, "code": 200}
 HOSTILE = "<script>alert('x')</script> & \"<img src=http://evil.example/x.png>\""
@@ -75,6 +77,8 @@ def build(root: Path) -> ReportConfig:
         _merge(root / folder, name, index)
     _flatten(root / "60-flatten", rng)
     _evaluate(root / "70-evaluate", rng)
+    for name, folder in STAGES.items():
+        _stage(root / folder, name, random.Random(name))
     write(root / "recipe/10-corpus.yaml", "# the corpus\nseed: 0\n")
     write(root / "recipe/30-pretrain.yaml", f"# three phases\ntitle: {HOSTILE}\nlr: 3e-3\n")
     return ReportConfig(
@@ -85,6 +89,7 @@ def build(root: Path) -> ReportConfig:
         pretrain=str(root / "30-pretrain"),
         experts={name: str(root / folder) for name, folder in EXPERTS.items()},
         merges={name: str(root / folder) for name, folder in MERGES.items()},
+        alignment={name: str(root / folder) for name, folder in STAGES.items()},
         flatten=str(root / "60-flatten"),
         evaluate=str(root / "70-evaluate"),
         recipe=str(root / "recipe"),
@@ -217,6 +222,30 @@ def _expert(folder: Path, name: str, rng: random.Random) -> None:
     done(folder, 80.5)
 
 
+def _stage(folder: Path, name: str, rng: random.Random) -> None:
+    """A stage of alignment; only those that sample have rewards and lengths."""
+    rows = [{"kind": "heldout", "step": 0, "accuracy": 0.125, "loss": 1.5}]
+    if name == "sft":
+        rows = [{"kind": "heldout", "step": 0, "answers": {"tasks.heldout": 2.75}}]
+    for step in range(1, 121):
+        rise = 1 - math.exp(-step / 40)
+        row = {"kind": "train", "step": step, "tokens": step * 512, "loss": 2.5 - rise + rng.gauss(0, 0.05)}
+        row |= {"lr": 1e-4, "grad_norm": 0.5, "skipped": False, "tokens_per_second": 900.0, "seconds": 0.5}
+        if name not in ("sft", "reward"):
+            row |= {"kl": 0.02 * rise + 0.002 * rng.random(), "entropy": 1.5 - 0.5 * rise}
+        if name in ("elo", "ppo"):
+            row |= {"reward": rise + rng.gauss(0, 0.1), "length": 30 + 9 * rise, "ended": 0.9 + 0.1 * rise}
+        if name != "sft":
+            row |= {"accuracy": min(1.0, 0.4 + 0.4 * rise)}
+        if name == "ppo":
+            row |= {"clipped": 0.1 * rng.random()}
+        rows.append(row)
+    last = {"answers": {"tasks.heldout": 1.25}} if name == "sft" else {"accuracy": 0.625, "loss": 0.875}
+    write(folder / "metrics.jsonl", [*rows, {"kind": "heldout", "step": 120, **last}])
+    write(folder / "model/galenic.json", {"verb": name})
+    done(folder, 61.0)
+
+
 def _merge(folder: Path, name: str, index: int) -> None:
     weights = ([0.4321, 0.3456, 0.2223], [1 / 3] * 3, [0.3] * 3, [1.0] * 3, [0.5] * 3)[index]
     write(
@@ -283,7 +312,7 @@ def _evaluate(folder: Path, rng: random.Random) -> None:
                 "chance": 0.25,
             }
         models[name] = {
-            "path": f"/somewhere/{name}",
+            "path": f"{STAGES[name[6:]]}/model" if name.startswith("after-") else f"/somewhere/{name}",
             "group": group,
             "parameters": 4_012_345,
             "bits_per_byte": {
@@ -306,6 +335,9 @@ def _evaluate(folder: Path, rng: random.Random) -> None:
         shown.append(
             {"kind": kind, "question": text, "options": options, "answer": 0, "source": "hpo", "picks": picks}
         )
+        shown[-1]["said"] = {name: f"{name} says that it is fever {index}" for name in MODELS}
+    shown[0]["said"] |= {"after-sft": "", "after-ppo": "Let me think.\nAnswer: Myocardial Infarction"}
+    shown[3]["said"]["after-elo"] = HOSTILE
     write(
         folder / "results.json",
         {

@@ -25,6 +25,7 @@ SECTIONS = (
     "Training",
     "Experts",
     "Merging",
+    "Alignment",
     "Flattening",
     "Evaluation",
     "Questions",
@@ -105,7 +106,7 @@ def test_is_one_file_that_loads_nothing(built, page):
 def test_ids_are_unique_and_every_reference_resolves(page):
     assert len(page.ids) == len(set(page.ids))
     assert {reference[1:] for reference in page.references} <= set(page.ids)
-    assert page.tags.count("svg") == 16
+    assert page.tags.count("svg") == 21
 
 
 def test_charts_say_what_they_show(built):
@@ -252,7 +253,7 @@ def test_hostile_text_is_escaped_and_chinese_is_kept(built, page):
     text = built[2]
     assert "<script" not in text
     assert "<img" not in text
-    assert text.count("&lt;script&gt;") == 6  # licence, option, question, recipe, two names of documents
+    assert text.count("&lt;script&gt;") == 7  # licence, option, question, answer, recipe, two names of documents
     assert fake_run.HOSTILE in page.text
     assert fake_run.CHINESE in page.text
 
@@ -274,6 +275,7 @@ def test_same_bytes_again_and_elsewhere(built, tmp_path):
         ("pretrain", "Training"),
         ("experts", "Experts"),
         ("merges", "Merging"),
+        ("alignment", "Alignment"),
         ("flatten", "Flattening"),
         ("evaluate", "Evaluation"),
         ("recipe", "Recipe"),
@@ -282,7 +284,7 @@ def test_same_bytes_again_and_elsewhere(built, tmp_path):
 )
 def test_a_step_that_was_not_run_says_so(undrawn, built, field, section):
     _, config, _ = built
-    empty = {} if field in ("experts", "merges") else None
+    empty = {} if field in ("experts", "merges", "alignment") else None
     without = dataclasses.replace(config, **{field: empty})
     text = Page(report.render(without, read_run(without))).text
     missing = {name for name in SECTIONS if f"{name}: not run" in text}
@@ -312,7 +314,7 @@ def test_an_unfinished_step_is_called_unfinished(undrawn, built, tmp_path):
     (copy / "30-pretrain/done.json").unlink()
     text = Page(report.render(config, read_run(config))).text
     assert "3. Pre-training unfinished" in text
-    assert "12 of 13 steps finished" in text
+    assert "17 of 18 steps finished" in text
 
 
 @pytest.mark.parametrize(

@@ -390,8 +390,15 @@ class PpoConfig(TrainingConfig):
                 raise UserError(f"{name}: {getattr(self, name)} is not in [0, 1]")
         if self.rows % self.minibatches:
             raise UserError(f"rows: {self.rows} answers do not divide into {self.minibatches} minibatches")
-        if self.kl_target is not None and not self.kl_target > 0:
-            raise UserError(f"kl_target: {self.kl_target} is not above 0")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.kl > 0):
+            raise UserError(
+                f"kl_target: {self.kl_target} and kl {self.kl}, which is adapted to it, must be above 0"
+            )
+        if self.sampling.max_new_tokens >= self.context:
+            raise UserError(
+                f"context: {self.context} tokens leave no room for a prompt beside sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens}"
+            )
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""

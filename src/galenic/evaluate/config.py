@@ -23,7 +23,7 @@ class EvaluateConfig:
     """Output folder: results.json and items/."""
     models: dict[str, str]
     """Name -> model folder, or `base+adapter` for a LoRA adapter; evaluated and reported in this order."""
-    groups: dict[str, Literal["base", "expert", "merge", "flattened"]] = field(default_factory=dict)
+    groups: dict[str, Literal["base", "expert", "merge", "aligned", "flattened"]] = field(default_factory=dict)
     """Model name -> its part in the pipeline; the report colours by it. Models left out are `other`."""
     tokens: str | None = None
     """Tokenizer step folder: the tokenizer, and tokens/<source>.heldout.* for the bits per byte. Without it the
@@ -51,6 +51,8 @@ class EvaluateConfig:
     """Which score picks the option in the headline accuracy; all three are computed and recorded."""
     shown: int = 10
     """Questions kept in results.json with every model's pick, for the report."""
+    written_tokens: int = 0
+    """Tokens at most that each model writes as its own answer to these, the likeliest each time. Default: nothing."""
     batch_tokens: int = 2048
     """Tokens in one forward pass: bounds the memory of the logits."""
     threads: int | None = None
@@ -98,6 +100,8 @@ class EvaluateConfig:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.shown < 0:
             raise UserError(f"shown is {self.shown}; it must be 0 or more")
+        if self.written_tokens < 0:
+            raise UserError(f"written_tokens is {self.written_tokens}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from galenic.align.rollouts import end_tokens, sample
+from galenic.corpus.tokens.chat_format import encode_text
 from galenic.model import load_tokenizer
 from galenic.runtime import (
     Bar,
@@ -52,6 +54,11 @@ def plan(config: EvaluateConfig) -> Plan:
         "questions": ", ".join(f"{len(rows)} {kind}" for kind, rows in questions.items()) or "none",
         "conversations": ", ".join(f"{len(rows)} {name}" for name, rows in conversations.items()) or "none",
         "options scored": human(4 * count * len(config.models)),
+        **(
+            {"answers written": f"{min(count, config.shown)} of at most {config.written_tokens} tokens, each model"}
+            if config.written_tokens
+            else {}
+        ),
     }
     return Plan(
         reads=config.reads(),
@@ -95,6 +102,8 @@ class _Material:
     heldout: dict[str, list[Scored]]
     answers: dict[str, list[Scored]]
     questions: dict[str, list[dict[str, Any]]]
+    shown: list[tuple[str, dict[str, Any]]]
+    """(kind, question) of those that the report shows."""
     prompted: dict[int, tuple[dict[str, list[Prompted]], dict[str, Prompted]]] = field(default_factory=dict)
     """Context -> what `_prompts` made for it; models of one context share it."""
 
@@ -110,6 +119,7 @@ class _Material:
 def _load(config: EvaluateConfig) -> _Material:
     tokenizer = load_tokenizer(_tokenizer_place(config))
     conversations = inputs.load_conversations(config)
+    questions = inputs.load_questions(config)
     return _Material(
         tokenizer=tokenizer,
         heldout={source: inputs.load_heldout(config, source) for source in inputs.heldout_sources(config)},
@@ -117,7 +127,8 @@ def _load(config: EvaluateConfig) -> _Material:
             name: [conversation(tokenizer, messages) for messages in rows]
             for name, rows in conversations.items()
         },
-        questions=inputs.load_questions(config),
+        questions=questions,
+        shown=_chosen(config, questions),
     )
 
 
@@ -158,6 +169,10 @@ def _evaluate(
         for label, texts in material.answers.items()
     }
     rows, accuracy = _answer(config, model, material, context, bar, name)
+    written = _written(config, model, material, context)
+    for row in rows:
+        if (row["kind"], row["id"]) in written:
+            row["said"] = written[row["kind"], row["id"]]
     numbers = {
         "path": "+".join(map(folder_name, parts)),
         "group": config.groups.get(name, "other"),
@@ -200,6 +215,36 @@ def _answer(
         accuracy[kind] = _accuracy(right, len(questions), config.scoring)
         accuracy[kind]["truncated"] = sum(prompt.truncated for prompt in prompted[kind])
     return rows, accuracy
+
+
+def _written(
+    config: EvaluateConfig, model: Any, material: _Material, context: int
+) -> dict[tuple[str, str], str]:
+    """Returns what a model itself answers to the questions that are shown: (kind, id) -> text."""
+    if not (config.written_tokens and material.shown):
+        return {}
+    prompt, tokenizer = PromptFormat(name=config.prompt, system=config.system), material.tokenizer
+    room = context - config.written_tokens
+    if room < 2:
+        raise UserError(
+            f"written_tokens: {config.written_tokens} leave no room for a question; the model reads {context} tokens"
+        )
+    prompts = []
+    for _, row in material.shown:
+        head, prefix = prompt.parts(tokenizer, row["question"])
+        ids = head + encode_text(tokenizer, prefix)
+        prompts.append(ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1 :])
+    ends = end_tokens(tokenizer, model) if config.prompt == "chat" else [tokenizer.eos_token_id]
+    found = sample(
+        model,
+        prompts,
+        keys=[(number,) for number in range(len(prompts))],
+        max_new_tokens=config.written_tokens,
+        end={end for end in ends if end is not None},
+        temperature=0.0,
+    )
+    texts = [tokenizer.decode(rollout.ids, skip_special_tokens=True).strip() for rollout in found]
+    return {(kind, row["id"]): text for (kind, row), text in zip(material.shown, texts, strict=True)}
 
 
 def _prompts(
@@ -256,7 +301,7 @@ def _results(config: EvaluateConfig, material: _Material, items: Path) -> dict[s
         "models": models,
         "experts": config.experts,
         "shared_words": {kind: _shared_words(rows) for kind, rows in material.questions.items()},
-        "shown": _shown(config, material.questions, items),
+        "shown": _shown(config, material, items),
         "protocol": _protocol(config, material),
     }
 
@@ -269,9 +314,9 @@ def _shared_words(rows: list[dict[str, Any]]) -> float:
     return sum(right) / len(right)
 
 
-def _shown(
-    config: EvaluateConfig, questions: dict[str, list[dict[str, Any]]], items: Path
-) -> list[dict[str, Any]]:
+def _chosen(
+    config: EvaluateConfig, questions: dict[str, list[dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any]]]:
     """Picks questions of every kind in turn, by a hash that knows nothing of how the models did."""
     queues = [
         [
@@ -281,21 +326,30 @@ def _shown(
         for kind, rows in questions.items()
     ]
     turns = max((len(queue) for queue in queues), default=0)
-    chosen = [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][: config.shown]
-    wanted = {(kind, row["id"]) for kind, row in chosen}
-    picks: dict[tuple[str, str], dict[str, int]] = {key: {} for key in wanted}
+    return [queue[turn] for turn in range(turns) for queue in queues if turn < len(queue)][: config.shown]
+
+
+def _shown(config: EvaluateConfig, material: _Material, items: Path) -> list[dict[str, Any]]:
+    """Returns the questions that are shown, with every model's pick and what it wrote."""
+    keys = [(kind, row["id"]) for kind, row in material.shown]
+    picks: dict[tuple[str, str], dict[str, int]] = {key: {} for key in keys}
+    said: dict[tuple[str, str], dict[str, str]] = {key: {} for key in keys}
     for name in config.models:
         for row in read_jsonl(items / f"{name}.jsonl"):
-            if (row["kind"], row["id"]) in wanted:
-                picks[row["kind"], row["id"]][name] = row["picks"][config.scoring]
+            key = row["kind"], row["id"]
+            if key in picks:
+                picks[key][name] = row["picks"][config.scoring]
+                if "said" in row:
+                    said[key][name] = row["said"]
     return [
         {
             "kind": kind,
-            **{key: row[key] for key in ("question", "options", "answer")},
+            **{part: row[part] for part in ("question", "options", "answer")},
             "source": row.get("source", ""),
-            "picks": picks[kind, row["id"]],
+            "picks": picks[key],
+            **({"said": said[key]} if said[key] else {}),
         }
-        for kind, row in chosen
+        for key, (kind, row) in zip(keys, material.shown, strict=True)
     ]
 
 
@@ -312,6 +366,8 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         "not counted; documents longer than the context are scored in windows that advance by half a context; whole "
         f"held-out documents, sampled by seed {config.seed} until {config.heldout_tokens} tokens a source"
     }
+    put = show("{question}").removesuffix(prompt.join + "{option}")
+    written = f"the likeliest token each time after {put!r}, at most {config.written_tokens}; no options are shown"
     return {
         **(documents if material.heldout else {}),
         "answers": "bits per byte of the assistant's turns in the chat format, given all before them; the end-of-turn "
@@ -325,4 +381,5 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         "normalised_average": "mean over question kinds of the accuracy divided by the accuracy of that kind's expert "
         "(MetaGPT, arXiv 2406.11385, section 4)",
         "scoring": config.scoring,
+        **({"said": written} if config.written_tokens else {}),
     }

@@ -24,7 +24,7 @@ from .svg import SERIES
 COLOURS = (
     *("ink", "muted", "line", "card"),
     *("general", "medical-basic", "medical-advanced"),
-    *("base", "expert", "merge", "flattened", "other"),
+    *("base", "expert", "merge", "aligned", "flattened", "other"),
     *("bad", "first", "second", "third", "fourth", "fifth", "sixth"),
 )
 """Names of the page's CSS variables `--<name>`."""
@@ -246,6 +246,40 @@ def panels(
             axes.set_visible(False)
 
     return draw_figure(key, label, 0.35 + 0.95 * rows, paint)
+
+
+def measures(key: str, label: str, lines: dict[str, Line], *, smoothed: bool = True) -> Markup:
+    """Draws a small field for each quantity over training steps, each on a scale of its own.
+
+    Args:
+        key: unique on the page.
+        label: for those who cannot see it.
+        lines: name with its unit -> (steps, values).
+        smoothed: a moving average over the raw values.
+    """
+    columns = 2
+    rows = -(-len(lines) // columns)
+
+    def paint(figure: Figure) -> None:
+        fields = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+        for place, ((name, (steps, values)), axes) in enumerate(zip(lines.items(), fields, strict=False)):
+            x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+            keep = thin(len(x), 200)
+            if smoothed:
+                axes.plot(x[keep], y[keep], color=colour("first"), linewidth=0.6, alpha=0.35)
+                y = smooth(values, max(1, len(values) // 30))
+            axes.plot(x[keep], y[keep], color=colour("first"), linewidth=1.5)
+            axes.set_title(name, color=colour("ink"), fontsize=9, loc="left", pad=3)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(labelsize=8.5, labelbottom=place + columns >= len(lines))
+            axes.grid(axis="y", color=colour("line"), linewidth=0.5, alpha=0.6)
+            if place + columns >= len(lines):
+                axes.set_xlabel("step")
+        for axes in fields[len(lines) :]:
+            axes.set_visible(False)
+
+    return draw_figure(key, label, 0.4 + 1.1 * rows, paint)
 
 
 def dots(

@@ -23,6 +23,8 @@ class ReportConfig:
     """Expert's name -> SFT step folder."""
     merges: dict[str, str] = field(default_factory=dict)
     """Merge's name -> merge step folder."""
+    alignment: dict[str, str] = field(default_factory=dict)
+    """Stage's name -> step folder of `sft`, `elo`, `tdpo`, `reward` or `ppo`, in the order they were run."""
     flatten: str | None = None
     """Flattening step folder."""
     evaluate: str | None = None
@@ -33,7 +35,9 @@ class ReportConfig:
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
         single = (self.corpus, self.tokenizer, self.pretrain, self.flatten, self.evaluate, self.recipe)
-        return [*(path for path in single if path is not None), *self.experts.values(), *self.merges.values()]
+        several = (self.experts, self.merges, self.alignment)
+        paths = [path for folders in several for path in folders.values()]
+        return [*(path for path in single if path is not None), *paths]
 
     def __post_init__(self) -> None:
         if not self.title.strip():

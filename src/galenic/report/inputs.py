@@ -58,6 +58,7 @@ class Run:
     pretrain: Step
     experts: dict[str, Step]
     merges: dict[str, Step]
+    alignment: dict[str, Step]
     flatten: Step
     evaluate: Step
     recipe: list[tuple[str, str]]
@@ -67,7 +68,7 @@ class Run:
         """All steps that left something, in the pipeline's order."""
         steps = [
             *(self.corpus, self.tokenizer, self.pretrain, *self.experts.values(), *self.merges.values()),
-            *(self.flatten, self.evaluate),
+            *(*self.alignment.values(), self.flatten, self.evaluate),
         ]
         return [step for step in steps if step.state != "not run"]
 
@@ -84,6 +85,10 @@ def read_run(config: ReportConfig) -> Run:
         pretrain=read_step(config.pretrain, ("metrics.jsonl",)),
         experts={name: read_step(path, ("metrics.jsonl",)) for name, path in config.experts.items()},
         merges={name: read_step(path, ("merge.json",)) for name, path in config.merges.items()},
+        alignment={
+            name: read_step(path, ("metrics.jsonl", "model/galenic.json"))
+            for name, path in config.alignment.items()
+        },
         flatten=read_step(config.flatten, ("flatten.json",)),
         evaluate=read_step(config.evaluate, ("results.json",)),
         recipe=_recipe(config.recipe),

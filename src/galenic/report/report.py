@@ -5,7 +5,7 @@ from typing import Any
 
 from galenic.runtime import Plan, UserError, human
 
-from . import learning, page, scores, sections, summary, weights
+from . import alignment, learning, page, scores, sections, summary, weights
 from .config import ReportConfig
 from .inputs import Run, read_run
 
@@ -19,6 +19,7 @@ def plan(config: ReportConfig) -> Plan:
         "pretrain": run.pretrain.state,
         **{f"expert {name}": step.state for name, step in run.experts.items()},
         **{f"merge {name}": step.state for name, step in run.merges.items()},
+        **{f"alignment {name}": step.state for name, step in run.alignment.items()},
         "flatten": run.flatten.state,
         "evaluate": run.evaluate.state,
     }
@@ -71,6 +72,8 @@ def _content(run: Run) -> dict[str, Any]:
         "training": (run.pretrain, learning.training),
         "experts": (None, learning.experts),
         "merging": (None, weights.merging),
+        "alignment": (None, alignment.alignment),
+        "said": (run.evaluate, alignment.said),
         "flattening": (run.flatten, weights.flattening),
         "evaluation": (run.evaluate, scores.evaluation),
         "shown": (run.evaluate, scores.shown),

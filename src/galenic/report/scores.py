@@ -20,6 +20,7 @@ GROUP_WORDS = {
     "base": "base model",
     "expert": "expert",
     "merge": "merge",
+    "aligned": "aligned",
     "flattened": "flattened",
     "other": "other",
 }
@@ -154,12 +155,12 @@ def shown(run: Run) -> list[dict[str, Any]]:
 
 
 def headline(results: dict[str, Any]) -> tuple[str, str]:
-    """Returns the names of the product (flattened, else merged, else last model) and of the base it grew from."""
+    """Returns the names of the product (flattened, else merged, else last aligned, else an expert) and of the base it grew from."""
     models = results["models"]
     by_group: dict[str, list[str]] = {}
     for name, model in models.items():
         by_group.setdefault(model["group"], []).append(name)
     merges = sorted(by_group.get("merge", []), key=lambda name: "metagpt" not in name)
     base = (by_group.get("base") or [next(iter(models))])[-1]
-    product = (by_group.get("flattened") or merges or by_group.get("expert") or [base])[0]
+    product = (by_group.get("flattened") or merges or by_group.get("aligned", [])[-1:] or by_group.get("expert") or [base])[0]
     return product, base

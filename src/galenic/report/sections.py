@@ -125,6 +125,7 @@ def pipeline(run: Run, content: dict[str, Any]) -> list[dict[str, Any]]:
         else [],
         "Experts": list(run.experts),
         "Merges": list(run.merges),
+        "Alignment": list(run.alignment),
         "Flattening": [f"{len(flat['layers'])} layers", f"{human(flat['rows'])} {flat['unit']}s of data"]
         if flat
         else [],
@@ -138,6 +139,7 @@ def pipeline(run: Run, content: dict[str, Any]) -> list[dict[str, Any]]:
         "Pre-training": [run.pretrain],
         "Experts": list(run.experts.values()),
         "Merges": list(run.merges.values()),
+        "Alignment": list(run.alignment.values()),
         "Flattening": [run.flatten],
         "Evaluation": [run.evaluate],
     }

@@ -1,0 +1,128 @@
+"""The reward of an answer: what rules and the reward model say of it, weighed by the domain of its task."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from galenic.align.config import RewardsConfig
+from galenic.align.rewards.rules import check, contradiction
+from galenic.align.tasks import Task
+from galenic.runtime import UserError
+
+
+class Rewards:
+    """Rewards answers: reward = weights["rule"] * rule in {0, 1} + weights["model"] * score of the reward model.
+
+    An answer that did not end is worth `config.cut_off`, whatever it says.
+
+    Args:
+        config: weights, limits and the reward model's folder.
+        model: something else to score with (`score(conversations) -> list of numbers`). Default: the reward model of
+            `config.model`, opened when it is first needed.
+    """
+
+    def __init__(self, config: RewardsConfig, *, model: Any = None) -> None:
+        self.config, self._model = config, model
+
+    @property
+    def model(self) -> Any:
+        """The reward model."""
+        if self._model is None:
+            from galenic.align.reward import RewardModel
+
+            if self.config.model is None:
+                raise UserError("rewards.model: no folder of a reward model is named")
+            self._model = RewardModel(self.config.model)
+        return self._model
+
+    def weights(self, task: Task) -> Mapping[str, float]:
+        """Returns what rule and model count in a task's reward; parts that count nothing are left out."""
+        domains = self.config.weights
+        chosen = domains.get(task.domain, domains.get("*"))
+        if chosen is None:
+            chosen = {"rule": 1.0} if task.rule else {"model": 1.0}
+        return {part: weight for part, weight in chosen.items() if weight}
+
+    def ready(self, tasks: Sequence[Task]) -> None:
+        """Looks whether all of these tasks can be rewarded, before anything is sampled.
+
+        Raises:
+            UserError: a task has neither rule nor model; its true answer fails its own rule; code cannot be isolated.
+        """
+        for task in tasks:
+            weights = self.weights(task)
+            if not weights:
+                raise UserError(f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}")
+            if "rule" in weights and task.rule is None:
+                raise UserError(
+                    f"task {task.id} has no answer and no tests, but rewards.weights counts its rule: give it one, or "
+                    f"weigh domain '{task.domain}' by the model alone"
+                )
+            if "model" in weights and self.config.model is None and self._model is None:
+                raise UserError(
+                    f"task {task.id} has no rule that could reward it, or rewards.weights counts a model: name the "
+                    "folder of a reward model in rewards.model (verb `reward`)"
+                )
+            if "rule" in weights and (wrong := contradiction(task, self.config)):
+                raise UserError(f"task {task.id}: {wrong}")
+        if any(task.rule == "code" and "rule" in self.weights(task) for task in tasks):
+            from galenic.align.rewards.sandbox import require
+
+            require(seconds=self.config.code_seconds, memory_mb=self.config.code_memory_mb)
+
+    def __call__(self, tasks: Sequence[Task], texts: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        """Rewards answers.
+
+        Args:
+            tasks: what was asked; a task may stand here several times.
+            texts: the answers.
+            ended: whether each came to its end.
+
+        Returns:
+            One reward an answer.
+
+        Raises:
+            UserError: a reward is not a number; the task is named.
+        """
+        weights = [self.weights(task) if done else {} for task, done in zip(tasks, ended, strict=True)]
+        found = [0.0 if done else self.config.cut_off for done in ended]
+        for part, values in (("rule", self._rules), ("model", self._scores)):
+            rows = [row for row, counted in enumerate(weights) if part in counted]
+            if not rows:
+                continue
+            told = values([tasks[row] for row in rows], [texts[row] for row in rows])
+            for row, value in zip(rows, told, strict=True):
+                if not math.isfinite(value):
+                    raise UserError(
+                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to learn "
+                        f"from{'; look at ' + (self.config.model or 'the reward model') if part == 'model' else ''}"
+                    )
+                found[row] += weights[row][part] * value
+        return found
+
+    def _rules(self, tasks: Sequence[Task], texts: Sequence[str]) -> list[float]:
+        """What rules say, code in as many processes as there are cores."""
+        values = [0.0] * len(tasks)
+        code = [row for row, task in enumerate(tasks) if task.rule == "code"]
+        for row in set(range(len(tasks))) - set(code):
+            values[row] = check(tasks[row], texts[row], self.config)
+        if code:
+            with ThreadPoolExecutor(min(len(code), len(os.sched_getaffinity(0)))) as pool:
+                told = pool.map(lambda row: check(tasks[row], texts[row], self.config), code)
+                for row, value in zip(code, told, strict=True):
+                    values[row] = value
+        return values
+
+    def _scores(self, tasks: Sequence[Task], texts: Sequence[str]) -> list[float]:
+        """What the reward model says."""
+        return [
+            float(score)
+            for score in self.model.score(
+                [
+                    [*task.messages, {"role": "assistant", "content": text}]
+                    for task, text in zip(tasks, texts, strict=True)
+                ]
+            )
+        ]
