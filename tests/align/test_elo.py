@@ -50,7 +50,16 @@ def chains():
 def toy(seed):
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=5, n_positions=16, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        vocab_size=5,
+        n_positions=16,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=None,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(config).double().eval()
     with torch.no_grad():
@@ -111,7 +120,7 @@ def exact(policy, reference, config):
     for chain in chains():
         log_p = dense_log_prob(policy, QUESTION.prompt, chain, temperature)
         reward = dense_reward(policy, chain, config.reduction)
-        value = value - log_p.exp() * reward
+        value = value - (log_p.exp() * reward).detach()
         total = total - log_p.exp() * (reward if config.answer_term else reward.detach())
         with torch.no_grad():
             log_q = dense_log_prob(reference.model, QUESTION.prompt, chain, temperature)
