@@ -72,6 +72,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.elo",
         "learn chains of thought from true answers, without a reward model",
     ),
+    "reward": (
+        "galenic.align.config:RewardConfig",
+        "galenic.align.reward",
+        "train a reward model on preference pairs (Bradley-Terry)",
+    ),
     "tdpo": (
         "galenic.align.config:TdpoConfig",
         "galenic.align.tdpo",

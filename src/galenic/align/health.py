@@ -35,7 +35,7 @@ def watchdog(limits: LimitsConfig, *, longest: int = 0) -> Callable[[Mapping[str
         if limits.kl is not None and "kl" in row:
             divergences.append(row["kl"])
             mean = sum(divergences) / len(divergences)
-            if len(divergences) == limits.steps and mean > limits.kl:
+            if len(divergences) == limits.steps and not mean <= limits.kl:  # nor if it is not a number
                 raise UserError(
                     f"step {step}: the policy is {mean:.3g} nats a token from its reference, more than limits.kl "
                     f"{limits.kl:g}: lower optim.lr, or raise what holds it back (kl, beta, alpha) ({KEPT})"

@@ -45,6 +45,21 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
         raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from None
 
 
+def load_adapter(model: Any, folder: str | Path) -> Any:
+    """Returns a model with an adapter's updates in its weights.
+
+    Raises:
+        UserError: PEFT is not installed, or the folder is no adapter of this model.
+    """
+    peft = _peft()
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: no adapter of this model ({' '.join(str(error).split())[:300]})"
+        ) from None
+
+
 def save_adapter(
     model: Any,
     folder: str | Path,

@@ -6,14 +6,14 @@ are the assistant's one message); `margin` tells how much better, where that is 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from galenic.align.tasks import messages_of
+from galenic.align.tasks import Messages, messages_of
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash
@@ -27,7 +27,9 @@ class Pair:
     id: str
     """`file:line`."""
     chosen: list[int]
+    """The prompt and the better answer, to the end of its turn."""
     rejected: list[int]
+    """The prompt and the worse one."""
     prompt: int
     """Tokens of the prompt, the same in both."""
     margin: float = 0.0
@@ -73,7 +75,7 @@ def _encode(row: dict[str, Any], tokenizer: Any, name: str) -> Pair:
         raise ValueError(f"margin {margin!r} is not a number")
     asked = encode_chat(tokenizer, prompt)[0]
     ids = {
-        key: encode_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}])[0]
+        key: encode_answered(tokenizer, [*prompt, {"role": "assistant", "content": text}])
         for key, text in answers.items()
     }
     if any(found[: len(asked)] != asked for found in ids.values()):
@@ -81,6 +83,18 @@ def _encode(row: dict[str, Any], tokenizer: Any, name: str) -> Pair:
     return Pair(
         id=name, chosen=ids["chosen"], rejected=ids["rejected"], prompt=len(asked), margin=float(margin)
     )
+
+
+def encode_answered(tokenizer: Any, messages: Messages) -> list[int]:
+    """Encodes a conversation up to the end of the assistant's last turn, without what a template puts behind it.
+
+    Raises:
+        ValueError: the last message is not the assistant's; see `encode_chat`.
+    """
+    ids, answers = encode_chat(tokenizer, messages)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    return ids[: len(answers) - answers[::-1].index(True)]
 
 
 def _answer(value: Any, key: str) -> str:
@@ -112,17 +126,38 @@ def set_aside(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], l
     return kept, held
 
 
+def trained_and_heldout(config: Any, tokenizer: Any) -> tuple[list[Pair], list[Pair], dict[str, int]]:
+    """Reads the pairs of a run, `TdpoConfig`'s or `RewardConfig`'s.
+
+    Returns:
+        Those to train on, those held out, and how many of the former were left out, by reason.
+    """
+    pairs, dropped = read_pairs(config.pairs, tokenizer, config.context)
+    if config.heldout:
+        return pairs, read_pairs(config.heldout, tokenizer, config.context)[0], dropped
+    return *set_aside(pairs, config.heldout_share, config.seed), dropped
+
+
+def steps_of(config: Any) -> tuple[int, int]:
+    """Counts the lines of a run's pairs and, from them, its steps; for the plan, before any is understood."""
+    count = sum(1 for _ in read_jsonl(config.pairs))
+    trained = count if config.heldout else round(count * (1 - config.heldout_share))
+    return count, int(config.epochs * trained) // config.rows
+
+
 class Pairs:
     """The batches of a run over pairs (`galenic.pretrain.loop.Batches`), epoch after epoch in a new order.
 
-    A batch of n pairs: `input_ids` (2n, longest), the chosen at even rows and the rejected behind each; `answers`, of
-    the same shape, bool, tokens of the answer; `margins` (n,) float32.
+    A batch of n pairs: `input_ids` (2n, longest), the chosen at even rows and the rejected behind each, filled up with
+    `pad`; `answers`, of the same shape, bool, tokens of the answer; `margins` (n,) float32.
     """
 
     domains: Sequence[str] = ()
 
-    def __init__(self, pairs: list[Pair], *, rows: int, epochs: float, context: int, seed: int) -> None:
-        self.pairs, self.rows, self.context, self.seed = pairs, rows, context, seed
+    def __init__(
+        self, pairs: list[Pair], *, rows: int, epochs: float, context: int, seed: int, pad: int = PAD
+    ) -> None:
+        self.pairs, self.rows, self.context, self.seed, self.pad = pairs, rows, context, seed, pad
         self.steps = int(epochs * len(pairs)) // rows
         if not self.steps:
             raise UserError(
@@ -140,7 +175,7 @@ class Pairs:
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, Any]:
         """Returns these pairs of a batch."""
-        return collate_pairs([self.pairs[self._number(step * self.rows + row)] for row in rows])
+        return collate_pairs([self.pairs[self._number(step * self.rows + row)] for row in rows], self.pad)
 
     def documents(self, step: int) -> list[str]:
         """Names the pairs of a batch."""
@@ -151,14 +186,14 @@ class Pairs:
         return {"pair": step * self.rows}
 
 
-def collate_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
+def collate_pairs(pairs: Sequence[Pair], pad: int = PAD) -> dict[str, Any]:
     """Lays pairs into tensors; see `Pairs`."""
     import torch
 
     from galenic.align.policy import padded
 
     sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    ids = padded(sequences, PAD)
+    ids = padded(sequences, pad)
     places = torch.arange(ids.shape[1])[None]
     prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(2)[:, None]
     lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
@@ -167,3 +202,21 @@ def collate_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
         "answers": (places >= prompts) & (places < lengths),
         "margins": torch.tensor([pair.margin for pair in pairs]),
     }
+
+
+def in_order(margins: Any) -> float:
+    """Counts the pairs whose margin (a tensor's entry) is positive; one of zero is a half."""
+    return float((margins > 0).sum() + 0.5 * (margins == 0).sum())
+
+
+def in_turn(pairs: Sequence[Pair], rows: int, parallel: Any) -> Iterator[tuple[slice, bool]]:
+    """Shares pairs among processes, so many at a time: yields which ones, and whether they count here.
+
+    All processes take as many turns, as each of them has to take part in every pass: what some have over is taken once
+    more, and does not count.
+    """
+    starts = range(0, len(pairs), rows)
+    for turn in range(-(-len(starts) // parallel.data_ranks)):
+        place = turn * parallel.data_ranks + parallel.data_rank
+        start = starts[min(place, len(starts) - 1)]
+        yield slice(start, start + rows), place < len(starts)

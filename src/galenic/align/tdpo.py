@@ -7,7 +7,7 @@
 
 p is the policy, q the reference, y_w the better and y_l the worse answer, sg stops gradients. TDPO2 with alpha = 0 is
 DPO (arXiv 2305.18290). Source: Zeng et al. 2024, arXiv 2404.11999; Baichuan-M1 report, section 5.4, which says neither
-which of the two nor its constants.
+which of the two nor its constants; conformance: the authors' code, whose defaults are ours.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from galenic.align.config import TdpoConfig
+from galenic.align.pairs import Pairs, collate_pairs, in_order, in_turn, steps_of, trained_and_heldout
 from galenic.align.training import opened
-from galenic.runtime import Plan, UserError, human, read_jsonl
+from galenic.runtime import Plan, UserError, human
 
 if TYPE_CHECKING:
     import torch
 
     from galenic.align.policy import Reference
+
+
+def implicit_rewards(
+    log_ratios: "torch.Tensor",
+    kl: "torch.Tensor",
+    *,
+    beta: float,
+    alpha: float,
+    method: Literal["tdpo1", "tdpo2"],
+) -> "torch.Tensor":
+    """Computes what the loss compares: beta (log p(y|x) - log q(y|x) + a D(y)), a = 1 for TDPO1, alpha for TDPO2.
+
+    The derivative of a reward by D(y_w) is zero in TDPO2. With alpha = 0 it is DPO's implicit reward.
+
+    Args:
+        log_ratios: (pairs, 2) log p(y|x) - log q(y|x), nats, of the chosen and the rejected answer.
+        kl: (pairs, 2) sequential KL divergences D(y), nats.
+        beta: scale.
+        alpha: weight of the divergences, for tdpo2.
+        method: which of the two.
+
+    Returns:
+        (pairs, 2), of the chosen and the rejected answer.
+    """
+    import torch
+
+    if method == "tdpo1":
+        return beta * (log_ratios + kl)
+    return beta * (log_ratios + alpha * torch.stack([kl[:, 0].detach(), kl[:, 1]], 1))
 
 
 def tdpo_loss(
@@ -32,11 +62,11 @@ def tdpo_loss(
     alpha: float,
     method: Literal["tdpo1", "tdpo2"],
 ) -> "torch.Tensor":
-    """Computes the loss of each pair.
+    """Computes the loss of each pair, -log sigmoid(difference of its implicit rewards).
 
     Args:
-        log_ratios: (pairs, 2) log p(y|x) - log q(y|x), nats, of the chosen and the rejected answer.
-        kl: (pairs, 2) sequential KL divergences D(y), nats.
+        log_ratios: (pairs, 2); see `implicit_rewards`, as for the others.
+        kl: (pairs, 2).
         beta: scale of the implicit reward.
         alpha: weight of the divergences, for tdpo2.
         method: which of the two.
@@ -46,16 +76,22 @@ def tdpo_loss(
     """
     import torch.nn.functional as F
 
-    margin = log_ratios[:, 0] - log_ratios[:, 1]
-    if method == "tdpo1":
-        return -F.logsigmoid(beta * (margin - (kl[:, 1] - kl[:, 0])))
-    return -F.logsigmoid(beta * (margin - alpha * (kl[:, 1] - kl[:, 0].detach())))
+    rewards = implicit_rewards(log_ratios, kl, beta=beta, alpha=alpha, method=method)
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
 
 
 class TdpoObjective:
-    """The loss of a batch of `Pairs` (`galenic.pretrain.loop.Objective`); a unit is a pair."""
+    """The loss of a batch of `Pairs` (`galenic.pretrain.loop.Objective`); a unit is a pair.
 
-    measures = ("accuracy", "reward", "reward_margin", "kl", "kl_chosen", "kl_rejected", "entropy", "length")
+    `accuracy` is the share of pairs whose implicit rewards are in order, `preferred` that of pairs whose chosen answer
+    the policy itself finds likelier, whatever its reference; a tie is a half. `kl_chosen` and `kl_rejected` are
+    sequential divergences, nats an answer.
+    """
+
+    measures = (
+        *("accuracy", "preferred", "reward", "reward_margin"),
+        *("kl", "kl_chosen", "kl_rejected", "entropy", "length"),
+    )
 
     def __init__(self, config: TdpoConfig, reference: "Reference", *, product: bool) -> None:
         self.config, self.reference, self.product = config, reference, product
@@ -79,15 +115,18 @@ class TdpoObjective:
             reference=self.reference,
         )
         assert found.reference_log_probs is not None and found.kl is not None
-        config, beta = self.config, self.config.beta
+        config = self.config
+        how: dict[str, Any] = {"beta": config.beta, "alpha": config.alpha, "method": config.method}
         log_ratios = per_row(found.log_probs - found.reference_log_probs, answers).view(-1, 2)
         kl = per_row(found.kl, answers).view(-1, 2)
-        losses = tdpo_loss(log_ratios, kl, beta=beta, alpha=config.alpha, method=config.method)
-        rewards, divergence = (beta * log_ratios).detach().double(), kl.detach().double()
+        losses = tdpo_loss(log_ratios, kl, **how)
+        rewards = implicit_rewards(log_ratios, kl, **how).detach().double()
+        divergence, likelihood = kl.detach().double(), per_row(found.log_probs.detach(), answers).view(-1, 2)
         pairs, tokens = len(rewards), int(answers.sum())
         margins = rewards[:, 0] - rewards[:, 1]
         return losses.sum() / units, {
-            "accuracy": (float((margins > 0).sum()), pairs),
+            "accuracy": (in_order(margins), pairs),
+            "preferred": (in_order(likelihood[:, 0] - likelihood[:, 1]), pairs),
             "reward": (float(rewards[:, 0].sum()), pairs),
             "reward_margin": (float(margins.sum()), pairs),
             "kl": (float(divergence.sum()), tokens),
@@ -103,9 +142,7 @@ def plan(config: TdpoConfig) -> Plan:
     for path in config.reads():
         if not Path(path).exists():
             raise UserError(f"{path}: no such file or folder")
-    count = sum(1 for _ in read_jsonl(config.pairs))
-    trained = count if config.heldout else round(count * (1 - config.heldout_share))
-    steps = int(config.epochs * trained) // config.rows
+    count, steps = steps_of(config)
     name = {"tdpo1": "TDPO1", "tdpo2": f"TDPO2, alpha {config.alpha:g}"}[config.method]
     return Plan(
         reads=config.reads(),
@@ -123,18 +160,13 @@ def plan(config: TdpoConfig) -> Plan:
 def run(config: TdpoConfig) -> None:
     """Trains; continues where a killed run stopped, to the same bytes."""
     from galenic.align.health import watchdog
-    from galenic.align.pairs import Pairs, read_pairs, set_aside
     from galenic.align.policy import Reference
 
     with opened("tdpo", config) as run:
         if run is None:
             return
         run.check_context(config.context)
-        pairs, dropped = read_pairs(config.pairs, run.tokenizer, config.context)
-        if config.heldout:
-            heldout = read_pairs(config.heldout, run.tokenizer, config.context)[0]
-        else:
-            pairs, heldout = set_aside(pairs, config.heldout_share, config.seed)
+        pairs, heldout, dropped = trained_and_heldout(config, run.tokenizer)
         batches = Pairs(
             pairs, rows=config.rows, epochs=config.epochs, context=config.context, seed=config.seed
         )
@@ -171,19 +203,13 @@ def measured(model: Any, objective: Any, pairs: list[Any], rows: int, trainer: A
     """
     import torch
 
-    from galenic.align.pairs import collate_pairs
-
-    names, every = objective.measures, trainer.parallel.data_ranks
+    names = objective.measures
     sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64)
-    groups = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
-    # All processes take as many turns: what some have over is taken again, and not counted.
-    for turn in range(-(-len(groups) // every)):
-        place = turn * every + trainer.parallel.data_rank
-        part = collate_pairs(groups[min(place, len(groups) - 1)])
-        part = {name: tensor.to(trainer.device) for name, tensor in part.items()}
+    for some, counts in in_turn(pairs, rows, trainer.parallel):
+        part = {name: tensor.to(trainer.device) for name, tensor in collate_pairs(pairs[some]).items()}
         with torch.no_grad():
             loss, told = objective(model, part, 1)
-        if place < len(groups):
+        if counts:
             sums += torch.tensor([float(loss), *(value for name in names for value in told[name])])
     loss, *told = trainer.parallel.added(sums).tolist()
     found = {

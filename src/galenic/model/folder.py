@@ -11,15 +11,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from galenic.model import modeling_baichuan_m1
-from galenic.model.modeling_baichuan_m1 import BaichuanM1Config, BaichuanM1ForCausalLM
+from galenic.model.modeling_baichuan_m1 import (
+    BaichuanM1Config,
+    BaichuanM1ForCausalLM,
+    BaichuanM1ForSequenceClassification,
+)
 from galenic.runtime import UserError, atomic_path, nearest, read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,11 +44,16 @@ MODELING_FILE = Path(modeling_baichuan_m1.__file__)
 AUTO_MAP = {
     "AutoConfig": f"{MODELING_FILE.stem}.BaichuanM1Config",
     "AutoModelForCausalLM": f"{MODELING_FILE.stem}.BaichuanM1ForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODELING_FILE.stem}.BaichuanM1ForSequenceClassification",
 }
+Network = BaichuanM1ForCausalLM | BaichuanM1ForSequenceClassification
 
-# With Galenic imported, AutoModelForCausalLM opens our folders without running code from them.
+# With Galenic imported, the Auto classes open our folders without running code from them.
 AutoConfig.register("baichuan_m1", BaichuanM1Config, exist_ok=True)
 AutoModelForCausalLM.register(BaichuanM1Config, BaichuanM1ForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    BaichuanM1Config, BaichuanM1ForSequenceClassification, exist_ok=True
+)
 
 
 @contextmanager
@@ -75,13 +90,41 @@ def load(
         UserError: the folder, its config or a tensor is missing, damaged or of another model; or the tokenizer in it
             has tokens that the model lacks.
     """
+    return _load(BaichuanM1ForCausalLM, folder, dtype, attn_implementation)
+
+
+def load_classifier(
+    folder: str | Path, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> BaichuanM1ForSequenceClassification:
+    """As `load`, of a classifier's or a reward model's folder."""
+    return _load(BaichuanM1ForSequenceClassification, folder, dtype, attn_implementation)
+
+
+def as_scorer(model: BaichuanM1ForCausalLM) -> BaichuanM1ForSequenceClassification:
+    """Makes a network that gives a text one number, 0 at first, of a language model, whose weights it shares."""
+    config = deepcopy(model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        scorer = BaichuanM1ForSequenceClassification._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    shared = scorer.state_dict().keys()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in shared}
+    tensors["score.weight"] = torch.zeros(1, config.hidden_size, dtype=model.dtype)
+    scorer.load_state_dict(tensors, assign=True)
+    return scorer.eval()
+
+
+def _load(kind: Any, folder: str | Path, dtype: torch.dtype, attn_implementation: str) -> Any:
+    """Loads a model folder into one of our networks."""
     folder = Path(folder)
     config = _read_config(folder)
+    named = (config.architectures or [kind.__name__])[0]
+    if named != kind.__name__ and named in {network.__name__ for network in get_args(Network)}:
+        raise UserError(f"{folder / 'config.json'}: a {named} lies here, not a {kind.__name__}")
     _refuse_other_tokenizer(folder, config)
     with torch.device("meta"):
-        model = BaichuanM1ForCausalLM._from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
-        )
+        model = kind._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors: dict[str, torch.Tensor] = {}
     found: dict[str, Path] = {}
@@ -200,7 +243,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def save(
-    model: BaichuanM1ForCausalLM,
+    model: Network,
     folder: str | Path,
     *,
     tokenizer: str | Path | None,
@@ -237,9 +280,11 @@ def save(
         for file in temporary.glob("*.py"):
             file.unlink()  # only the modelling file below, whichever class the model came from
         config = read_json(temporary / "config.json")
-        config |= {"architectures": ["BaichuanM1ForCausalLM"], "auto_map": AUTO_MAP}
+        name = next(kind.__name__ for kind in get_args(Network) if isinstance(model, kind))
+        config |= {"architectures": [name], "auto_map": AUTO_MAP}
         write_json(temporary / "config.json", dict(sorted(config.items())))
-        write_json(temporary / "generation_config.json", _generation_config(model.config))
+        if isinstance(model, BaichuanM1ForCausalLM):
+            write_json(temporary / "generation_config.json", _generation_config(model.config))
         shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
         if tokenizer is not None:
             for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):
@@ -249,9 +294,7 @@ def save(
         (temporary / "README.md").write_text(_card(model, provenance, list(parents)), encoding="utf-8")
 
 
-def _write_weights(
-    model: BaichuanM1ForCausalLM, folder: Path, weights: Iterable[tuple[str, torch.Tensor]] | None
-) -> None:
+def _write_weights(model: Network, folder: Path, weights: Iterable[tuple[str, torch.Tensor]] | None) -> None:
     from galenic.merge.io import TensorInfo
     from galenic.merge.writer import safetensors_writer
 
@@ -279,9 +322,9 @@ values, {head}.
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {opener}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+model = {opener}.from_pretrained(".", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 ```
 
@@ -313,12 +356,15 @@ Whoever passes the model on takes over the duties of these licences.
 """
 
 
-def _card(model: BaichuanM1ForCausalLM, provenance: dict[str, Any], parents: list[str]) -> str:
+def _card(model: Network, provenance: dict[str, Any], parents: list[str]) -> str:
     """Renders the model card. Nothing in it depends on when or where it is written."""
-    config = model.config
+    config, writes = model.config, isinstance(model, BaichuanM1ForCausalLM)
     tags = ["medical", "baichuan_m1", "galenic"] + (["merge"] if len(parents) > 1 else [])
     front = [f"license: {json.dumps(provenance.get('license', 'other'))}", "language: [en, zh]"]
-    front += ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += [
+        "library_name: transformers",
+        f"pipeline_tag: text-{'generation' if writes else 'classification'}",
+    ]
     front += [f"base_model: {json.dumps(parents, ensure_ascii=False)}"] if parents else []
     front += [f"tags: [{', '.join(tags)}]"]
     recipe = json.dumps(provenance, ensure_ascii=False, indent=2).splitlines()
@@ -326,16 +372,22 @@ def _card(model: BaichuanM1ForCausalLM, provenance: dict[str, Any], parents: lis
         recipe = [*recipe[:60], f"... {len(recipe) - 60} more lines in galenic.json"]
     listed = "\n".join(f"* {parent}" for parent in parents)
     sources = "\n".join(f"* {name}: {licence}" for name, licence in provenance.get("licences", {}).items())
+    head = "an output head with unit-length rows" if config.norm_head else "a plain output head"
+    head = head if writes else "a linear score of the last token"
     body = CARD.format(
         title=provenance.get("title", "A Galenic medical language model"),
         description=provenance.get(
-            "description", "A causal language model for medical text, made with Galenic."
+            "description",
+            "A causal language model for medical text, made with Galenic."
+            if writes
+            else "A reward model: it gives a conversation one number, made with Galenic.",
         ),
+        opener="AutoModelForCausalLM" if writes else "AutoModelForSequenceClassification",
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocabulary=f"{config.vocab_size:,}",
-        head="and an output head with unit-length rows" if config.norm_head else "and a plain output head",
+        head=f"and {head}",
         parents=f"\n## Made from\n\n{listed}\n" if parents else "",
         licences=LICENCES.format(sources=sources) if sources else "",
         recipe="\n".join(recipe),

@@ -23,8 +23,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from galenic.model.folder import _quiet, _refuse_other_tokenizer, load, save
-from galenic.model.modeling_baichuan_m1 import BaichuanM1ForCausalLM
+from galenic.model.folder import (
+    Network,
+    _quiet,
+    _refuse_other_tokenizer,
+    as_scorer,
+    load,
+    load_classifier,
+    save,
+)
+from galenic.model.modeling_baichuan_m1 import BaichuanM1ForSequenceClassification
 from galenic.runtime import UserError, atomic_path, read_json, write_json
 
 Kind = Literal["causal language model", "masked language model", "text classifier", "image classifier"]
@@ -76,7 +84,8 @@ def folder_kind(folder: str | Path, kinds: Sequence[Kind] = KINDS) -> Kind:
     settings = read_json(file)
     settings = settings if isinstance(settings, dict) else {}
     model_type = settings.get("model_type")
-    if model_type == "baichuan_m1":
+    names = settings.get("architectures") or [""]
+    if model_type == "baichuan_m1" and names != [BaichuanM1ForSequenceClassification.__name__]:
         return "causal language model"
     if settings.get("auto_map") and model_type not in CONFIG_MAPPING:
         raise UserError(
@@ -84,7 +93,6 @@ def folder_kind(folder: str | Path, kinds: Sequence[Kind] = KINDS) -> Kind:
             "that transformers knows need none"
         )
     heads = ", ".join(f"...{head}" for head, (kind, _) in HEADS.items() if kind in kinds)
-    names = settings.get("architectures") or [""]
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise UserError(f"{file}: architectures is not a list of names")
     if names == [""]:
@@ -141,15 +149,70 @@ def load_any(
         raise UserError(f"{folder}: is a LoRA adapter; merge it into its base first")
     settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type is None or model_type == "baichuan_m1":
-        return load(folder, dtype, attn_implementation)
-    if settings.get("quantization_config"):
-        raise UserError(f"{folder / 'config.json'}: the weights are quantised; dequantise them first")
+    if model_type is None:
+        return load(folder, dtype, attn_implementation)  # which says what is wrong
     kind = folder_kind(folder, kinds)
+    if model_type == "baichuan_m1":
+        opened = load if kind == "causal language model" else load_classifier
+        return opened(folder, dtype, attn_implementation)
+    model, found = _open(kind, folder, dtype, attn_implementation)
+    _refuse_incomplete(folder, model, found, optional=kind == "masked language model")
+    return model.eval()
+
+
+def load_scorer(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads a model that gives a text one number: a classifier of one label as it is, or a language model under one.
+
+    The number is read off the last token that is not `config.pad_token_id`. Of a language model it is 0 at first.
+
+    Args:
+        folder: of a classifier or a causal language model, ours or another's.
+        dtype: what the weights are converted to.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        UserError: see `load_any`; a classifier of several labels, or an architecture that has no classifier.
+    """
+    folder = Path(folder)
+    kinds: tuple[Kind, ...] = ("text classifier", "causal language model")
+    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not settings or folder_kind(folder, kinds) == "text classifier":
+        model = load_any(folder, dtype, kinds=("text classifier",))
+        if model.config.num_labels != 1:
+            raise UserError(
+                f"{folder}: a classifier of {model.config.num_labels} labels; a reward model has one"
+            )
+        return model
+    if settings["model_type"] == "baichuan_m1":
+        return as_scorer(load(folder, dtype))
+    model, found = _open("text classifier", folder, dtype, "sdpa", num_labels=1)
+    missing = set(found["missing_keys"])
+    if "score.weight" not in missing:
+        raise UserError(
+            f"{folder}: a {type(model).__name__} has no linear `score` of a token's state; start from another "
+            "architecture, or from a classifier of one label"
+        )
+    # What is left over is the language model's head.
+    _refuse_incomplete(
+        folder, model, found | {"missing_keys": missing - {"score.weight"}, "unexpected_keys": ()}
+    )
+    torch.nn.init.zeros_(model.score.weight)
+    model.config.use_cache = False  # it never goes on with a text
+    return model.eval()
+
+
+def _open(
+    kind: Kind, folder: Path, dtype: torch.dtype, attn_implementation: str, **changes: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Opens another's model with transformers; returns it and which tensors were missing or left over."""
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise UserError(f"{folder / 'config.json'}: the weights are quantised; dequantise them first")
     opener = next(opener for own, opener in HEADS.values() if own == kind)
     try:
         with _quiet():
-            model, found = opener.from_pretrained(
+            return opener.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -157,20 +220,24 @@ def load_any(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **changes,
             )
     except Exception as error:  # transformers raises whatever it meets
         raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+
+
+def _refuse_incomplete(folder: Path, model: Any, found: dict[str, Any], *, optional: bool = False) -> None:
+    """Refuses weights that lack a tensor of a model or, unless they are `optional`, have others."""
     for key in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, found.get(key) or ())):
             words = f"{len(names)} {key.replace('_keys', '')} tensors in the weights, such as {names[0]}"
-            if key == "unexpected_keys" and kind == "masked language model":
+            if key == "unexpected_keys" and optional:
                 # An encoder is often kept with the heads of all its pre-training tasks.
                 print(f"  {folder}: {words}: not part of a {type(model).__name__}, left out", file=sys.stderr)
                 continue
             raise UserError(f"{folder}: {words}")
     if hasattr(model.config, "vocab_size"):
         _refuse_other_tokenizer(folder, model.config)
-    return model.eval()
 
 
 def save_any(
@@ -193,7 +260,7 @@ def save_any(
         weights: names and whole tensors of a model that holds parts of them only; of another architecture than ours
             they are held all at once.
     """
-    if isinstance(model, BaichuanM1ForCausalLM):
+    if isinstance(model, Network):
         save(model, folder, tokenizer=base, provenance=provenance, parents=parents, weights=weights)
         return
     with atomic_path(folder) as temporary:

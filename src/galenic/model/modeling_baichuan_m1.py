@@ -36,7 +36,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -1274,4 +1278,90 @@ class BaichuanM1ForCausalLM(BaichuanM1PreTrainedModel, GenerationMixin):
         self.config.norm_head = False
 
 
-__all__ = ["BaichuanM1Config", "BaichuanM1ForCausalLM", "BaichuanM1Model", "BaichuanM1PreTrainedModel"]
+class BaichuanM1ForSequenceClassification(BaichuanM1PreTrainedModel):
+    """A classifier or, with one label, a reward model: a linear map of the last token's hidden state.
+
+    transformers' generic one makes its network through `AutoModel`, which does not know code that lies in a folder.
+    """
+
+    def __init__(self, config: BaichuanM1Config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BaichuanM1Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores each row at its last real token.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, past + T], nonzero on real tokens. Not given: `config.pad_token_id` is padding.
+            position_ids: [1 or B, T].
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: [B, T, C] instead of input_ids; without a mask their last token is real.
+            labels: [B] classes (int64), or numbers where there is one label.
+            use_cache: whether to return a cache; by default not.
+            kwargs: see `BaichuanM1Model.forward`.
+
+        Returns:
+            `logits` [B, num_labels], `loss` if labels are given (cross-entropy, or squared error with one label),
+            `past_key_values`.
+
+        Raises:
+            ValueError: see `BaichuanM1Model.forward`; a row that is nothing but padding; several
+                rows, and neither a mask nor a padding token to tell where they end.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        rows, length = hidden.shape[:2]
+        last: Any = -1
+        real = None
+        if attention_mask is not None:
+            real = attention_mask[:, -length:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif input_ids is not None and rows > 1:
+            raise ValueError("config.pad_token_id is None, so rows may end anywhere: give attention_mask")
+        if real is not None:
+            _refuse(~real.any(1).all(), "a row holds nothing but padding, so there is nothing to score")
+            last = (real * torch.arange(length, device=real.device)).argmax(1).to(hidden.device)
+        logits = self.score(hidden[torch.arange(rows, device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "BaichuanM1Config",
+    "BaichuanM1ForCausalLM",
+    "BaichuanM1ForSequenceClassification",
+    "BaichuanM1Model",
+    "BaichuanM1PreTrainedModel",
+]
