@@ -233,21 +233,41 @@ def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator[dict[str,
     Raises:
         UserError: the file is missing, or a line is not a JSON object (file and line number named).
     """
+    for _, row in numbered_jsonl(path, growing=growing):
+        if isinstance(row, UserError):
+            raise row
+        yield row
+
+
+def numbered_jsonl(
+    path: str | Path, *, growing: bool = False
+) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
+    """Reads a JSON-lines file as `read_jsonl` does; yields (line, row), or (line, what is wrong with it).
+
+    Blank lines are passed over and count.
+
+    Raises:
+        UserError: the file is missing.
+    """
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     with file:
         for number, line in enumerate(file, start=1):
-            if not line.strip() or (growing and not line.endswith("\n")):
+            if not line.strip() or (growing and not line.endswith(b"\n")):
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and nesting too deep
+                said = getattr(error, "msg", error)
+                yield number, UserError(f"{path}:{number}: not valid JSON ({said})")
+                continue
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
-            yield row
+                said = f"expected a JSON object, got {type(row).__name__}"
+                yield number, UserError(f"{path}:{number}: {said}")
+                continue
+            yield number, row
 
 
 def sha256_file(path: str | Path) -> str:

@@ -167,13 +167,19 @@ class SftConfig(TrainingConfig):
     """Fine-tune an expert on conversations, loss on answers only."""
 
     conversations: str
-    """JSON lines of {"messages": [{"role", "content"}, ...]} to train on."""
+    """JSON lines of {"messages": [{"role", "content"}, ...]} to train on; `category` in a line is what losses are told
+    by."""
     heldout: str | None = None
     """JSON lines of conversations whose answers are scored before and after."""
-    tokens: int = 300_000
-    """Training tokens, questions and answers together; the conversations are repeated as needed."""
+    tokens: int | None = None
+    """Training tokens, questions and answers together; the conversations are repeated as needed. Default: 300,000,
+    without rounds."""
+    rounds: int | None = None
+    """Instead, times that each conversation is read; the report's five rounds may mean this."""
     context: int = 512
-    """Tokens in a row; longer conversations are left out and counted."""
+    """Tokens in a row; longer conversations are left out and named in `ledger.jsonl`."""
+    bad_lines: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a line that is no conversation: the run ends, or it is left out and named in `ledger.jsonl`."""
     rows: int = 8
     """Rows in a batch."""
     shift: ShiftConfig | None = None
@@ -182,10 +188,19 @@ class SftConfig(TrainingConfig):
     """Held-out conversations scored at most."""
 
     def __post_init__(self) -> None:
-        if self.tokens < self.context * self.rows:
-            raise UserError(f"tokens: {self.tokens} is fewer than one batch of {self.rows} x {self.context}")
+        if self.tokens is not None and self.rounds is not None:
+            raise UserError("tokens, rounds: give one of them; each says how long to train")
+        if self.rounds is not None and self.rounds < 1:
+            raise UserError(f"rounds: {self.rounds} is below 1")
+        if self.rounds is None and self.budget < self.context * self.rows:
+            raise UserError(f"tokens: {self.budget} is fewer than one batch of {self.rows} x {self.context}")
         if self.lora and self.shift:
             raise UserError("shift: an adapter's layers are not the model's; leave out shift or lora")
+
+    @property
+    def budget(self) -> int:
+        """Training tokens; 0 where `rounds` decides."""
+        return 0 if self.rounds is not None else 300_000 if self.tokens is None else self.tokens
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""

@@ -6,6 +6,7 @@ Outcome --Output--> documents.parquet, sft.jsonl, ledger.jsonl (whole, or not at
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
@@ -23,10 +24,21 @@ FILES = ("documents.parquet", "sft.jsonl", "ledger.jsonl", "stats.json")
 
 Row = dict[str, Any]
 
+_CATEGORIES = {
+    "encyclopaedia": "knowledge",
+    "cases": "reasoning",
+    "knowledge-graph": "knowledge",
+    "papers": "reasoning",
+    "online-qa": "knowledge",
+    "long-context": "long-context",
+    "safety": "safety",
+}
+"""Pipeline -> category of its conversations (`galenic.align.conversations.CATEGORIES`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one item: a document with the judge's score, or a row of the ledger."""
+    """What became of one item: a document with the judge's score, a conversation or both, or a row of the ledger."""
 
     id: str
     document: Document | None = None
@@ -63,15 +75,23 @@ def made(pipeline: PipelineConfig, seed: Seed, name: str, draft: Draft, score: f
     )
     conversation = None
     if draft.question:
-        turns = [("user", draft.question), ("assistant", draft.answer)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        conversation = {
-            "messages": messages,
-            "source": document.source,
-            "department": seed.department,
-            "id": name,
-        }
+        turns = (draft.question, draft.answer)
+        conversation = conversation_row(
+            pipeline, name, turns, department=seed.department, document=seed.id
+        )
     return Outcome(id=name, document=document, conversation=conversation, round=number)
+
+
+def conversation_row(pipeline: PipelineConfig, name: str, turns: Sequence[str], **more: Any) -> Row:
+    """Returns a row of sft.jsonl: turns of the user and the assistant, one after the other."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {
+        "messages": messages,
+        "source": source_of(pipeline),
+        "category": _CATEGORIES[pipeline.name],
+        "id": name,
+        **more,
+    }
 
 
 def dropped(

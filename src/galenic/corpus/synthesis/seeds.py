@@ -1,23 +1,28 @@
 """Which documents become seeds: those of the training split, chosen by a stable shuffle, in the order of their ids."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from galenic.corpus.starter.facts import Tree
-from galenic.corpus.starter.holdout import stable_shuffle
+from galenic.corpus.starter.holdout import stable_key, stable_shuffle
 from galenic.corpus.synthesis.checks import language_of
 from galenic.corpus.synthesis.knowledge_graph import tree_of
 from galenic.corpus.synthesis.steps import Seed
 from galenic.corpus.synthesis.synthesise_config import PipelineConfig, SynthesiseConfig
-from galenic.runtime import UserError
+from galenic.runtime import UserError, read_jsonl
 
 REQUIRED = ("id", "text", "source", "licence")
 OPTIONAL = ("language", "category", "department", "value")
 SPLIT_PASSAGES = ("encyclopaedia",)
 """Pipelines whose documents may be cut into passages."""
+
+MOST_AROUND = 2000
+"""Texts that stand around those of long contexts, by turns."""
+_PASSAGE = re.compile(r"#\d+\Z")
 
 Row = dict[str, Any]
 
@@ -32,6 +37,8 @@ class Selection:
     """Documents that no request could hold."""
     tree: Tree | None
     """Of a knowledge graph: every entity of its sources."""
+    others: list[Seed] = field(default_factory=list)
+    """Of long contexts: texts that stand around the seeds."""
 
 
 def select(config: SynthesiseConfig) -> list[Selection]:
@@ -41,7 +48,8 @@ def select(config: SynthesiseConfig) -> list[Selection]:
         UserError: a file is missing or lacks a column; nothing fits a pipeline; an id stands twice.
     """
     datasets = open_documents(config.corpus, config.documents)
-    return [_select(config, pipeline, datasets) for pipeline in config.pipelines]
+    special = {"safety": _no_documents, "long-context": _select_texts}
+    return [special.get(p.name, _select)(config, p, datasets) for p in config.pipelines]
 
 
 def open_documents(
@@ -93,10 +101,7 @@ def read_training(
 
 
 def _select(config: SynthesiseConfig, pipeline: PipelineConfig, datasets: list[tuple[str, Any]]) -> Selection:
-    def keep(row: Row) -> bool:
-        own = row["source"] in pipeline.sources if pipeline.sources else not _synthetic(row["source"])
-        return own and (not pipeline.categories or row.get("category") in pipeline.categories)
-
+    keep = _keeper(pipeline)
     light, whole = ("id", "source", "category"), (*REQUIRED, *OPTIONAL)
     tree = None
     if pipeline.name == "knowledge-graph":
@@ -111,11 +116,7 @@ def _select(config: SynthesiseConfig, pipeline: PipelineConfig, datasets: list[t
         by_id = {row["id"]: row for row in read_training(datasets, whole, keep, chosen)}
         documents = [by_id[key] for key in chosen]
     if not documents:
-        what = ", ".join([*pipeline.sources, *pipeline.categories]) or "the training split"
-        kind = "entities" if tree else "documents"
-        raise UserError(
-            f"pipelines: '{pipeline.name}' finds no {kind} in {what}; see its sources and categories"
-        )
+        raise _nothing(pipeline, "entities" if tree else "documents")
     seeds, too_long = [], []
     left = pipeline.limit
     for document in documents:
@@ -134,6 +135,58 @@ def _select(config: SynthesiseConfig, pipeline: PipelineConfig, datasets: list[t
                 left -= most
     seeds.sort(key=lambda seed: seed.id)
     return Selection(pipeline=pipeline, seeds=seeds, too_long=sorted(too_long, key=lambda s: s.id), tree=tree)
+
+
+def _no_documents(config: SynthesiseConfig, pipeline: PipelineConfig, datasets: Any) -> Selection:
+    return Selection(pipeline=pipeline, seeds=[], too_long=[], tree=None)
+
+
+def _select_texts(
+    config: SynthesiseConfig, pipeline: PipelineConfig, datasets: list[tuple[str, Any]]
+) -> Selection:
+    """Chooses main texts, or takes those that conversations are about, and texts to stand around them."""
+    keep = _keeper(pipeline)
+    ids = [row["id"] for row in unique(read_training(datasets, ("id", "source", "category"), keep, None))]
+    around = stable_shuffle(ids, str, config.seed, "around")[:MOST_AROUND]
+    if pipeline.conversations:
+        known = set(ids)
+        named = dict.fromkeys(str(row.get("document") or "") for row in read_jsonl(pipeline.conversations))
+        chosen = [name for name in named if name in known or _PASSAGE.sub("", name) in known]
+    else:  # of some, templates find nothing to ask
+        chosen = stable_shuffle(ids, str, config.seed, "seeds", pipeline.name)[: 4 * pipeline.limit]
+    if not chosen:
+        raise _nothing(pipeline, "documents")
+    wanted = {*around, *chosen, *(_PASSAGE.sub("", name) for name in chosen)}
+    rows = read_training(datasets, (*REQUIRED, *OPTIONAL), keep, sorted(wanted))
+    whole = {row["id"]: _seed(row) for row in rows}
+
+    def passage(name: str) -> Seed | None:
+        seed = whole.get(name) or whole[_PASSAGE.sub("", name)]
+        cut = passages_of(seed.text, config.passage)
+        number = stable_key(config.seed, name, "passage") % len(cut) if cut else 0
+        if name != seed.id:
+            number = int(name.rpartition("#")[2]) - 1
+        if not 0 <= number < len(cut):
+            return None
+        return replace(seed, id=name, text=cut[number].strip())
+
+    seeds, others = ([p for p in map(passage, names) if p is not None] for names in (chosen, around))
+    return Selection(pipeline=pipeline, seeds=seeds, too_long=[], tree=None, others=others)
+
+
+def _keeper(pipeline: PipelineConfig) -> Callable[[Row], bool]:
+    def keep(row: Row) -> bool:
+        own = row["source"] in pipeline.sources if pipeline.sources else not _synthetic(row["source"])
+        return own and (not pipeline.categories or row.get("category") in pipeline.categories)
+
+    return keep
+
+
+def _nothing(pipeline: PipelineConfig, kind: str) -> UserError:
+    what = ", ".join([*pipeline.sources, *pipeline.categories]) or "the training split"
+    return UserError(
+        f"pipelines: '{pipeline.name}' finds no {kind} in {what}; see its sources and categories"
+    )
 
 
 def _choose(ids: list[str], pipeline: PipelineConfig, seed: int) -> list[str]:

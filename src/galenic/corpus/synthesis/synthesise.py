@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from galenic.corpus.starter.holdout import stable_shuffle
-from galenic.corpus.synthesis import cases, encyclopaedia, online_qa, papers
+from galenic.corpus.synthesis import cases, encyclopaedia, long_context, online_qa, papers, safety
 from galenic.corpus.synthesis.budget import Budget, BudgetSpent
 from galenic.corpus.synthesis.cache import Cache
 from galenic.corpus.synthesis.checks import Problem
@@ -56,8 +56,10 @@ def plan(config: SynthesiseConfig) -> Plan:
     for selection in select(config):
         pipeline, seeds = selection.pipeline, selection.seeds
         label = source_of(pipeline) + (" (templates)" if pipeline.offline else "")
-        if pipeline.offline or config.endpoint is None or judge is None:
-            facts[label] = f"at most {pipeline.limit} items of {len(seeds)} entities, no request"
+        if pipeline.asks_nobody or config.endpoint is None or judge is None:
+            of = {"safety": "what prompts/safety.*.yaml says", "long-context": f"{len(seeds)} texts"}
+            entities = f"{len(seeds)} entities"
+            facts[label] = f"at most {pipeline.limit} items of {of.get(pipeline.name, entities)}, no request"
             continue
         items = sum(seed.most for seed in seeds)
         asked = sum(_pipeline(selection, config.seed).requests(seed.most) for seed in seeds)
@@ -130,8 +132,8 @@ async def _run(config: SynthesiseConfig) -> None:
                     tally.note(
                         output.write(dropped(pipeline, id_of(pipeline, seed), "too long", detail, seed.text))
                     )
-                if pipeline.offline:
-                    for outcome in _offline(selection, config.seed):
+                if pipeline.asks_nobody:
+                    for outcome in _by_templates(selection, config):
                         tally.note(output.write(outcome))
                     bar.update(len(selection.seeds))
                     continue
@@ -280,6 +282,15 @@ class _Work:
         except RequestFailed as error:
             self.watch.note(error)
             return None, dropped(pipeline, name, "request failed", str(error), "", failed=True)
+
+
+def _by_templates(selection: Selection, config: SynthesiseConfig) -> Iterator[Outcome]:
+    name = selection.pipeline.name
+    if name == "safety":
+        return safety.outcomes(selection.pipeline, config.prompts, config.seed)
+    if name == "long-context":
+        return long_context.outcomes(selection, config.seed)
+    return _offline(selection, config.seed)
 
 
 def _offline(selection: Selection, seed: int) -> Iterator[Outcome]:

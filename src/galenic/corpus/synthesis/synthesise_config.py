@@ -11,6 +11,8 @@ GENRES = ("qa", "question", "article", "paper", "dialogue")
 """What an endpoint makes of a knowledge-graph entity; `question` is the entity as the answer, among its siblings."""
 OFFLINE_GENRES = ("choice", "term", "note", "card", "comparison")
 """What templates make of it."""
+BY_TEMPLATES = ("long-context", "safety")
+"""Pipelines that never ask an endpoint; what they make is for fine-tuning, not for pre-training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,9 @@ class EndpointConfig:
 class PipelineConfig:
     """One pipeline and the documents it takes."""
 
-    name: Literal["encyclopaedia", "cases", "knowledge-graph", "papers", "online-qa"]
+    name: Literal[
+        "encyclopaedia", "cases", "knowledge-graph", "papers", "online-qa", "long-context", "safety"
+    ]
     """Which one."""
     sources: list[str] = field(default_factory=list)
     """Sources it takes; all but synthetic ones by default."""
@@ -102,12 +106,27 @@ class PipelineConfig:
     """Knowledge graph: what each entity becomes; all genres by default."""
     offline: bool = False
     """Knowledge graph: by templates, without an endpoint."""
+    tokenizer: str = ""
+    """Long context: folder of the tokenizer, or of a model, that counts tokens."""
+    tokens: int = 8192
+    """Long context: tokens of a conversation, its answer included; never more, and fewer only if texts run out."""
+    conversations: str = ""
+    """Long context: JSON lines of conversations with the id of their `document`, such as the `sft.jsonl` of another run,
+    to be asked amid other texts. Default: templates ask for quotations, titles and facts."""
 
     def __post_init__(self) -> None:
         if self.limit < 1 or self.points < 1:
             raise UserError(f"pipelines: limit and points of '{self.name}' must be 1 or more")
         if self.name != "knowledge-graph" and (self.offline or self.genres):
             raise UserError(f"pipelines: offline and genres belong to knowledge-graph, not to '{self.name}'")
+        if self.name != "long-context" and (self.tokenizer or self.conversations):
+            raise UserError(
+                f"pipelines: tokenizer and conversations belong to long-context, not to '{self.name}'"
+            )
+        if self.name == "long-context" and not self.tokenizer:
+            raise UserError("pipelines: 'long-context' counts tokens; name a tokenizer's or a model's folder")
+        if self.tokens < 64:
+            raise UserError(f"pipelines: tokens of 'long-context' are {self.tokens}; 64 or more")
         known = OFFLINE_GENRES if self.offline else GENRES
         for genre in self.genres:
             if genre not in known:
@@ -120,6 +139,11 @@ class PipelineConfig:
         if self.name == "knowledge-graph":
             return len(self.every_genre)
         return self.points if self.name == "encyclopaedia" else 1
+
+    @property
+    def asks_nobody(self) -> bool:
+        """Whether it works without an endpoint."""
+        return self.offline or self.name in BY_TEMPLATES
 
     @property
     def every_genre(self) -> tuple[str, ...]:
@@ -178,7 +202,7 @@ class SynthesiseConfig:
     cache: str = ""
     """Folder of answers, so that nothing is paid twice; by default OUT.cache, beside OUT, which `build` may empty."""
     prompts: str = ""
-    """Folder whose files replace the prompts of the same name."""
+    """Folder whose files replace the prompts, and what is known of safety, of the same name."""
     seed: int = 1
     """Of which documents are taken."""
 
@@ -189,9 +213,9 @@ class SynthesiseConfig:
         for name, offline in names:
             if names.count((name, offline)) > 1:
                 raise UserError(f"pipelines: '{name}' stands twice; list its sources and genres together")
-        if not self.corpus and not self.documents:
+        if not (self.corpus or self.documents or all(pipeline.name == "safety" for pipeline in self.pipelines)):
             raise UserError("corpus: give a corpus folder, or files as documents")
-        if self.endpoint is None and not all(pipeline.offline for pipeline in self.pipelines):
+        if self.endpoint is None and not all(pipeline.asks_nobody for pipeline in self.pipelines):
             raise UserError("endpoint: needed by every pipeline that is not offline")
         if self.attempts < 1 or self.rounds < 0 or self.passage < 200:
             raise UserError("attempts must be 1 or more, rounds 0 or more, passage 200 or more")
@@ -200,7 +224,8 @@ class SynthesiseConfig:
 
     def reads(self) -> list[str]:
         """Files and folders the verb reads."""
-        return [path for path in (self.corpus, *self.documents, self.prompts) if path]
+        others = (path for pipeline in self.pipelines for path in (pipeline.tokenizer, pipeline.conversations))
+        return [path for path in (self.corpus, *self.documents, self.prompts, *others) if path]
 
     @property
     def cache_folder(self) -> str:
