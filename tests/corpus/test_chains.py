@@ -11,6 +11,7 @@ from galenic.corpus.starter.chains import (
     Chain,
     chain_conversations,
     chain_pairs,
+    chain_questions,
     chain_tasks,
 )
 from galenic.corpus.starter.holdout import check_no_leak
@@ -29,7 +30,7 @@ def steps(text):
 
 
 def test_every_step_follows_and_the_answer_is_the_last_result():
-    rows = chain_conversations(300, 1, heldout=False)
+    rows = chain_conversations(300, 1, "train")
     assert len(rows) == 300
     for row in rows:
         prompt, text = (message["content"] for message in row["messages"])
@@ -55,18 +56,22 @@ def test_training_and_held_out_terms_are_apart_in_any_order():
         first, *rest = map(int, row["id"].split("/")[2].split(","))
         return row["id"].split("/")[1], *(sorted((first, *rest)) if min(rest) > 0 else (first, *sorted(rest)))
 
-    train = {terms(row) for row in chain_tasks(1500, 1, heldout=False)}
-    heldout = {terms(row) for row in chain_tasks(200, 1, heldout=True)}
+    train = {terms(row) for row in chain_tasks(1500, 1, "train")}
+    heldout = {terms(row) for row in chain_tasks(200, 1, "heldout")}
     assert len(heldout) > 50 and not train & heldout
-    assert not Chain("total", (2, 3, 4), "", "mg").heldout ^ Chain("total", (4, 2, 3), "", "mg").heldout
-    prompts = {row["prompt"] for row in chain_tasks(200, 1, heldout=True)}
-    learnt = {row["messages"][0]["content"] for row in chain_conversations(300, 1, heldout=False)}
-    compared = {row["prompt"] for row in chain_pairs(300, 1, heldout=False)}
+    asked = {terms(row) for row in chain_questions(200, 1)}
+    assert len(asked) > 50 and not asked & (train | heldout)
+    for numbers in ((2, 3, 4), (5, 9, 12), (7, 7, 8)):
+        one, other = (Chain("total", some, "", "mg") for some in (numbers, numbers[::-1]))
+        assert one.side == other.side
+    prompts = {row["prompt"] for row in chain_tasks(200, 1, "heldout")}
+    learnt = {row["messages"][0]["content"] for row in chain_conversations(300, 1, "train")}
+    compared = {row["prompt"] for row in chain_pairs(300, 1, "train")}
     assert not prompts & (learnt | compared)
 
 
 def test_no_step_is_one_that_questions_ask_for():
-    rows = chain_conversations(300, 1, heldout=False) + chain_conversations(100, 1, heldout=True)
+    rows = chain_conversations(300, 1, "train") + chain_conversations(100, 1, "heldout")
     texts = [row["messages"][1]["content"] for row in rows]
     for a, sign, b, _ in (step for text in texts for step in steps(text)):
         assert not (asked("add", *sorted((a, b))) if sign == "+" else asked("subtract", a, b))
@@ -74,19 +79,19 @@ def test_no_step_is_one_that_questions_ask_for():
 
 
 def test_tasks_are_read_as_tasks_with_the_answer_of_the_steps():
-    for row in chain_tasks(100, 1, heldout=False):
+    for row in chain_tasks(100, 1, "train"):
         task = task_of(row, "x")
         assert task.rule == "numeric" and task.tolerance == 0 and task.domain == "chains"
         assert task.id == row["id"] and task.answer == row["answer"]
         total = sum(map(int, row["id"].split("/")[2].split(",")))
         assert row["answer"].split(" ")[0] == str(total)
-    ids = [row["id"] for row in chain_tasks(1500, 1, heldout=False)]
+    ids = [row["id"] for row in chain_tasks(1500, 1, "train")]
     assert len(set(ids)) == len(ids)
 
 
 def test_a_slip_is_one_wrong_step_that_the_others_follow():
-    rows = chain_pairs(300, 1, heldout=False)
-    assert len(rows) == 300 and rows == chain_pairs(300, 1, heldout=False) != chain_pairs(300, 2, heldout=False)
+    rows = chain_pairs(300, 1, "train")
+    assert len(rows) == 300 and rows == chain_pairs(300, 1, "train") != chain_pairs(300, 2, "train")
     places = set()
     for row in rows:
         right, wrong = steps(row["chosen"]), steps(row["rejected"])
@@ -100,7 +105,19 @@ def test_a_slip_is_one_wrong_step_that_the_others_follow():
     assert places == {0, 1, 2}
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_prompts_differ(heldout):
-    rows = chain_tasks(200, 3, heldout=heldout)
+@pytest.mark.parametrize("side", ["train", "heldout"])
+def test_prompts_differ(side):
+    rows = chain_tasks(200, 3, side)
     assert len({row["prompt"] for row in rows}) == len(rows) == 200
+
+
+def test_questions_have_one_right_result_at_every_place():
+    rows = chain_questions(400, 1)
+    assert len(rows) == 400 and {row["answer"] for row in rows} == {0, 1, 2, 3}
+    for row in rows:
+        values = [int(option.split(" ")[0]) for option in row["options"]]
+        assert values[row["answer"]] == sum(map(int, row["id"].split("/")[2].split(",")))
+        assert len(set(values)) == 4
+    ranks = [sorted(int(o.split(" ")[0]) for o in row["options"]).index(
+        int(row["options"][row["answer"]].split(" ")[0])) for row in rows]  # fmt: skip
+    assert all(60 < ranks.count(rank) < 160 for rank in range(4))

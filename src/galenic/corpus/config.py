@@ -95,7 +95,7 @@ class StarterConfig:
     transfer_share: float = 0.04
     """Share of the entities that appear nowhere in training, in (0, 0.5]."""
     questions: int = 1600
-    """Questions of each kind (recall, transfer, translation, arithmetic, code) at most."""
+    """Questions of each kind (recall, transfer, translation, arithmetic, code, chains) at most."""
     medical_conversations: int = 12000
     """Conversations on medical knowledge at most."""
     dialogue_conversations: int = 9000

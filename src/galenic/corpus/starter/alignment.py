@@ -36,7 +36,8 @@ def alignment_conversations(config: StarterConfig, seed: int, others: Mapping[st
     sizes = ((config.alignment_conversations, config.worked_chains), (config.heldout_conversations, half))
     both: list[list[Row]] = []
     for side, (total, worked) in enumerate(sizes):
-        rows = [{**row, "category": "reasoning"} for row in chain_conversations(worked, seed, heldout=side == 1)]
+        steps = chain_conversations(worked, seed, "heldout" if side else "train")
+        rows = [{**row, "category": "reasoning"} for row in steps]
         each = max(1, (total - worked) // len(others))
         for kind, splits in others.items():
             chosen = stable_shuffle(splits[side], conversation_text, seed, "alignment")[:each]
@@ -56,8 +57,8 @@ def alignment_tasks(
         entities: entities whose document is in the training split.
         forbidden: the transfer entities.
     """
-    train = chain_tasks(config.tasks, seed, heldout=False)
-    heldout = chain_tasks(config.heldout_tasks, seed, heldout=True)
+    train = chain_tasks(config.tasks, seed, "train")
+    heldout = chain_tasks(config.heldout_tasks, seed, "heldout")
     choices = choice_tasks(
         entities, forbidden=forbidden, count=config.tasks, heldout=config.heldout_tasks, seed=seed
     )
@@ -79,8 +80,8 @@ def alignment_pairs(config: StarterConfig, seed: int, entities: list[Entity], fo
     slips = max(1, config.preferences // 4)
     pairs = preference_pairs(entities, forbidden=forbidden, count=config.preferences - slips, seed=seed)
     train, heldout = split_rows(pairs, heldout=min(config.heldout_tasks, len(pairs) // 5), seed=seed)
-    heldout += chain_pairs(max(1, len(heldout) // 3), seed, heldout=True)
-    return _mixed(train + chain_pairs(slips, seed, heldout=False), seed), _mixed(heldout, seed)
+    heldout += chain_pairs(max(1, len(heldout) // 3), seed, "heldout")
+    return _mixed(train + chain_pairs(slips, seed, "train"), seed), _mixed(heldout, seed)
 
 
 def _mixed(rows: list[Row], seed: int) -> list[Row]:

@@ -1,6 +1,6 @@
 """Calculations of several steps whose working comes first: tasks, worked conversations, pairs with a slip.
 
-    terms --hash, whatever their order--> training | held out
+    terms --hash, whatever their order--> training | held out | questions
     terms --kind--> prompt, "8 + 5 = 13", "13 + 9 = 22", "22 mg" --> task          prompt, "22 mg"
                                                                  --> conversation  prompt, the steps, "Answer: 22 mg"
                                                                  --> pair          the same, and one with a slip
@@ -12,16 +12,20 @@ cannot add four at one go. No step is one that questions ask for (`reasoning.Pro
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from galenic.corpus.starter.holdout import stable_key
+from galenic.corpus.starter.questions import seal
+from galenic.corpus.starter.reasoning import Problem, near_misses
 from galenic.corpus.starter.worked import asked
 
 MARKER = "\nAnswer: "
 """What stands between the working and the answer."""
-HELDOUT_SHARE = 0.1
-"""Share of all sets of terms that are held out."""
+Side = Literal["train", "heldout", "questions"]
+SHARE = 0.1
+"""Share of all sets of terms that are held out, and again that belong to questions."""
 LARGEST = 12
 """Largest number in a prompt."""
 DOMAIN = "chains"
@@ -78,11 +82,12 @@ class Chain:
     unit: str
 
     @property
-    def heldout(self) -> bool:
-        """Whether training never sees these terms, in any order and in any words."""
+    def side(self) -> Side:
+        """Whose these terms are, in any order and in any words."""
         first, *rest = self.terms
-        key = stable_key("chains", self.kind, *(sorted(self.terms) if min(rest) > 0 else (first, *sorted(rest))))
-        return key < HELDOUT_SHARE * 2**64
+        ordered = sorted(self.terms) if min(rest) > 0 else (first, *sorted(rest))
+        place = stable_key("chains", self.kind, *ordered) / 2**64
+        return "heldout" if place < SHARE else "questions" if place < 2 * SHARE else "train"
 
     def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
         """Returns one equation for each term after the first.
@@ -111,13 +116,13 @@ class Chain:
         return "\n".join(self.steps(slip)) + MARKER + self.answer(slip[1] if slip else 0)
 
 
-def chains(label: str, seed: int, *, heldout: bool) -> Iterator[Chain]:
+def chains(label: str, seed: int, side: Side) -> Iterator[Chain]:
     """Yields calculations of one side, each kind in turn, without end."""
-    draw = random.Random(stable_key(seed, label, heldout))
+    draw = random.Random(stable_key(seed, label, side))
     while True:
         for kind in KINDS:
             chain = _draw(kind, draw)
-            while chain is None or chain.heldout != heldout:
+            while chain is None or chain.side != side:
                 chain = _draw(kind, draw)
             yield chain
 
@@ -148,11 +153,11 @@ def _asked(running: int, term: int) -> bool:
 
 
 def _distinct(
-    make: Callable[[Chain], dict[str, Any]], label: str, count: int, seed: int, heldout: bool
+    make: Callable[[Chain], dict[str, Any]], label: str, count: int, seed: int, side: Side
 ) -> list[dict[str, Any]]:
     """Makes rows of `count` calculations with different prompts; fewer if there are not so many."""
     rows: dict[str, dict[str, Any]] = {}
-    source = chains(label, seed, heldout=heldout)
+    source = chains(label, seed, side)
     for _ in range(50 * count):
         if len(rows) == count:
             break
@@ -161,7 +166,7 @@ def _distinct(
     return list(rows.values())
 
 
-def chain_tasks(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]:
+def chain_tasks(count: int, seed: int, side: Side) -> list[dict[str, Any]]:
     """Writes tasks {"id", "prompt", "answer", "rule", "tolerance", "domain"}; see `galenic.align.tasks`."""
 
     def make(chain: Chain) -> dict[str, Any]:
@@ -175,10 +180,10 @@ def chain_tasks(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]
             "domain": DOMAIN,
         }
 
-    return _distinct(make, "chain tasks", count, seed, heldout)
+    return _distinct(make, "chain tasks", count, seed, side)
 
 
-def chain_conversations(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]:
+def chain_conversations(count: int, seed: int, side: Side) -> list[dict[str, Any]]:
     """Writes conversations whose answer works its steps first and ends in `Answer: ...`."""
 
     def make(chain: Chain) -> dict[str, Any]:
@@ -188,12 +193,12 @@ def chain_conversations(count: int, seed: int, *, heldout: bool) -> list[dict[st
         ]
         return {"messages": messages, "source": DOMAIN, "department": ""}
 
-    return _distinct(make, "chain conversations", count, seed, heldout)
+    return _distinct(make, "chain conversations", count, seed, side)
 
 
-def chain_pairs(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]:
+def chain_pairs(count: int, seed: int, side: Side) -> list[dict[str, Any]]:
     """Writes preference pairs: the working, and one that goes on from a step that slipped by one or ten."""
-    draw = random.Random(stable_key(seed, "slips", heldout))
+    draw = random.Random(stable_key(seed, "slips", side))
 
     def make(chain: Chain) -> dict[str, Any]:
         number = draw.randrange(len(chain.terms) - 1)
@@ -207,4 +212,25 @@ def chain_pairs(count: int, seed: int, *, heldout: bool) -> list[dict[str, Any]]
             "department": "",
         }
 
-    return _distinct(make, "chain pairs", count, seed, heldout)
+    return _distinct(make, "chain pairs", count, seed, side)
+
+
+def chain_questions(count: int, seed: int) -> list[dict[str, Any]]:
+    """Writes multiple-choice questions whose wrong results are near misses; see `reasoning.arithmetic_questions`."""
+
+    def make(chain: Chain) -> dict[str, Any]:
+        result = Problem("add", (), (), "", Fraction(sum(chain.terms)), chain.unit)
+        wrong = near_misses(result, random.Random(stable_key(seed, "misses", chain.prompt)))
+        key = ",".join(map(str, chain.terms))
+        return {
+            "id": f"{DOMAIN}/{chain.kind}/{key}/{stable_key(chain.prompt) % 10**6:06d}",
+            "question": chain.prompt,
+            "options": [chain.answer(), *wrong],
+            "answer": 0,
+            "source": DOMAIN,
+            "department": "",
+            "entity": chain.kind,
+        }
+
+    rows = _distinct(make, "chain questions", count, seed, "questions")
+    return seal([row for row in rows if len(set(row["options"])) == 4], seed)

@@ -20,6 +20,7 @@ from galenic.corpus.readers.python_source import code_documents
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document, Entity
 from galenic.corpus.starter.alignment import alignment_conversations, alignment_pairs, alignment_tasks
+from galenic.corpus.starter.chains import chain_questions
 from galenic.corpus.starter.conversations import dialogue_conversations, medical_conversations, split_rows
 from galenic.corpus.starter.holdout import Mentions, check_no_leak, choose_transfer, prune, split_pairs
 from galenic.corpus.starter.questions import recall_questions, transfer_questions, translation_questions
@@ -265,6 +266,7 @@ def _questions(
         "translation": translation_questions(prepared.asked_pairs, count=count, seed=seed),
         "arithmetic": arithmetic_questions(count, seed),
         "code": code_questions(asked, count, seed),
+        "chains": chain_questions(count, seed),
     }
 
 
