@@ -26,7 +26,7 @@ MARKER = "\nAnswer: "
 Side = Literal["train", "heldout", "questions"]
 SHARE = 0.1
 """Share of all sets of terms that are held out, and again that belong to questions."""
-LARGEST = 12
+LARGEST = 9
 """Largest number in a prompt."""
 DOMAIN = "chains"
 
