@@ -1,7 +1,7 @@
 """Memory and time of one TDPO loss and its gradients: logits in chunks, as `tdpo` makes them, and held whole.
 
-Each way runs in a process of its own; what is told is how far the process' peak rose above what it held before, hidden
-states of both models, heads and gradients of the former included alike. Usage:
+Each way runs in a process of its own. What is told is how far its peak rose above that from before: hidden states and
+heads of both models are there then, the gradients of one's are not. Usage:
 
     python benchmarks/tdpo_memory.py [--pairs 4] [--tokens 128] [--vocabulary 133120] [--width 256]
 """

@@ -26,9 +26,7 @@ def ours(vocab_size=512, seed=0, **changes):
 
     torch.manual_seed(seed)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    config = BaichuanM1Config(
-        vocab_size=vocab_size, initializer_range=0.2, **{**OURS, **special, **changes}
-    )
+    config = BaichuanM1Config(vocab_size=vocab_size, initializer_range=0.2, **{**OURS, **special, **changes})
     return BaichuanM1ForCausalLM(config)
 
 
@@ -50,7 +48,7 @@ def foreign(kind, vocab_size=64, seed=0, **changes):
         "cohere": {"logit_scale": 0.25},
         "granite": {"logits_scaling": 4.0},
         "phi": {},  # its head has a bias
-        "gpt2": {},
+        "gpt2": dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
     }
     config = {
         "vocab_size": vocab_size,
@@ -76,7 +74,7 @@ def foreign(kind, vocab_size=64, seed=0, **changes):
         del config["intermediate_size"], config["num_key_value_heads"]
     torch.manual_seed(seed)
     config = transformers.CONFIG_MAPPING[kind](**{**config, **names[kind], **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():  # a bias of zero would show nothing
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -97,7 +95,20 @@ def pairs(count=40):
         {
             "prompt": f"What follows {WORDS[i % len(WORDS)]} in list {i}?",
             "chosen": f"{WORDS[(i + 1) % len(WORDS)]}.",
-            "rejected": f"{WORDS[i - 1]} {WORDS[i - 2]}." if i % 3 else f"{WORDS[i - 1]}.",
+            "rejected": f"{WORDS[(i - 1) % len(WORDS)]} {WORDS[(i - 2) % len(WORDS)]}."
+            if i % 3
+            else f"{WORDS[(i - 1) % len(WORDS)]}.",
+        }
+        for i in range(count)
+    ]
+
+
+def tasks(count=24):
+    """Tasks whose answer is the word that follows; a thought may come first."""
+    return [
+        {
+            "prompt": f"What follows {WORDS[i % len(WORDS)]} in {i}?",
+            "answer": f"{WORDS[(i + 1) % len(WORDS)]}.",
         }
         for i in range(count)
     ]

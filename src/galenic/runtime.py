@@ -259,7 +259,10 @@ def numbered_jsonl(
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and nesting too deep
+            except UnicodeDecodeError as error:
+                yield number, UserError(f"{path}: not UTF-8 text (line {number}: {error})")
+                continue
+            except (ValueError, RecursionError) as error:  # bad JSON, numbers too long, nesting too deep
                 said = getattr(error, "msg", error)
                 yield number, UserError(f"{path}:{number}: not valid JSON ({said})")
                 continue

@@ -123,6 +123,12 @@ def test_a_wide_marker_is_followed_without_a_space(tokenizer):
     assert not decode(tokenizer, question.answer).startswith(" ")
 
 
+def test_the_first_name_of_a_diagnosis_is_the_answer(tokenizer):
+    task = Task(id="d", messages=TASK.messages, answer="asthma|lung pain|J45", rule="diagnosis")
+    question = encode_question(task, tokenizer, MARKER)
+    assert decode(tokenizer, question.answer).strip() == "asthma"
+
+
 def test_questions_without_room_are_counted(tokenizer, tmp_path):
     path = tmp_path / "tasks.jsonl"
     lines = [{"prompt": "lung?", "answer": "heart"}, {"prompt": "lung " * 60, "answer": "heart"}]
@@ -130,7 +136,9 @@ def test_questions_without_room_are_counted(tokenizer, tmp_path):
     settings = {"marker": MARKER, "room": 8, "context": 100}
     questions, dropped = read_questions(str(path), tokenizer, **settings)
     assert len(questions) == 1 and list(dropped.values()) == [1]
-    with pytest.raises(UserError, match="no question is left .2: longer than context with 90 tokens of chain"):
+    with pytest.raises(
+        UserError, match=r"no question is left .2: longer than context with 90 tokens of chain"
+    ):
         read_questions(str(path), tokenizer, **{**settings, "room": 90})
 
 

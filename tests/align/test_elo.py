@@ -82,10 +82,7 @@ def make_config(**changes):
 
 def laid(*sampled):
     return collate_chains(
-        [
-            chain_row(QUESTION, Rollout(ids=list(ids)), Letters(), marker="M", ends={END})
-            for ids in sampled
-        ]
+        [chain_row(QUESTION, Rollout(ids=list(ids)), Letters(), marker="M", ends={END}) for ids in sampled]
     )
 
 
@@ -251,9 +248,7 @@ def test_the_loss_by_hand():
         assert (of_rewards is not None) == answer_term
         if answer_term:
             assert of_rewards.tolist() == [[-0.5, -0.5]]
-    penalised = elo_loss(
-        rewards, log_probs, answer_term=False, penalties=torch.tensor([[3.0, 0.0]])
-    )
+    penalised = elo_loss(rewards, log_probs, answer_term=False, penalties=torch.tensor([[3.0, 0.0]]))
     assert torch.autograd.grad(penalised.sum(), log_probs)[0].tolist() == [[0.5, -0.5]]
 
 
@@ -302,15 +297,15 @@ def test_chains_that_are_all_the_same_deviate_by_nothing(pair):
     assert told["reward_deviation"] == (0.0, 1)
 
 
-def test_a_few_steps_of_the_printed_gradient_raise_the_bound():
-    """Only chains are learnt, from their samples; what counts is the exact value, by enumeration."""
+def test_steps_of_the_whole_gradient_raise_the_bound():
+    """From sampled chains; what counts is the exact value, by enumeration."""
     policy = toy(3)
     reference = Reference(policy, ReferenceConfig(), base="")
-    config = make_config(samples=8)
+    config = make_config(samples=8, answer_term=True)
     objective = EloObjective(config, reference, product=head_is_product(policy))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
     before, _ = exact(policy, reference, config)
-    for step in range(25):
+    for step in range(10):
         rollouts = sample(
             policy,
             [QUESTION.prompt] * 8,
@@ -322,7 +317,21 @@ def test_a_few_steps_of_the_printed_gradient_raise_the_bound():
         gradient(objective(policy, laid(*(r.ids for r in rollouts)), 1)[0], policy)
         optimizer.step()
     after, _ = exact(policy, reference, config)
-    assert after < before - 0.1
+    assert after < before / 2
+
+
+def test_the_printed_gradient_finds_the_best_chain():
+    """Where chains have weights of their own: a table of six chains, whose rewards nothing else can change."""
+    logits = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([-9.0, -4.0, -1.0, -6.0, -3.0, -8.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        log_probs = logits.log_softmax(-1)
+        drawn = torch.multinomial(log_probs.detach().exp(), 8, replacement=True, generator=generator)[None]
+        loss = elo_loss(rewards[drawn], log_probs[drawn], answer_term=False).sum()
+        with torch.no_grad():
+            logits -= 0.1 * torch.autograd.grad(loss, logits)[0]
+    assert logits.softmax(-1)[2] > 0.9
 
 
 # ------------------------------------------------------------------------ the verb, on real folders
@@ -331,7 +340,9 @@ def test_a_few_steps_of_the_printed_gradient_raise_the_bound():
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     path = tmp_path_factory.mktemp("elo") / "tasks.jsonl"
-    lines = [{"prompt": f"What follows {word}?", "answer": word} for word in ("lung", "heart", "pain", "drug")]
+    lines = [
+        {"prompt": f"What follows {word}?", "answer": word} for word in ("lung", "heart", "pain", "drug")
+    ]
     lines.append({"question": "Which?", "options": ["fever", "cough"], "answer": 1})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -375,7 +386,9 @@ def test_the_verb_tells_its_health_and_reruns_to_the_same_bytes(llama_folder, ta
     assert held[0]["log_likelihood"] < held[0]["log_likelihood_token"] < 0
     files = sorted(file.name for file in (tmp_path / "a" / "model").iterdir())
     for file in files:
-        assert (tmp_path / "a" / "model" / file).read_bytes() == (tmp_path / "b" / "model" / file).read_bytes()
+        assert (tmp_path / "a" / "model" / file).read_bytes() == (
+            tmp_path / "b" / "model" / file
+        ).read_bytes()
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(llama_folder, tasks, tmp_path, monkeypatch):
@@ -396,7 +409,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(llama_folder, tasks, tm
     assert all(torch.equal(one[key], two[key]) for key in one)
 
     one, two = (
-        [row["reward"] for row in rows_of(tmp_path / name) if row["kind"] == "train"] for name in ("whole", "cut")
+        [row["reward"] for row in rows_of(tmp_path / name) if row["kind"] == "train"]
+        for name in ("whole", "cut")
     )
     assert one == two and len(one) == 4
 

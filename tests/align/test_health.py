@@ -53,7 +53,7 @@ def test_constant_rewards_stop_the_run_only_in_a_row():
         feed(check, "reward_deviation", [0.0])
 
 
-def test_the_limits_of_a_run_start_afresh_when_it_goes_on():
+def test_one_watchdog_knows_nothing_of_another():
     for _ in range(2):
         feed(watchdog(LimitsConfig(kl=0.5, steps=3)), "kl", [2.0, 2.0])
 

@@ -142,7 +142,10 @@ def test_what_follows_a_row_does_not_count(kind):
         for row in range(len(ids)):
             length = int(wanted[row].nonzero().max()) + 1
             alone = statistics(
-                model, {"input_ids": ids[row : row + 1, :length]}, wanted[row : row + 1, :length], product=product
+                model,
+                {"input_ids": ids[row : row + 1, :length]},
+                wanted[row : row + 1, :length],
+                product=product,
             )
             assert float(alone.log_probs.sum()) == pytest.approx(float(sums[row]), rel=1e-5)
 
@@ -194,18 +197,23 @@ def test_under_an_adapter_the_base_is_the_reference(kind):
 
 
 def test_an_adapted_head_is_no_product():
-    policy, (ids, wanted) = with_adapter(foreign("llama", tie_word_embeddings=False), targets=["lm_head"]), batch()
+    policy, (ids, wanted) = (
+        with_adapter(foreign("llama", tie_word_embeddings=False), targets=["lm_head"]),
+        batch(),
+    )
     assert head_is_product(policy) is False
     with torch.no_grad():
         found = statistics(policy, {"input_ids": ids}, wanted, product=False)
     expected = logits_of(policy, ids).log_softmax(-1)[:, :-1][wanted[:, 1:]]
     targets = ids[wanted][:, None]
-    torch.testing.assert_close(found.log_probs.double(), expected.gather(-1, targets)[:, 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        found.log_probs.double(), expected.gather(-1, targets)[:, 0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_reference_stays_where_it_began(kind):
-    make, product = KINDS[kind]
-    policy, (ids, wanted) = make(), batch()
+    make, _product = KINDS[kind]
+    policy, (ids, _wanted) = make(), batch()
     before = logits_of(policy, ids)
     reference = Reference(policy, ReferenceConfig(offload=True), base="base")
     with torch.no_grad():

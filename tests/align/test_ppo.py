@@ -2,74 +2,50 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ppo_helpers import TASKS, Letters, make_answer
 from safetensors.torch import load_file
 
-from galenic.align import ppo
-from galenic.align.config import LimitsConfig, LoraConfig, PpoConfig, ReferenceConfig, SamplingConfig
+from align_helpers import WORDS, our_folder, told, write_lines
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
+from synthesis_helpers import serving
+
+from galenic.align import ppo, sft
+from galenic.align.config import (
+    LimitsConfig,
+    LoraConfig,
+    PpoConfig,
+    ReferenceConfig,
+    RewardsConfig,
+    SamplingConfig,
+    SftConfig,
+)
 from galenic.align.experience import Experiences, collate_answers, experience, fitting
 from galenic.align.policy import Reference, head_is_product
 from galenic.align.tasks import read_tasks
 from galenic.align.values import ValueHead, value_head_for, with_values
-from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
+from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.model import load, load_tokenizer, save
 from galenic.model.foreign import load_any
 from galenic.pretrain.config import CheckpointConfig, OptimConfig, ParallelConfig
 from galenic.runtime import UserError, read_json
 
-from test_ppo_losses import make_answer
-
-WORDS = "fever cough asthma lung heart pain drug dose".split()
+FAST = OptimConfig(lr=3e-2, warmup_steps=1)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer_step):
-    torch.manual_seed(0)
-    model = BaichuanM1ForCausalLM(
-        BaichuanM1Config(
-            vocab_size=512,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            num_swa_attention_heads=2,
-            num_swa_key_value_heads=1,
-            sliding_window=8,
-            sliding_window_layers=[1],
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-        )
-    )
-    folder = tmp_path_factory.mktemp("base") / "model"
-    save(model, folder, tokenizer=tokenizer_step, provenance={"verb": "test"})
-    return folder
+    return our_folder(tmp_path_factory.mktemp("base") / "model", tokenizer_step)
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tasks") / "words.jsonl"
-    rows = [{"prompt": f"What follows {word}?", "answer": "a"} for word in WORDS]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-class Letters:
-    """A reward that each token changes a little: the share of early letters."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def ready(self, tasks):
-        pass
-
-    def __call__(self, tasks, texts, ended):
-        assert len(tasks) == len(texts) == len(ended)
-        return [sum(letter in "abcdefgh" for letter in text) / max(1, len(text)) for text in texts]
+    return Path(write_lines(tmp_path_factory.mktemp("tasks") / "words.jsonl", TASKS))
 
 
 @pytest.fixture
@@ -90,12 +66,6 @@ def make_config(out, base, tasks, **changes):
         "optim": OptimConfig(lr=1e-2, warmup_steps=1),
     }
     return PpoConfig(**{**values, **changes})
-
-
-def rows_of(folder, kind="train"):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "tokens_per_second", "memory_gb")
-    return [{k: v for k, v in row.items() if k not in clocks} for row in rows if row["kind"] == kind]
 
 
 def same_model(one, two):
@@ -183,7 +153,9 @@ def test_loss_and_gradient_equal_the_naive_ones_and_do_not_depend_on_the_cut(bas
                 prompt=prompt,
                 length=length,
                 reward=float(torch.randn(())),
-                log_probs=(numbers[0] * 0.3 - 6.2).tolist(),  # about those of the model: some are clipped, some not
+                log_probs=(
+                    numbers[0] * 0.3 - 6.2
+                ).tolist(),  # about those of the model: some are clipped, some not
                 log_ratios=numbers[1].tolist(),
                 values=numbers[2].tolist(),
             )
@@ -204,7 +176,7 @@ def test_loss_and_gradient_equal_the_naive_ones_and_do_not_depend_on_the_cut(bas
         for own in chosen:
             loss, told = objective(model, collate_answers(found, own), units)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
             for name, (number, count) in told.items():
                 before = sums.get(name, (0.0, 0))
                 sums[name] = before[0] + number, before[1] + count
@@ -215,7 +187,7 @@ def test_loss_and_gradient_equal_the_naive_ones_and_do_not_depend_on_the_cut(bas
     model.zero_grad()
     wanted = naive(model, collate_answers(found, [0, 1, 2, 3]), config)
     wanted.backward()
-    assert whole == pytest.approx(float(wanted), rel=1e-9)
+    assert whole == pytest.approx(float(wanted.detach()), rel=1e-9)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-9, rtol=1e-6)
     assert 0 < told["clipped"] < 1
@@ -240,28 +212,84 @@ def test_a_value_head_is_spared_from_decay_and_matrices_ways(base):
 
 
 def test_rewards_rise(base, tasks, tmp_path, letters):
-    config = make_config(tmp_path / "a", base, tasks, rollouts=12, rows=32, kl=0.0, heldout=str(tasks))
+    config = make_config(
+        tmp_path / "a", base, tasks, rollouts=12, rows=32, kl=0.0, heldout=str(tasks), optim=FAST
+    )
     ppo.run(config)
-    rewards = [row["reward"] for row in rows_of(tmp_path / "a")]
+    rewards = [row["reward"] for row in told(tmp_path / "a")]
     assert rewards[-1] > rewards[0] + 0.2
-    before, after = rows_of(tmp_path / "a", "heldout")
+    before, after = told(tmp_path / "a", "heldout")
     assert after["reward"] > before["reward"] + 0.2
     assert (before["step"], after["step"]) == (0, 12 * 4)
     assert set(before) == {"kind", "step", "reward", "length", "ended"}
-    row = rows_of(tmp_path / "a")[0]
+    row = told(tmp_path / "a")[0]
     names = "reward reward_deviation kl kl_weight length ended entropy clipped policy_loss value_loss kl_step"
     assert set(names.split()) < set(row)
     assert row["kl"] == pytest.approx(0, abs=1e-6) and row["kl_step"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_penalty_keeps_the_policy_near_its_reference(base, tasks, tmp_path, letters):
-    for name, kl in (("free", 0.0), ("held", 1.0)):
-        ppo.run(make_config(tmp_path / name, base, tasks, rollouts=6, rows=16, kl=kl))
-    free, held = (rows_of(tmp_path / name)[-1]["kl"] for name in ("free", "held"))
-    assert held < 0.5 * free
+    for name, kl in (("free", 0.0), ("held", 0.5)):
+        ppo.run(make_config(tmp_path / name, base, tasks, rollouts=14, rows=32, kl=kl))
+    free, held = ([row["kl"] for row in told(tmp_path / name)[-12:]] for name in ("free", "held"))
+    assert sum(held) < 0.6 * sum(free)
 
 
-def test_steps_of_a_rollout_share_answers_and_each_is_read_once_an_epoch(base, tasks, tmp_path, letters, monkeypatch):
+def test_rewards_are_those_of_the_tasks_rules(base, tasks, tmp_path):
+    rewards = RewardsConfig(cut_off=-1.0)
+    config = make_config(tmp_path / "a", base, tasks, rollouts=1, rewards=rewards, heldout=str(tasks))
+    ppo.run(config)
+    row, heldout = told(tmp_path / "a")[0], told(tmp_path / "a", "heldout")[0]
+    assert row["reward"] == row["ended"] - 1  # no answer is right: 0 if it ended, else -1
+    assert heldout["reward"] == heldout["ended"] - 1
+    path = write_lines(tmp_path / "open.jsonl", [{"prompt": "What follows fever?"}])
+    with pytest.raises(UserError, match="no rule that could reward it"):
+        ppo.run(make_config(tmp_path / "b", base, path))
+
+
+@pytest.mark.slow
+def test_right_answers_become_likelier_after_fine_tuning(base, tmp_path):
+    following = {f"What follows {word}?": f"{WORDS[(i + 1) % len(WORDS)]}." for i, word in enumerate(WORDS)}
+    rows = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in following.items()
+    ]
+    (tmp_path / "sft").mkdir()
+    conversations = write_lines(tmp_path / "conversations.jsonl", rows)
+    sft.run(
+        SftConfig(
+            out=str(tmp_path / "sft"), model=str(base), conversations=conversations, tokens=240 * 128, context=128,
+            rows=4, optim=OptimConfig(lr=1e-2, warmup_steps=1),
+        )
+    )  # fmt: skip
+    rows = [{"prompt": asked, "answer": said} for asked, said in following.items()]
+    tasks = write_lines(tmp_path / "tasks.jsonl", rows)
+    given = {"rollouts": 40, "rows": 120, "kl": 0.02, "optim": OptimConfig(lr=3e-3, warmup_steps=10)}
+    ppo.run(make_config(tmp_path / "ppo", tmp_path / "sft" / "model", tasks, heldout=tasks, **given))
+    rewards = [row["reward"] for row in told(tmp_path / "ppo")][::4]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.25  # sampled: from 0.2 to 0.6
+    before, after = told(tmp_path / "ppo", "heldout")
+    assert after["reward"] > before["reward"] + 0.1  # the likeliest one: from 0.6 to 0.9
+
+
+def test_answers_of_a_server_are_learnt_from(base, tasks, tmp_path, letters):
+    size = len(load_tokenizer(base).encode("a bad lung", add_special_tokens=False)) + 1
+    content = [{"token": "x", "logprob": -1.0}] * size
+    choice = {"finish_reason": "stop", "logprobs": {"content": content}}
+    choice["message"] = {"role": "assistant", "content": "a bad lung"}
+    with serving() as server:
+        server.fault = lambda number, body: ("raw", json.dumps({"choices": [choice]}).encode())
+        endpoint = EndpointConfig(base_url=server.url, model="m")
+        sampling = SamplingConfig(max_new_tokens=size + 1, endpoint=endpoint)
+        ppo.run(make_config(tmp_path / "a", base, tasks, rollouts=1, sampling=sampling))
+    row = told(tmp_path / "a")[0]
+    assert (row["length"], row["ended"], row["reward_deviation"]) == (size, 1, 0)
+    assert row["stale"] > 1
+
+
+def test_steps_of_a_rollout_share_answers_and_each_is_read_once_an_epoch(
+    base, tasks, tmp_path, letters, monkeypatch
+):
     seen = []
     plain = Experiences.batch
 
@@ -290,7 +318,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "changes", [{"kl_target": 0.5}, {"lora": LoraConfig(rank=2), "kl_target": 0.5}], ids=["full", "lora"]
 )
-def test_a_run_that_was_cut_ends_with_the_same_bytes(llama_folder, tasks, tmp_path, letters, monkeypatch, changes):
+def test_a_run_that_was_cut_ends_with_the_same_bytes(
+    llama_folder, tasks, tmp_path, letters, monkeypatch, changes
+):
     config = {"rollouts": 3, "checkpoints": CheckpointConfig(seconds=0, asynchronous=False), **changes}
     ppo.run(make_config(tmp_path / "whole", llama_folder, tasks, **config))
     plain, calls = ppo.PpoObjective.__call__, []
@@ -308,9 +338,9 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(llama_folder, tasks, tmp_pa
     assert [folder.name for folder in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-00000004"]
     calls.extend([1] * 9)
     ppo.run(cut)
-    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
     assert same_model(tmp_path / "cut", tmp_path / "whole")
-    weights = [row["kl_weight"] for row in rows_of(tmp_path / "whole")]
+    weights = [row["kl_weight"] for row in told(tmp_path / "whole")]
     assert weights[0] == 0.05 and len(set(weights)) == 3
 
 
@@ -331,9 +361,10 @@ def test_accumulated_gradients_are_those_of_a_whole_minibatch(base, tasks, tmp_p
     for name, micro_rows in (("whole", 0), ("cut", 1)):
         changes = {"rollouts": 1, "parallel": ParallelConfig(micro_rows=micro_rows)}
         ppo.run(make_config(tmp_path / name, base, tasks, **changes))
-    whole, cut = (rows_of(tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = (told(tmp_path / name) for name in ("whole", "cut"))
     for one, other in zip(whole, cut, strict=True):
-        assert {n: pytest.approx(v, rel=1e-3, abs=1e-5) for n, v in one.items()} == other
+        assert one.pop("kind") == other.pop("kind")
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
 def test_a_finished_run_does_nothing_more(base, tasks, tmp_path, letters, monkeypatch):
@@ -344,10 +375,10 @@ def test_a_finished_run_does_nothing_more(base, tasks, tmp_path, letters, monkey
 
 
 def test_the_plan_says_what_would_be_done(base, tasks, tmp_path):
-    told = ppo.plan(make_config(tmp_path / "a", base, tasks, kl_target=6.0))
-    assert told.facts["training"].startswith("2 rollouts of 8 answers, 4 steps on each (2 x 2)")
-    assert told.facts["objective"] == "clip 0.2, KL penalty 0.05, adapted to 6 nats an answer"
-    assert told.facts["rewards"] == "rules for 8 tasks"
+    plan = ppo.plan(make_config(tmp_path / "a", base, tasks, kl_target=6.0))
+    assert plan.facts["training"].startswith("2 rollouts of 8 answers, 4 steps on each (2 x 2)")
+    assert plan.facts["objective"] == "clip 0.2, KL penalty 0.05, adapted to 6 nats an answer"
+    assert plan.facts["rewards"] == "rules for 8 tasks"
 
 
 # ---------------------------------------------------------------------------- what goes wrong
@@ -379,15 +410,16 @@ def test_a_prompt_that_a_tokenizer_cannot_write_is_named(llama_folder, tmp_path)
         ([float("nan")] * 8, LimitsConfig(), "is not finite"),
     ],
 )
-def test_a_run_gone_astray_stops_and_keeps_its_checkpoint(base, tasks, tmp_path, monkeypatch, rewards, limits, says):
+def test_a_run_gone_astray_stops_and_keeps_its_checkpoint(
+    base, tasks, tmp_path, monkeypatch, rewards, limits, says
+):
     class Fixed(Letters):
         def __call__(self, *_):
             return rewards
 
     monkeypatch.setattr("galenic.align.rewards.rewards.Rewards", Fixed)
-    config = make_config(
-        tmp_path / "a", base, tasks, rollouts=4, limits=limits, checkpoints=CheckpointConfig(seconds=0, asynchronous=False)
-    )  # fmt: skip
+    often = CheckpointConfig(seconds=0, asynchronous=False)
+    config = make_config(tmp_path / "a", base, tasks, rollouts=4, limits=limits, checkpoints=often)
     with pytest.raises(UserError, match=says):
         ppo.run(config)
     assert not (tmp_path / "a" / "model").exists()
@@ -397,7 +429,7 @@ def test_a_run_gone_astray_stops_and_keeps_its_checkpoint(base, tasks, tmp_path,
 
 def test_a_reference_of_another_vocabulary_is_refused(base, llama_folder, tasks, tmp_path, letters):
     other = ReferenceConfig(model=str(llama_folder))
-    with pytest.raises(UserError, match="has .* tokens, .* has 512"):
+    with pytest.raises(UserError, match=r"has \d+ tokens, .* has 512"):
         ppo.run(make_config(tmp_path / "a", base, tasks, reference=other))
 
 
@@ -407,6 +439,8 @@ def test_another_reference_is_measured_against(base, tasks, tmp_path, letters):
         for parameter in other.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     save(copy.deepcopy(other), tmp_path / "other", tokenizer=base, provenance={"verb": "test"})
-    config = make_config(tmp_path / "a", base, tasks, rollouts=1, reference=ReferenceConfig(model=str(tmp_path / "other")))
+    config = make_config(
+        tmp_path / "a", base, tasks, rollouts=1, reference=ReferenceConfig(model=str(tmp_path / "other"))
+    )
     ppo.run(config)
-    assert abs(rows_of(tmp_path / "a")[0]["kl"]) > 1e-3
+    assert abs(told(tmp_path / "a")[0]["kl"]) > 1e-3

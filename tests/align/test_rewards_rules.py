@@ -12,7 +12,14 @@ CONFIG = RewardsConfig()
 
 
 def task(rule, answer, options=(), **more):
-    return Task(id="t", messages=[{"role": "user", "content": "?"}], answer=answer, options=tuple(options), rule=rule, **more)
+    return Task(
+        id="t",
+        messages=[{"role": "user", "content": "?"}],
+        answer=answer,
+        options=tuple(options),
+        rule=rule,
+        **more,
+    )
 
 
 def right(rule, answer, text, options=(), **more):

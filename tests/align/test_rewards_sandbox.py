@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -80,7 +79,7 @@ REACHES = {
     "maps a key": "import mmap, os; f = os.open(HOME + '/key', 0); assert mmap.mmap(f, 0, prot=mmap.PROT_READ)[:]",
     "lists a folder": "import os; assert os.listdir(HOME)",
     "lists the root": "import os; assert os.listdir('/')",
-    "reads its parent's environment": "import os; assert open(f'/proc/{os.getppid()}/environ', 'rb').read() is not None",
+    "reads its parent's memory": "import os; open(f'/proc/{os.getppid()}/environ', 'rb')",
     "reads its own memory's map": "assert open('/proc/self/maps').read()",
     "writes into /tmp": "import tempfile; tempfile.TemporaryFile()",
     "writes a file": "open(HOME + '/new', 'w').write('x')",
@@ -118,9 +117,8 @@ REACHES = {
     "changes its priority": "import os; os.nice(0)",
     "moves to other cores": "import os; os.sched_setaffinity(0, os.sched_getaffinity(0))",
     "makes files in memory": "import os; os.memfd_create('x')",
-    "shares memory": "from multiprocessing import shared_memory as m; s = m.SharedMemory(create=True, size=9); s.unlink()",
+    "shares memory": "import _posixshmem as m, os; m.shm_open('/gal', os.O_CREAT | os.O_RDWR); m.shm_unlink('/gal')",
 }  # fmt: skip
-CHANGES_PROGRAM = {"becomes a program"}
 
 
 @pytest.mark.parametrize("name", REACHES)
@@ -149,17 +147,19 @@ def test_these_attacks_work_outside(name, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
+@pytest.mark.usefixtures("both")
 def test_every_other_system_call_is_refused():
     machine = jail.MACHINES[os.uname().machine][0]
-    allowed = {numbers[machine] for numbers in jail.CALLS.values()} | {
-        numbers[machine] for numbers in jail.OPENING.values()
-    }
+    allowed = {numbers[machine] for numbers in jail.CALLS.values()}
+    if sandbox._LANDLOCK:
+        allowed |= {numbers[machine] for numbers in jail.OPENING.values()}
+    unseen = {335, 336} if machine == 0 else set()  # uretprobe and uprobe: the kernel lets no filter see them
     code = f"""
 import ctypes, errno
 libc = ctypes.CDLL(None, use_errno=True)
 open_to_it = []
-for number in range(600):
-    if number in {allowed!r}:
+for number in (*range(600), *range(2**30, 2**30 + 600)):  # x86-64's other numbering too
+    if number in {allowed | unseen!r}:
         continue
     ctypes.set_errno(0)
     if libc.syscall(number, 0, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != errno.EPERM:
@@ -208,12 +208,12 @@ os._exit(0)""",
     "floods the pipe": """
 import os
 while True:
-    for descriptor in range(1, 10):
+    for descriptor in range(1, 64):
         try:
             os.write(descriptor, b'x' * 65536)
         except OSError:
             pass""",
-    "asks for the request": "import os, sys\nos.lseek(0, 0, 0)\nassert 'secret' in sys.stdin.read() + os.read(0, 99).decode()",
+    "asks for the request": "import os\nos.lseek(0, 0, 0)\nassert os.read(0, 99)\ndef f(x): return 2",
 }
 
 
@@ -225,8 +225,10 @@ def test_a_verdict_cannot_be_pretended(name):
 
 def test_endless_code_is_ended():
     start = time.monotonic()
-    assert judged("while True: pass", seconds=1) == "time"
-    assert judged("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", seconds=1) == "time"
+    assert (
+        judged("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", seconds=1)
+        == "time"
+    )
     assert judged("", "while True: print('x' * 1000)", seconds=1) == "time"
     assert time.monotonic() - start < 60
 
@@ -234,7 +236,10 @@ def test_endless_code_is_ended():
 def test_waiting_code_is_ended(monkeypatch):
     monkeypatch.setattr(sandbox, "_WAIT", 0.5)
     assert judged("import time; time.sleep(3600)", seconds=1) == "time"
-    assert judged("import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()", seconds=1) == "time"
+    assert (
+        judged("import threading; lock = threading.Lock(); lock.acquire(); lock.acquire()", seconds=1)
+        == "time"
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,28 +249,40 @@ def test_waiting_code_is_ended(monkeypatch):
         "x = [0] * 10**12",
         "x = 'a' * 2**33",
         "x = []\nwhile True: x.append(bytearray(2**20))",
-        "x = 9 ** 9 ** 9",
+        "x = 9 ** 9 ** 9 ** 9",
     ],
 )
 def test_memory_is_limited(code):
-    assert judged(code, memory_mb=128) in ("memory", "time")
+    assert judged(code, memory_mb=128, seconds=1) in ("memory", "time")
 
 
 def test_the_parent_is_out_of_reach(tmp_path):
     """An attack that kills whatever it can: were it to work, this small parent would not print."""
-    attack = (
-        "import os, signal, ctypes\n"
-        "for pid in (os.getppid(), -os.getppid()):\n"
-        "    for send in (lambda: os.kill(pid, 9), lambda: os.killpg(pid, 9), lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 9)):\n"
-        "        try:\n            send()\n        except (OSError, ValueError):\n            pass\n"
+    attack = """
+import os, signal
+parent = os.getppid()
+for send in (os.kill, os.killpg, lambda pid, number: signal.pidfd_send_signal(os.pidfd_open(pid), number)):
+    for target in (parent, -parent):
+        try:
+            send(target, signal.SIGKILL)
+        except (OSError, ValueError):
+            pass
+"""
+    parent = f"""
+from galenic.align.rewards import run_tests
+print(run_tests({attack!r}, "pass", seconds=2, memory_mb=256).reason)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, start_new_session=True
     )
-    parent = f"from galenic.align.rewards import run_tests; print(run_tests({attack!r}, 'pass', seconds=2, memory_mb=256).reason)"
-    found = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, start_new_session=True)
     assert (found.returncode, found.stdout.strip()) == (0, "passed"), found.stderr
 
 
 def test_code_dies_with_its_parent():
-    parent = "from galenic.align.rewards import run_tests; run_tests('import time; time.sleep(600)', '', seconds=500, memory_mb=256)"
+    parent = """
+from galenic.align.rewards import run_tests
+run_tests("import time; time.sleep(600)", "", seconds=500, memory_mb=256)
+"""
     with subprocess.Popen([sys.executable, "-c", parent]) as process:
         children = _wait(lambda: _jailed(process.pid))
         assert children
@@ -355,7 +372,6 @@ def test_odd_texts_are_errors_and_no_more():
         assert judged(text) in ("error", "passed", "stopped", "memory")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="Linux")
 def test_filter_of_arm64_is_whole():
     """No such machine here: the program at least has its calls, its architecture, and ends in a refusal."""
     column, architecture = jail.MACHINES["aarch64"]

@@ -57,7 +57,14 @@ def test_the_same_quantity(one, other):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("5 mg", "5 mL"), ("5 mg/kg", "5 mg"), ("5 mg/kg/d", "5 mg/kg"), ("5 IU", "5 mg"), ("5 mM", "5 mm"), ("5 mmol/L", "5 mEq/L")],
+    [
+        ("5 mg", "5 mL"),
+        ("5 mg/kg", "5 mg"),
+        ("5 mg/kg/d", "5 mg/kg"),
+        ("5 IU", "5 mg"),
+        ("5 mM", "5 mm"),
+        ("5 mmol/L", "5 mEq/L"),
+    ],
 )
 def test_other_dimensions(one, other):
     with pytest.raises(ValueError, match="dimension"):
@@ -101,7 +108,11 @@ def test_not_one_number(text):
         parse(text)
 
 
-@given(st.fractions(-(10**6), 10**6, max_denominator=1000), st.sampled_from(sorted(UNITS)), st.sampled_from(sorted(UNITS)))
+@given(
+    st.fractions(-(10**6), 10**6, max_denominator=1000),
+    st.sampled_from(sorted(UNITS)),
+    st.sampled_from(sorted(UNITS)),
+)
 def test_there_and_back_is_exact(value, name, other):
     quantity, unit = Quantity(value, UNITS[name]), UNITS[other]
     if quantity.unit.powers == unit.powers:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,22 +10,33 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from galenic.align.config import SamplingConfig
-from galenic.align.rollouts import Rollout, Sampler, draw, end_tokens, ends_with, health, sample, stale, uniforms
+from galenic.align.config import LoraConfig, SamplingConfig
+from galenic.align.lora import add_adapter
+from galenic.align.rollouts import (
+    Rollout,
+    Sampler,
+    draw,
+    end_tokens,
+    ends_with,
+    health,
+    sample,
+    stale,
+    uniforms,
+)
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load_tokenizer
 from galenic.model.foreign import load_any
 from galenic.runtime import UserError
 
-VOCABULARY, END = 24, 2
+VOCABULARY, END = 24, (2, 8, 13, 20)
 
 
 def ours(**changes):
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "num_swa_attention_heads": 6}
-    config = BaichuanM1Config(**sizes, **heads, **({"num_swa_key_value_heads": 2, "sliding_window": 5} | changes))
-    return spread(BaichuanM1ForCausalLM(config))
+    window = {"num_swa_key_value_heads": 2, "sliding_window": 5}
+    return spread(BaichuanM1ForCausalLM(BaichuanM1Config(**(sizes | heads | window | changes))))
 
 
 def llama():
@@ -53,7 +65,7 @@ KEYS = [(0, 1, number) for number in range(len(PROMPTS))]
 
 
 @torch.no_grad()
-def naive(model, prompt, key, most, temperature=1.0, end=(END,)):
+def naive(model, prompt, key, most, temperature=1.0, end=END):
     """One prompt, everything computed again for each token; the inverse of the CDF by a plain loop."""
     model.eval()
     noise, ids, told = uniforms(key, most), [], []
@@ -76,13 +88,14 @@ def naive(model, prompt, key, most, temperature=1.0, end=(END,)):
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_are_those_of_a_naive_loop_in_any_batch(name, temperature):
     model = MODELS[name]()
-    expected = [naive(model, p, k, 12, temperature) for p, k in zip(PROMPTS, KEYS, strict=True)]
+    expected = [naive(model, p, k, 10, temperature) for p, k in zip(PROMPTS, KEYS, strict=True)]
     if temperature == 1.0:  # some end, some do not, and equal prompts go different ways
-        assert {ended for _, ended, _ in expected} == {True, False}
+        assert len({len(ids) for ids, ended, _ in expected if ended}) > 1
+        assert name == "gpt2" or not all(ended for _, ended, _ in expected)
         assert expected[0][0] != expected[2][0]
     for batch in (1, 2, 64):
         found = sample(
-            model, PROMPTS, keys=KEYS, max_new_tokens=12, end={END}, temperature=temperature, batch=batch
+            model, PROMPTS, keys=KEYS, max_new_tokens=10, end=END, temperature=temperature, batch=batch
         )
         for rollout, (ids, ended, log_probs) in zip(found, expected, strict=True):
             assert (rollout.ids, rollout.ended) == (ids, ended)
@@ -91,27 +104,25 @@ def test_samples_are_those_of_a_naive_loop_in_any_batch(name, temperature):
 
 def test_neither_the_others_nor_the_order_matter():
     model = ours()
-    whole = sample(model, PROMPTS, keys=KEYS, max_new_tokens=10, end={END})
+    whole = sample(model, PROMPTS, keys=KEYS, max_new_tokens=10, end=END)
     some = [4, 0, 3]
-    part = sample(
-        model, [PROMPTS[i] for i in some], keys=[KEYS[i] for i in some], max_new_tokens=10, end={END}
-    )
+    part = sample(model, [PROMPTS[i] for i in some], keys=[KEYS[i] for i in some], max_new_tokens=10, end=END)
     assert [rollout.ids for rollout in part] == [whole[i].ids for i in some]
-    shorter = sample(model, PROMPTS, keys=KEYS, max_new_tokens=4, end={END})
+    shorter = sample(model, PROMPTS, keys=KEYS, max_new_tokens=4, end=END)
     assert [rollout.ids for rollout in shorter] == [rollout.ids[:4] for rollout in whole]
-    again = sample(model, PROMPTS, keys=[(0, 2, key[2]) for key in KEYS], max_new_tokens=10, end={END})
+    again = sample(model, PROMPTS, keys=[(0, 2, key[2]) for key in KEYS], max_new_tokens=10, end=END)
     assert [rollout.ids for rollout in again] != [rollout.ids for rollout in whole]
-    assert sample(model, [], keys=[], max_new_tokens=4, end={END}) == []
+    assert sample(model, [], keys=[], max_new_tokens=4, end=END) == []
 
 
 def test_greedy_text_is_that_of_transformers():
     model = llama().eval()
     for prompt, rollout in zip(
-        PROMPTS, sample(model, PROMPTS, keys=KEYS, max_new_tokens=9, end={END}, temperature=0.0), strict=True
+        PROMPTS, sample(model, PROMPTS, keys=KEYS, max_new_tokens=9, end=END, temperature=0.0), strict=True
     ):
         ids = torch.tensor([prompt])
         expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=END,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=list(END),
             pad_token_id=0,
         )  # fmt: skip
         assert rollout.ids == expected[0, len(prompt) :].tolist()
@@ -133,7 +144,7 @@ def test_a_draw_inverts_the_distribution():
 def test_every_text_is_as_frequent_as_it_is_likely():
     model, count = ours(vocab_size=10), 4000
     found = sample(
-        model, [[5, 6]] * count, keys=[(7, n) for n in range(count)], max_new_tokens=2, end={END}, batch=500
+        model, [[5, 6]] * count, keys=[(7, n) for n in range(count)], max_new_tokens=2, end=END, batch=500
     )
     seen = {}
     for rollout in found:
@@ -167,7 +178,12 @@ def test_a_text_ends_where_stop_says_so():
     free = sample(model, PROMPTS, keys=KEYS, max_new_tokens=12, end=set())
     assert all(len(rollout.ids) == 12 and not rollout.ended for rollout in free)
     stopped = sample(
-        model, PROMPTS, keys=KEYS, max_new_tokens=12, end=set(), stop=lambda ids: len(ids) >= 3 and ids[-1] % 2 == 0
+        model,
+        PROMPTS,
+        keys=KEYS,
+        max_new_tokens=12,
+        end=set(),
+        stop=lambda ids: len(ids) >= 3 and ids[-1] % 2 == 0,
     )
     for whole, rollout in zip(free, stopped, strict=True):
         cut = next((n for n in range(3, 13) if whole.ids[n - 1] % 2 == 0), None)
@@ -177,20 +193,20 @@ def test_a_text_ends_where_stop_says_so():
 
 def test_the_mode_is_left_as_it_was():
     model = ours().train()
-    sample(model, PROMPTS, keys=KEYS, max_new_tokens=2, end={END})
+    sample(model, PROMPTS, keys=KEYS, max_new_tokens=2, end=END)
     assert model.training and model.lm_head.training
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(UserError, match="not numbers"):
-        sample(model, PROMPTS, keys=KEYS, max_new_tokens=2, end={END})
+        sample(model, PROMPTS, keys=KEYS, max_new_tokens=2, end=END)
     assert model.training
 
 
 def test_flexible_attention_rests_meanwhile():
     model = ours()
-    expected = sample(model, PROMPTS, keys=KEYS, max_new_tokens=5, end={END})
+    expected = sample(model, PROMPTS, keys=KEYS, max_new_tokens=5, end=END)
     model.set_attn_implementation("flex_attention")
-    assert sample(model, PROMPTS, keys=KEYS, max_new_tokens=5, end={END}) == expected
+    assert sample(model, PROMPTS, keys=KEYS, max_new_tokens=5, end=END) == expected
     assert model.config._attn_implementation == "flex_attention"
 
 
@@ -213,6 +229,10 @@ def test_processes_take_equally_many_passes():
 
 def run_of(model, tokenizer, tmp_path, seed=0):
     return SimpleNamespace(model=model, tokenizer=tokenizer, out=tmp_path, config=SimpleNamespace(seed=seed))
+
+
+def ids_of(found):
+    return [[rollout.ids for rollout in rollouts] for rollouts in found]
 
 
 def ask(text):
@@ -245,13 +265,19 @@ def test_a_sampler_draws_by_step_number_and_copy(run):
     found = sampler(questions, step=3, numbers=[0, 5], copies=3)
     assert [len(rollouts) for rollouts in found] == [3, 3]
     assert len({tuple(rollout.ids) for rollouts in found for rollout in rollouts}) == 6
-    assert sampler(questions[1:], step=3, numbers=[5], copies=3) == found[1:]
-    assert sampler(questions, step=4, numbers=[0, 5], copies=3) != found
+    alone = sampler(questions[1:], step=3, numbers=[5], copies=3)
+    assert ids_of(alone) == ids_of(found)[1:]
+    assert sampler(questions, step=3, numbers=[0, 5], copies=3) == found
+    assert ids_of(sampler(questions, step=4, numbers=[0, 5], copies=3)) != ids_of(found)
     other = Sampler(run_of(run.model, run.tokenizer, run.out, seed=1), sampler.config)
-    assert other(questions, step=3, numbers=[0, 5], copies=3) != found
+    assert ids_of(other(questions, step=3, numbers=[0, 5], copies=3)) != ids_of(found)
     prompt = encode_chat(run.tokenizer, questions[1])[0]
     expected = sample(
-        run.model, [prompt], keys=[(0, 3, 5, 2)], max_new_tokens=8, end=set(end_tokens(run.tokenizer, run.model))
+        run.model,
+        [prompt],
+        keys=[(0, 3, 5, 2)],
+        max_new_tokens=8,
+        end=set(end_tokens(run.tokenizer, run.model)),
     )
     assert found[1][2].ids == expected[0].ids
     greedy = sampler(questions, step=0, numbers=[0, 1], greedy=True)
@@ -263,8 +289,7 @@ def test_a_marker_ends_a_chain_and_stays_in_it(run):
     sampler = Sampler(run, SamplingConfig(max_new_tokens=60))
     free = sampler([ask("fever")], step=0, numbers=[0])[0][0]
     text = sampler.text(Rollout(ids=free.ids[:20]))
-    marker = text[-6:-2]
-    assert marker and "\ufffd" not in marker
+    marker = re.findall(r"[ -~]{3,}", text)[-1][-3:]  # of what a random model says
     cut = sampler([ask("fever")], step=0, numbers=[0], stop=marker)[0][0]
     assert cut.ended and cut.ids == free.ids[: len(cut.ids)] and len(cut.ids) <= 20
     assert marker in sampler.text(cut) and marker not in sampler.text(Rollout(ids=cut.ids[:-1]))
@@ -279,18 +304,18 @@ def test_the_end_of_long_texts_is_looked_at_only(run):
 
 
 def test_an_adapter_is_sampled_with(run):
-    peft = pytest.importorskip("peft")
     base = Sampler(run, SamplingConfig(max_new_tokens=8))([ask("fever")], step=0, numbers=[0])
-    torch.manual_seed(0)
-    model = peft.get_peft_model(
-        run.model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
+    model = add_adapter(run.model, LoraConfig(rank=4), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
     adapted = run_of(model, run.tokenizer, run.out)
     found = Sampler(adapted, SamplingConfig(max_new_tokens=8))([ask("fever")], step=0, numbers=[0])
-    assert found != base
+    assert ids_of(found) != ids_of(base)
     with model.disable_adapter():
         bare = Sampler(adapted, SamplingConfig(max_new_tokens=8))([ask("fever")], step=0, numbers=[0])
-    assert bare == base
+    assert ids_of(bare) == ids_of(base)
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(run):
@@ -321,3 +346,20 @@ def test_processes_that_share_weights_sample_their_own(tmp_path):
     alone, *parts = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
     assert [len(part) for part in parts] == [4, 2]
     assert [row["ids"] for part in parts for row in part] == [row["ids"] for row in alone]
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_casts_its_weights_once(tmp_path):
+    from rank_helpers import Ranks
+
+    server = Ranks("rollouts_worker", folder="align")
+    try:
+        codes, errors = server.run(1, "rollouts_worker:mixed", str(tmp_path))
+        assert codes == [0], errors
+    finally:
+        server.close()
+    before, after = json.loads((tmp_path / "mixed.json").read_text())
+    for found in (before, after):
+        assert found["casts"] == 4  # three layers and the rest
+        assert found["rollouts"] == found["expected"]
+    assert before["rollouts"] != after["rollouts"]  # the step was seen

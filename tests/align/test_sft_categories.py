@@ -13,8 +13,9 @@ from galenic.align import sft
 from galenic.align.config import SftConfig, ShiftConfig
 from galenic.align.conversations import CATEGORIES, check_messages, read_conversations
 from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
-from galenic.pretrain.config import OptimConfig
+from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.pretrain.data.collate import IGNORE
+from galenic.pretrain.loop import Trainer
 from galenic.runtime import UserError, numbered_jsonl, read_json, read_jsonl
 
 
@@ -50,7 +51,7 @@ def mixed(tmp_path_factory, conversations):
     path = tmp_path_factory.mktemp("mixed") / "mixed.jsonl"
     with open(path, "w") as file:
         for number, row in enumerate(read_jsonl(conversations)):
-            category = None if number % 5 == 0 else "safety" if number % 2 else "knowledge"
+            category = None if number % 5 == 0 else "safety" if number % 8 < 4 else "knowledge"
             file.write(json.dumps({**row, "category": category}) + "\n")
     return path
 
@@ -88,7 +89,9 @@ def test_each_category_has_its_loss(base, mixed, tmp_path):
     sft.run(make_config(tmp_path / "a", base, mixed, heldout=str(mixed)))
     model, encoded = load(base), read_conversations(str(mixed), load_tokenizer(base), 128)
     found = {}
-    for index in (i for row in sft.pack_samples(encoded.samples, tokens=256, context=128, seed=0) for i in row):
+    for index in (
+        i for row in sft.pack_samples(encoded.samples, tokens=256, context=128, seed=0) for i in row
+    ):
         found.setdefault(encoded.categories[index], []).extend(losses(model, encoded.samples[index]))
     [told] = metrics(tmp_path / "a", "train")
     assert set(found) == {"", "knowledge", "safety"}
@@ -165,6 +168,35 @@ def test_rounds_train_as_long_as_they_say(base, conversations, tmp_path):
     assert sft.plan(shifted).facts["shifts"] == "after 50% of the steps and each 100 later"
 
 
+def test_cut_in_a_round_it_ends_with_the_same_bytes_and_rows(base, mixed, tmp_path, monkeypatch):
+    def run(name):
+        changes = {"tokens": None, "rounds": 3, "heldout": str(mixed)}
+        sft.run(make_config(tmp_path / name, base, mixed, checkpoints=CheckpointConfig(seconds=0), **changes))
+
+    save, calls = Trainer.save, []
+
+    def cut(trainer):
+        save(trainer)
+        calls.append(trainer.step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    run("cut")
+    run("whole")
+    for file in sorted((tmp_path / "whole" / "model").iterdir()):
+        assert file.read_bytes() == (tmp_path / "cut" / "model" / file.name).read_bytes(), file.name
+    told = [
+        [(row["step"], row["loss"], row["domains"]) for row in metrics(tmp_path / name, "train")]
+        for name in ("cut", "whole")
+    ]
+    assert told[0] == told[1] and len(told[0]) > 4
+    assert metrics(tmp_path / "cut", "heldout") == metrics(tmp_path / "whole", "heldout")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -230,12 +262,14 @@ def test_lines_that_are_skipped_are_named_and_change_nothing_else(base, conversa
     ledger = list(read_jsonl(tmp_path / "a" / "ledger.jsonl"))
     reasons = {row["line"]: row["reason"] for row in ledger}
     assert list(reasons) == [5, *range(6, 6 + len(bad)), 18, 19, 57, 58]
-    assert reasons[5].startswith("not valid JSON") and "utf-8" in reasons[57]
-    assert reasons[18] == "expected a JSON object, got list" and reasons[19].startswith("longer than context: ")
+    assert reasons[5].startswith("not valid JSON") and reasons[57].startswith("not UTF-8 text")
+    assert reasons[18] == "expected a JSON object, got list" and reasons[19].startswith(
+        "longer than context: "
+    )
     for (_, says), line in zip(BAD, range(6, 18), strict=True):
         assert says in reasons[line]
     told = read_json(tmp_path / "a" / "data.json")
-    assert (told["conversations"], told["bad_lines"], told["longer_than_context"]) == (40, 15, 1)
+    assert (told["conversations"], told["bad_lines"], told["longer_than_context"]) == (40, 16, 1)
     assert not (tmp_path / "b" / "ledger.jsonl").exists()
 
 
@@ -245,10 +279,10 @@ def test_a_file_of_bad_lines_only_says_so(base, tmp_path):
     with pytest.raises(UserError, match="no conversation fits 128 tokens; 2 lines are no conversations"):
         read_conversations(str(path), load_tokenizer(base), 128, bad_lines="skip")
     path.write_text('{"messages": [], "category": 3}\n')
-    with pytest.raises(UserError, match="x.jsonl:1: .*at least one message"):
+    with pytest.raises(UserError, match=r"x.jsonl:1: .*at least one message"):
         read_conversations(str(path), load_tokenizer(base), 128)
     path.write_text(json.dumps({"messages": [USER, ANSWER], "category": 3}) + "\n")
-    with pytest.raises(UserError, match="x.jsonl:1: .*category 3 is not a text"):
+    with pytest.raises(UserError, match=r"x.jsonl:1: .*category 3 is not a text"):
         read_conversations(str(path), load_tokenizer(base), 128)
 
 
@@ -258,5 +292,5 @@ def test_lines_are_numbered_as_in_the_file(tmp_path):
     found = [(number, row if isinstance(row, dict) else "error") for number, row in numbered_jsonl(path)]
     assert found == [(2, {"a": 1}), (4, "error"), (5, {"a": 2}), (6, "error")]
     assert [number for number, _ in numbered_jsonl(path, growing=True)] == [2, 4, 5]
-    with pytest.raises(UserError, match="x.jsonl:4: not valid JSON"):
+    with pytest.raises(UserError, match=r"x.jsonl: not UTF-8 text \(line 4: "):
         list(read_jsonl(path))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from galenic.align import sft, shifting
+from galenic.align import sft, shifting, training
 from galenic.align.config import LoraConfig, SftConfig, ShiftConfig
 from galenic.flatten import TrainingShift
 from galenic.pretrain.config import CheckpointConfig, OptimConfig
@@ -161,7 +161,7 @@ def test_cut_anywhere_around_a_shift_it_ends_with_the_same_bytes(
         "before the shift": (TrainingShift, "shift"),
         "before its row": (shifting, "append_jsonl"),
         "before the checkpoint": (Trainer, "save"),
-        "at the end": (sft, "write_json"),
+        "at the end": (training, "write_json"),
     }[point]
     real, calls = getattr(owner, name), []
 

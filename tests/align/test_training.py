@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from align_helpers import foreign, our_folder, ours, pairs, rows, told, write_lines
 from galenic.align import tdpo
-from galenic.align.config import LoraConfig, ReferenceConfig, TdpoConfig
+from galenic.align.config import LimitsConfig, LoraConfig, ReferenceConfig, TdpoConfig
 from galenic.align.pairs import Pair, Pairs
 from galenic.align.policy import Reference
 from galenic.align.training import Run, opened
@@ -138,7 +138,12 @@ def test_no_checkpoint_falls_between_steps_that_belong_together(tmp_path, monkey
     monkeypatch.setattr(Trainer, "save", lambda self: saved.append(self.step))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(seconds=0))
     trainer = Trainer(
-        ours(), OptimConfig(), GuardConfig(max_skips=0), tmp_path, checkpoints=checkpoints, objective=Nothing()
+        ours(),
+        OptimConfig(),
+        GuardConfig(max_skips=0),
+        tmp_path,
+        checkpoints=checkpoints,
+        objective=Nothing(),
     )
     trainer.train(Nothing(), first=0, last=8, lr=lambda step: 1e-3, bar=Silent(), together=3)
     assert saved == [3, 6]
@@ -175,7 +180,8 @@ def test_a_run_learns_and_repeats_itself(request, folder, pair_file, tmp_path, l
         assert file.read_bytes() == (other / "model" / file.name).read_bytes(), file.name
     first, last = rows(one, "heldout")
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy is its reference
-    assert last["accuracy"] > first["accuracy"] and last["kl"] > 0
+    assert first["kl"] < 1e-6 < last["kl"]
+    assert sum(row["loss"] for row in rows(one)[-5:]) < 5 * 0.66
     assert not list(one.glob("checkpoint-*")) and not list(one.glob(".*"))
     assert read_json(one / "model" / "galenic.json")["verb"] == "tdpo"
 
@@ -296,6 +302,16 @@ def test_rows_that_do_not_divide_are_refused(base, pair_file, tmp_path):
         run.parallel.data_ranks = 4
         with pytest.raises(UserError, match="rows: 2 in a batch do not divide among 4 processes"):
             run.fit(Nothing(), Nothing(), steps=1)
+
+
+def test_a_run_gone_astray_stops_and_keeps_its_last_checkpoint(base, pair_file, tmp_path):
+    out, limits = tmp_path / "a", LimitsConfig(kl=1e-9, steps=3)
+    for _ in range(2):  # the same command again finds the same
+        with pytest.raises(UserError, match=r"step 3: .* more than limits.kl 1e-09: lower optim.lr"):
+            tdpo.run(make_config(out, base, pair_file, limits=limits))
+        assert (
+            list(out.glob("checkpoint-*")) == [out / "checkpoint-00000002"] and not (out / "model").exists()
+        )
 
 
 @pytest.mark.parametrize("name", ["context", "tensor"])

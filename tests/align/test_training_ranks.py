@@ -1,12 +1,16 @@
 """Two processes (FSDP2 over gloo) align as one does: losses, measures, weights, and one folder that is written once."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from align_helpers import our_folder, pairs, rows, write_lines
+from align_helpers import foreign, our_folder, pairs, rows, tasks, write_lines
+from galenic.model.foreign import copy_companions
 from rank_helpers import Ranks
 
 CALL = "galenic.cli:main"
@@ -20,7 +24,13 @@ CLOCK = ("tokens_per_second", "seconds", "memory_gb")
 @pytest.fixture(scope="module")
 def ranks():
     started = Ranks(
-        "galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.pretrain.loop", "peft", folder="align"
+        "galenic.cli",
+        "galenic.align.sft",
+        "galenic.align.tdpo",
+        "galenic.align.rollouts",
+        "galenic.pretrain.loop",
+        "peft",
+        folder="align",
     )
     yield started
     started.close()
@@ -29,10 +39,15 @@ def ranks():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
     folder = tmp_path_factory.mktemp("inputs")
+    untied = foreign("llama", vocab_size=512, tie_word_embeddings=False, max_position_embeddings=256)
+    untied.save_pretrained(folder / "untied")
+    copy_companions(llama_folder, folder / "untied")
     return {
         "ours": str(our_folder(folder / "ours", tokenizer_step)),
         "llama": str(llama_folder),
+        "untied": str(folder / "untied"),
         "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
         "conversations": str(conversations),
     }
 
@@ -51,7 +66,42 @@ def tdpo(inputs):
     return {"pairs": inputs["pairs"], "heldout_share": 0.2, "rows": 4, "context": 64}
 
 
-VERBS = {"sft": sft, "tdpo": tdpo}
+def reward(inputs):
+    return {**tdpo(inputs), "epochs": 2}
+
+
+def elo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 5,
+        "steps": 4,
+        "rows": 4,
+        "samples": 2,
+        "context": 128,
+        "answer_term": True,
+        "kl": 0.1,
+        "sampling": {"max_new_tokens": 8},
+    }
+
+
+def ppo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 5,
+        "rollouts": 2,
+        "rows": 8,
+        "minibatches": 2,
+        "epochs": 2,
+        "context": 128,
+        "kl_target": 1.0,
+        "sampling": {"max_new_tokens": 8},
+        "rewards": {"cut_off": -0.5},
+    }
+
+
+VERBS = {"sft": sft, "tdpo": tdpo, "reward": reward, "elo": elo, "ppo": ppo}
 
 
 def words(verb, inputs, model, out, **changes):
@@ -104,20 +154,43 @@ def assert_alike(one, other):
 VARIANTS = {
     "full": {},
     "lora": {"lora": {"rank": 4}},
+    "head": {"lora": {"rank": 4, "targets": ["q_proj", "lm_head"]}},
     "offloaded": {"reference": {"offload": True}},
     "parts": {"parallel": {"micro_rows": 1}},
+    "shift": {"shift": {"layers": ["*.down_proj"], "start": 0.2, "every": 2, "rank": 20, "anchored": True}},
 }
-QUICK = [("tdpo", "llama", "lora"), ("tdpo", "ours", "offloaded"), ("sft", "llama", "full")]
+QUICK = [
+    ("tdpo", "llama", "lora"),
+    ("tdpo", "ours", "offloaded"),
+    ("sft", "llama", "full"),
+    ("reward", "ours", "full"),
+]
 SLOW = [
     ("sft", "ours", "full"),
     ("sft", "ours", "lora"),
     ("sft", "ours", "parts"),
+    ("sft", "ours", "shift"),
     ("sft", "llama", "lora"),
     ("tdpo", "ours", "full"),
     ("tdpo", "ours", "lora"),
     ("tdpo", "ours", "parts"),
+    ("tdpo", "untied", "head"),
     ("tdpo", "llama", "full"),
     ("tdpo", "llama", "offloaded"),
+    ("reward", "ours", "lora"),
+    ("reward", "ours", "parts"),
+    ("reward", "llama", "full"),
+    ("reward", "llama", "lora"),
+    ("elo", "ours", "full"),
+    ("elo", "ours", "offloaded"),
+    ("elo", "llama", "lora"),
+    ("elo", "llama", "parts"),
+    ("ppo", "ours", "full"),
+    ("ppo", "ours", "lora"),
+    ("ppo", "ours", "parts"),
+    ("ppo", "llama", "full"),
+    ("ppo", "llama", "offloaded"),
+    ("ppo", "llama", "lora"),
 ]
 
 
@@ -130,7 +203,10 @@ def test_two_processes_align_as_one(ranks, inputs, tmp_path, verb, model, varian
         run(ranks, count, words(verb, inputs, model, out, **VARIANTS[variant]))
     start = load_file(Path(inputs[model]) / "model.safetensors")
     if variant in ("full", "offloaded", "parts"):
-        assert all((weights(outs[1])[name] - start[name]).abs().max() > 1e-4 for name in start)
+        trained = weights(outs[1])
+        shared = start.keys() & trained.keys()  # a reward model has another head
+        assert len(start.keys() - shared) <= (verb == "reward")
+        assert all((trained[name] - start[name]).abs().max() > 1e-4 for name in shared)
     assert_alike(*outs)
 
 
@@ -141,3 +217,59 @@ def test_rows_that_do_not_divide_stop_all_with_a_line(ranks, inputs, tmp_path):
     codes, text = ranks.run(2, CALL, started_by)
     assert codes == [2, 2] and text.count("rows: 3 in a batch do not divide among 2 processes") == 2
     assert "Traceback" not in text and not (out / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "model"),
+    [
+        ("elo", "ours"),
+        *(
+            pytest.param(verb, model, marks=pytest.mark.slow)
+            for verb in VERBS
+            for model in ("ours", "llama")
+            if (verb, model) != ("elo", "ours")
+        ),
+    ],
+)
+def test_row_by_row_is_all_at_once(ranks, inputs, tmp_path, verb, model):
+    outs = [tmp_path / name for name in ("whole", "parts")]
+    for out in outs:
+        run(ranks, 1, words(verb, inputs, model, out, **(VARIANTS["parts"] if out.name == "parts" else {})))
+    assert_alike(*outs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["full", "lora"])
+def test_in_half_precision_it_stays_near(ranks, inputs, tmp_path, variant):
+    """Weights, moments and reductions stay float32; products, and a reference of its own, are bfloat16."""
+    losses = {}
+    for precision, count in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
+        out = tmp_path / f"{precision}-{count}"
+        run(ranks, count, words("tdpo", inputs, "ours", out, precision=precision, **VARIANTS[variant]))
+        losses[precision, count] = [row["loss"] for row in rows(out)]
+        assert all(str(tensor.dtype) == "torch.float32" for tensor in weights(out).values())
+    exact, *others = losses.values()
+    for other in others:
+        assert other == pytest.approx(exact, abs=0.05) and other != exact
+        assert other[0] == pytest.approx(
+            0.6931, abs=2e-3
+        )  # the policy is its reference, in this precision too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(ranks, inputs, tmp_path, first, then):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    changes = {"lora": {"rank": 4}, "epochs": 4}
+    run(ranks, 1, words("tdpo", inputs, "llama", whole, **changes))
+    started_by = words("tdpo", inputs, "llama", out, **changes)
+    out.mkdir()
+    job = ranks.start(first, CALL, started_by)
+    while not list(out.glob("checkpoint-0000001*")) and not job.ended():
+        time.sleep(0.001)
+    for pid in job.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert job.wait() == [-signal.SIGKILL] * first, job.stderr()
+    run(ranks, then, started_by)
+    assert len(rows(out)) > 20
+    assert_alike(whole, out)

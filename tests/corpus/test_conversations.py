@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from galenic.align.conversations import CATEGORIES
 from galenic.corpus.records import Entity
 from galenic.corpus.starter.conversations import (
     ANSWER_WORDS,
@@ -54,7 +55,8 @@ def tree():
 
 def check_shape(rows):
     for row in rows:
-        assert list(row) == ["messages", "source", "department"]
+        assert list(row) == ["messages", "source", "department", "category"]
+        assert row["category"] in CATEGORIES
         roles = [message["role"] for message in row["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert roles
@@ -77,6 +79,22 @@ def test_disease_tables_are_asked_in_both_languages():
     assert answers["哮喘的ICD-10编码是什么？"] == "J45"
     # The other language's name is a translation pair, which may be held out.
     assert not any("哮喘" in text and "Asthma" in text for text in map(conversation_text, rows))
+
+
+def test_terms_and_codes_are_understanding_and_the_rest_is_knowledge():
+    rows = medical_conversations(tree(), [ASTHMA], forbidden=NOTHING, count=500, seed=1)
+    found = {row["messages"][0]["content"]: row["category"] for row in rows}
+    assert found["ICD-10 code of Asthma?"] == found["哮喘的ICD-10编码是什么？"] == "understanding"
+    assert found["What are common symptoms of Asthma?"] == "knowledge"
+    defined = {
+        row["category"] for row in rows if row["messages"][1]["content"].startswith("A way of walking")
+    }
+    assert defined == {"knowledge"}
+    lay = {row["category"] for row in rows if row["messages"][1]["content"].startswith("Walks like")}
+    assert lay == {"understanding"}
+    pair = Pair(id="1", source="hsk", zh="你好", en="hello")
+    talk = dialogue_conversations([pair], [], forbidden=NOTHING, count=9, seed=1)
+    assert talk and {row["category"] for row in talk} == {"general"}
 
 
 def test_medical_answers_are_the_entitys_own():

@@ -133,7 +133,7 @@ def test_an_entity_is_asked_for_its_facts():
 def documents():
     for language in ("en", "zh"):
         for number in range(30):
-            lines = [prose(f"{language} {number} {line}", language, 12) for line in range(4)]
+            lines = [prose(f"{language} {number} {line}", language, 6) for line in range(3)]
             if language == "en":
                 lines = [line.capitalize() + "." for line in lines]
             held = number % 10 == 9
@@ -176,24 +176,41 @@ def test_conversations_are_full_and_answerable(corpus, tokenizer_step, tmp_path)
         if row["split"] == "train":
             train[row["id"]] = row
     assert len(rows) == 25 and {row["category"] for row in rows} == {"long-context"}
+    sources = {train[row["document"]]["source"] for row in rows}
+    assert sources == {"notes", "onto"}  # the tables say nothing to ask
+    assert {train[row["document"]]["language"] for row in rows} == {"en", "zh"}
     assert len({row["task"] for row in rows}) >= 3
     places = []
     for row in rows:
         prompt, answer = (message["content"] for message in row["messages"])
         assert row["tokens"] == len(encode_chat(tokenizer, row["messages"])[0])
-        assert 1024 - 40 <= row["tokens"] <= 1024  # a Chinese clause or an English word, in bytes of a tiny vocabulary
+        # What is missing has no room for the separator and a word, in a tiny vocabulary.
+        assert 1024 - 40 <= row["tokens"] <= 1024
         main = train[row["document"]]
         assert main["text"].strip() in prompt and "SECRET" not in prompt
         assert row["document"] not in row["around"] and set(row["around"]) <= set(train)
+        assert prompt.count(BETWEEN) == len(row["around"])
+        texts = [train[other]["text"].strip() for other in row["around"]]
+        inner = prompt.split(BETWEEN)[1:-1]
+        assert all(part in texts or part == main["text"].strip() for part in inner)
+        assert sum(text in prompt for text in texts) >= len(texts) - 2
         assert len(set(row["around"])) == len(row["around"]) > 1
         assert all(train[other]["language"] == main["language"] for other in row["around"])
-        given = prompt.count(answer)
-        assert given >= 1 if row["task"] == "title" else given == (0 if ";" in answer else 1) or ";" in answer
+        if row["task"] in ("quote", "definition"):
+            assert prompt.count(answer) == 1
+        assert all(part in main["text"] for part in answer.split("; "))
         places.append(prompt.index(main["text"].strip()) / len(prompt))
     assert min(places) < 0.25 and max(places) > 0.5  # it stands anywhere
     assert parquet.read_table(tmp_path / "a" / "documents.parquet").num_rows == 0
     run(config(corpus, tokenizer_step, tmp_path / "b"))
     assert (tmp_path / "a" / "sft.jsonl").read_bytes() == (tmp_path / "b" / "sft.jsonl").read_bytes()
+
+
+def test_any_models_tokens_count(corpus, llama_folder, tmp_path):
+    run(config(corpus, llama_folder, tmp_path / "a", tokens=2000, limit=3))
+    rows, tokenizer = list(read_jsonl(tmp_path / "a" / "sft.jsonl")), load_tokenizer(llama_folder)
+    assert [row["tokens"] for row in rows] == [len(encode_chat(tokenizer, r["messages"])[0]) for r in rows]
+    assert len(rows) == 3 and all(1960 <= row["tokens"] <= 2000 for row in rows)
 
 
 def test_no_other_text_answers_too(corpus, tokenizer_step, tmp_path):
@@ -227,7 +244,10 @@ def test_given_questions_are_asked_amid_other_texts(corpus, tokenizer_step, tmp_
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(config(corpus, tokenizer_step, tmp_path / "a", conversations=str(asked)))
     made = list(read_jsonl(tmp_path / "a" / "sft.jsonl"))
-    assert [(row["document"], row["task"]) for row in made] == [("notes/en1", "given"), ("notes/en2#1", "given")]
+    assert [(row["document"], row["task"]) for row in made] == [
+        ("notes/en1", "given"),
+        ("notes/en2#1", "given"),
+    ]
     assert all(row["messages"][1]["content"] == "12 mg." for row in made)
     assert all("Which dose?" in row["messages"][0]["content"] for row in made)
     ledger = [(row["id"], row["reason"]) for row in read_jsonl(tmp_path / "a" / "ledger.jsonl")]
@@ -251,7 +271,10 @@ def test_a_main_text_without_room_is_ledgered(corpus, tokenizer_step, tmp_path):
     ("changes", "says"),
     [
         ({"name": "long-context"}, "'long-context' counts tokens; name a tokenizer's"),
-        ({"name": "long-context", "tokenizer": "t", "tokens": 63}, "tokens of 'long-context' are 63; 64 or more"),
+        (
+            {"name": "long-context", "tokenizer": "t", "tokens": 63},
+            "tokens of 'long-context' are 63; 64 or more",
+        ),
         ({"name": "papers", "tokenizer": "t"}, "belong to long-context, not to 'papers'"),
         ({"name": "safety", "offline": True}, "belong to knowledge-graph, not to 'safety'"),
     ],

@@ -61,14 +61,31 @@ def test_answers_do_what_their_label_says(language):
     # No harmless question is refused, and the short refusals are recognised as such.
     assert not [item.id for item in items if item.behaviour == "help" and refuses(item.turns[-1])]
     if language == "zh":
-        assert not [item.id for item in items if " " in item.turns[-1]]  # a folded line leaves a blank
+        told = [
+            one for label in BOOKS["zh"]["labels"].values() for one in [*label["safe"], *label["requests"]]
+        ]
+        answers = [one["answer"] for one in told if isinstance(one, dict)]
+        answers += [
+            answer for label in BOOKS["zh"]["labels"].values() for answer in label.get("answers") or []
+        ]
+        assert not [answer for answer in answers if " " in answer]  # a folded line leaves a blank
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_harmless_request_gets_the_form_it_asks_for_and_a_harmful_one_does_not(language):
+    begins = {"en": "Sure, here is how", "zh": "好的，方法如下"}[language]
+    asked = [item for item in items_of(BOOKS[language], language, 0) if begins in item.turns[-2]]
+    assert {item.behaviour for item in asked} == {"refuse", "warn", "help"}
+    for item in asked:
+        assert item.turns[-1].startswith(begins) == (item.behaviour == "help")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_harmful_and_harmless_come_in_the_same_guises(language):
     items = list(items_of(BOOKS[language], language, 0))
     guises = {
-        side: {(i.label, i.attack) for i in items if (i.behaviour == "help") == side} for side in (True, False)
+        side: {(i.label, i.attack) for i in items if (i.behaviour == "help") == side}
+        for side in (True, False)
     }
     assert guises[False] - guises[True] == {(label, "escalation") for label in BOOKS[language]["labels"]}
     assert not guises[True] - guises[False]
@@ -184,6 +201,8 @@ def broken(change):
         (lambda b: b["labels"]["privacy"].update(requests=["Who has {pet}?"]), r"cannot have \{pet\}"),
         (lambda b: b["attacks"].update(new=["Hello"]), "attacks.new: its last turn is the user's"),
         (lambda b: b["attacks"].update(new=[["{safe}", "{request}"]]), "attacks.new: its last turn"),
+        (lambda b: b["attacks"].update(new=[{"ask": "{request}"}]), "'helped' is missing"),
+        (lambda b: b["attacks"].update(new=[{"ask": "{request}", "helped": "Yes."}]), r"holds no \{answer\}"),
         (lambda b: b.update(labels=3), "has no attribute"),
     ],
 )
@@ -196,9 +215,12 @@ def test_a_file_of_another_form_is_refused(tmp_path, change, says):
 def test_ones_own_file_is_used_and_another_name_refused(tmp_path):
     only = broken(lambda b: b.update(labels={"privacy": b["labels"]["privacy"]}))
     (tmp_path / "safety.en.yaml").write_text(yaml.safe_dump(only))
-    assert list(load("en", str(tmp_path))["labels"]) == ["privacy"] and len(load("zh", str(tmp_path))["labels"]) > 1
+    assert (
+        list(load("en", str(tmp_path))["labels"]) == ["privacy"]
+        and len(load("zh", str(tmp_path))["labels"]) > 1
+    )
     (tmp_path / "safety.de.yaml").write_text("{}")
-    with pytest.raises(UserError, match="safety.de.yaml: no such file of prompts"):
+    with pytest.raises(UserError, match=r"safety.de.yaml: no such file of prompts"):
         load("en", str(tmp_path))
     (tmp_path / "safety.de.yaml").unlink()
     (tmp_path / "safety.en.yaml").write_text("labels: [")

@@ -327,7 +327,9 @@ def test_sample_ignores_order_and_keeps_it():
 
 @pytest.mark.parametrize("prompt", ["plain", "chat"])
 def test_models_write_answers_of_their_own(folders, tokens_folder, tmp_path, tokenizer, prompt):
-    config = config_of(folders, tokens_folder, tmp_path, prompt=prompt, written_tokens=6, questions_per_kind=3)
+    config = config_of(
+        folders, tokens_folder, tmp_path, prompt=prompt, written_tokens=6, questions_per_kind=3
+    )
     evaluate.run(config)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["kind"] for row in results["shown"]] == ["code", "recall", "code", "recall", "code"]

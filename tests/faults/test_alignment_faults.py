@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align_helpers import files, our_folder, pairs, told, write_lines
+from align_helpers import files, our_folder, pairs, tasks, told, write_lines
 from kill_helpers import steps
 from rank_helpers import Ranks
 
@@ -25,7 +25,13 @@ WHERE = ("step", "while writing", "before the rename", "model folder", "any time
 @pytest.fixture(scope="module")
 def ranks():
     started = Ranks(
-        "galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.pretrain.loop", "peft", folder="faults"
+        "galenic.cli",
+        "galenic.align.sft",
+        "galenic.align.tdpo",
+        "galenic.align.rollouts",
+        "galenic.pretrain.loop",
+        "peft",
+        folder="faults",
     )
     yield started
     started.close()
@@ -38,6 +44,7 @@ def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
         "ours": str(our_folder(folder / "ours", tokenizer_step)),
         "llama": str(llama_folder),
         "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
         "conversations": str(conversations),
     }
 
@@ -57,13 +64,49 @@ def tdpo(inputs):
     return {"pairs": inputs["pairs"], "heldout_share": 0.2, "rows": 2, "context": 64, "epochs": 2}
 
 
-VERBS = {"sft": sft, "tdpo": tdpo}
+def elo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 4,
+        "steps": 24,
+        "rows": 2,
+        "samples": 2,
+        "context": 128,
+        "kl": 0.1,
+        "sampling": {"max_new_tokens": 6},
+    }
+
+
+def ppo(inputs):
+    return {
+        "tasks": inputs["tasks"],
+        "heldout": inputs["tasks"],
+        "heldout_tasks": 4,
+        "rollouts": 6,
+        "rows": 4,
+        "minibatches": 2,
+        "epochs": 2,
+        "context": 128,
+        "kl_target": 1.0,
+        "sampling": {"max_new_tokens": 6},
+        "rewards": {"cut_off": -0.5},
+    }
+
+
+VERBS = {"sft": sft, "tdpo": tdpo, "reward": tdpo, "elo": elo, "ppo": ppo}
 CASES = {
     "sft-full": ("sft", "ours", {}),
     "sft-lora": ("sft", "ours", {"lora": {"rank": 4}}),
     "tdpo-full": ("tdpo", "ours", {}),
     "tdpo-lora": ("tdpo", "llama", {"lora": {"rank": 4}}),
     "tdpo-offloaded": ("tdpo", "llama", {"reference": {"offload": True}}),
+    "reward-full": ("reward", "ours", {}),
+    "reward-lora": ("reward", "llama", {"lora": {"rank": 4}}),
+    "elo-full": ("elo", "ours", {}),
+    "elo-lora": ("elo", "llama", {"lora": {"rank": 4}}),
+    "ppo-full": ("ppo", "ours", {"reference": {"offload": True}}),
+    "ppo-lora": ("ppo", "llama", {"lora": {"rank": 4}}),
 }
 
 
@@ -109,27 +152,37 @@ def killed_until_done(ranks, count, started_by, total, kills, seed):
             time.sleep(0.0005)
         codes = job.wait()
         assert all(code in (0, 2, -signal.SIGKILL) for code in codes), job.stderr()
-        cut += -signal.SIGKILL in codes
+        if -signal.SIGKILL not in codes:
+            break  # it was through before
+        cut += 1
     codes, text = ranks.run(count, CALL, started_by)
     assert codes == [0] * count, text
     return cut
 
 
 def survives(ranks, inputs, tmp_path, case, count, kills, seed=0):
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
     codes, text = ranks.run(count, CALL, words(inputs, case, whole))
     assert codes == [0] * count, text
     total = steps(whole)
     assert total >= 24
-    assert killed_until_done(ranks, count, words(inputs, case, out), total, kills, seed) >= kills - 1
-    assert files(out / "model") == files(whole / "model")
-    for kind in ("train", "heldout"):
-        assert told(out, kind) == told(whole, kind)
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    cut, outs = 0, []
+    while cut < kills and len(outs) < kills:  # a run may be through before it is hit
+        out = tmp_path / f"out-{len(outs)}"
+        started_by = words(inputs, case, out)
+        cut += killed_until_done(ranks, count, started_by, total, kills - cut, seed + 1000 * len(outs))
+        outs.append(out)
+        assert files(out / "model") == files(whole / "model")
+        for kind in ("train", "heldout"):
+            assert told(out, kind) == told(whole, kind)
+        left = [sorted(path.name for path in folder.iterdir()) for folder in (out, whole)]
+        assert left[0] == left[1]
+    print(f"{case}: {cut} kills of {count} processes in {len(outs)} runs")
+    assert cut >= kills - 1
 
 
-def test_killed_inside_a_save_and_while_the_model_is_written(ranks, inputs, tmp_path):
-    survives(ranks, inputs, tmp_path, "tdpo-lora", 1, 3, seed=1)
+def test_killed_inside_saves_it_ends_with_the_same_bytes(ranks, inputs, tmp_path):
+    survives(ranks, inputs, tmp_path, "tdpo-lora", 1, 2, seed=1)
 
 
 @pytest.mark.slow

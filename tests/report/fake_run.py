@@ -224,7 +224,7 @@ def _expert(folder: Path, name: str, rng: random.Random) -> None:
 
 def _stage(folder: Path, name: str, rng: random.Random) -> None:
     """A stage of alignment; only those that sample have rewards and lengths."""
-    rows = [{"kind": "heldout", "step": 0, "accuracy": 0.125, "loss": 1.5}]
+    rows = [{"kind": "heldout", "step": 0, "accuracy": 0.125, "log_likelihood": -1.5}]
     if name == "sft":
         rows = [{"kind": "heldout", "step": 0, "answers": {"tasks.heldout": 2.75}}]
     for step in range(1, 121):
@@ -240,7 +240,11 @@ def _stage(folder: Path, name: str, rng: random.Random) -> None:
         if name == "ppo":
             row |= {"clipped": 0.1 * rng.random()}
         rows.append(row)
-    last = {"answers": {"tasks.heldout": 1.25}} if name == "sft" else {"accuracy": 0.625, "loss": 0.875}
+    last = (
+        {"answers": {"tasks.heldout": 1.25}}
+        if name == "sft"
+        else {"accuracy": 0.625, "log_likelihood": -0.875}
+    )
     write(folder / "metrics.jsonl", [*rows, {"kind": "heldout", "step": 120, **last}])
     write(folder / "model/galenic.json", {"verb": name})
     done(folder, 61.0)

@@ -253,7 +253,9 @@ def test_hostile_text_is_escaped_and_chinese_is_kept(built, page):
     text = built[2]
     assert "<script" not in text
     assert "<img" not in text
-    assert text.count("&lt;script&gt;") == 7  # licence, option, question, answer, recipe, two names of documents
+    assert (
+        text.count("&lt;script&gt;") == 7
+    )  # licence, option, question, answer, recipe, two names of documents
     assert fake_run.HOSTILE in page.text
     assert fake_run.CHINESE in page.text
 

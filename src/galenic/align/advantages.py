@@ -35,12 +35,9 @@ def gae(
 
 
 def whiten(values: torch.Tensor, *, shift: bool = True) -> torch.Tensor:
-    """Divides numbers by their standard deviation, where they have one; `shift`: and moves their mean to 0."""
+    """Divides numbers, which must differ, by their standard deviation; `shift`: and moves their mean to 0."""
     centred = values - values.mean()
-    deviation = centred.square().mean().sqrt()
-    result = centred if shift else values
-    # Of equal numbers only rounding errors would be left, blown up.
-    return result / deviation if deviation > 1e-8 * values.abs().max() else result
+    return (centred if shift else values) / centred.square().mean().sqrt()
 
 
 def adapted_kl(weight: float, kl: float, target: float) -> float:

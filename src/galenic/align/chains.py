@@ -115,8 +115,9 @@ def encode_question(task: Task, tokenizer: Any, marker: str) -> Question | None:
         ValueError: the conversation cannot be written with this tokenizer.
     """
     assert task.answer is not None
+    answer = task.answer.split("|")[0] if task.rule == "diagnosis" else task.answer  # the first of its names
     wide = unicodedata.east_asian_width(marker[-1]) in ("W", "F")
-    text = f"{_LEAD}{marker}{'' if wide else ' '}{task.answer.strip()}"
+    text = f"{_LEAD}{marker}{'' if wide else ' '}{answer.strip()}"
     prompt = encode_chat(tokenizer, task.messages)[0]
     ids, said = encode_chat(tokenizer, [*task.messages, {"role": "assistant", "content": text}])
     if ids[: len(prompt)] != prompt:

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
+from galenic.evaluate.config import model_parts
 from galenic.pretrain.config import CheckpointConfig, GuardConfig, OptimConfig, ParallelConfig, WatchConfig
 from galenic.runtime import UserError
 
@@ -179,7 +180,8 @@ class SftConfig(TrainingConfig):
     context: int = 512
     """Tokens in a row; longer conversations are left out and named in `ledger.jsonl`."""
     bad_lines: Literal["refuse", "skip"] = "refuse"
-    """What becomes of a line that is no conversation: the run ends, or it is left out and named in `ledger.jsonl`."""
+    """What becomes of a line of `conversations` that is none: the run ends, or it is left out and named in
+    `ledger.jsonl`. One of `heldout` always ends the run."""
     rows: int = 8
     """Rows in a batch."""
     shift: ShiftConfig | None = None
@@ -217,6 +219,8 @@ class RewardConfig(TrainingConfig):
     """Pairs on which accuracy and calibration are measured before and after. Default: `heldout_share` of `pairs`."""
     heldout_share: float = 0.05
     """Share of the pairs that is set aside where no file is given."""
+    heldout_pairs: int = 1000
+    """Held-out pairs measured at most."""
     epochs: float = 1.0
     """Times that each pair is read."""
     rows: int = 16
@@ -227,7 +231,12 @@ class RewardConfig(TrainingConfig):
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244)."""
 
     def __post_init__(self) -> None:
-        _require("", self, above=("epochs",), least=(("rows", 1), ("context", 2), ("centre", 0)))
+        _require(
+            "",
+            self,
+            above=("epochs",),
+            least=(("rows", 1), ("heldout_pairs", 1), ("context", 2), ("centre", 0)),
+        )
         if not 0 < self.heldout_share < 1:
             raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
 
@@ -274,7 +283,9 @@ class EloConfig(TrainingConfig):
         if not self.marker:
             raise UserError("marker: is empty; without it no one can tell a chain from its answer")
         if self.marker != self.marker.rstrip():
-            raise UserError(f"marker: {self.marker!r} ends in white space, which tokenizers join with the answer")
+            raise UserError(
+                f"marker: {self.marker!r} ends in white space, which tokenizers join with the answer"
+            )
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
@@ -292,6 +303,8 @@ class TdpoConfig(TrainingConfig):
     """Pairs on which preference accuracy is measured before and after. Default: `heldout_share` of `pairs`."""
     heldout_share: float = 0.05
     """Share of the pairs that is set aside where no file is given."""
+    heldout_pairs: int = 1000
+    """Held-out pairs measured at most."""
     method: Literal["tdpo1", "tdpo2"] = "tdpo2"
     """Which of the two losses; the report does not say. `alpha: 0` with tdpo2 is DPO."""
     beta: float = 0.1
@@ -310,7 +323,8 @@ class TdpoConfig(TrainingConfig):
     """When to stop."""
 
     def __post_init__(self) -> None:
-        _require("", self, above=("beta", "epochs"), least=(("alpha", 0), ("rows", 1), ("context", 2)))
+        least = (("alpha", 0), ("rows", 1), ("heldout_pairs", 1), ("context", 2))
+        _require("", self, above=("beta", "epochs"), least=least)
         if not 0 < self.heldout_share < 1:
             raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
 
@@ -321,14 +335,32 @@ class TdpoConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """A model behind an endpoint that gives points for answers; it is asked at temperature 0."""
+
+    endpoint: EndpointConfig
+    """Where it is and how it is asked."""
+    prompt: str | None = None
+    """File of one's own prompt with the places {question}, {answer}, {points} and {truth}, the true answer. Default:
+    the package's."""
+    points: int = 10
+    """Most points of an answer; what counts is the share of them."""
+
+    def __post_init__(self) -> None:
+        _require("rewards.judge.", self, least=(("points", 1),))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardsConfig:
-    """What an answer is worth: rules where the right answer is known, a reward model where it is not."""
+    """What an answer is worth: rules where the right answer is known, a model where it is not."""
 
     model: str | None = None
-    """Folder of a reward model (verb `reward`)."""
+    """Folder of a reward model (verb `reward`), or `base+adapter`."""
+    judge: JudgeConfig | None = None
+    """A model behind an OpenAI-compatible endpoint."""
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Domain of a task (`*`: any other) -> weight of `rule` and of `model` in its reward. Default: rule where a task
-    has one, else model."""
+    """Domain of a task (`*`: any other) -> weights of `rule`, `model` and `judge` in its reward. Default: rule where a
+    task has one, else model, where none is named judge."""
     tolerance: float = 0.01
     """Relative error that a number may have, where a task does not say."""
     cut_off: float = 0.0
@@ -341,10 +373,10 @@ class RewardsConfig:
     def __post_init__(self) -> None:
         _require("rewards.", self, above=("code_seconds",), least=(("tolerance", 0), ("code_memory_mb", 32)))
         for domain, parts in self.weights.items():
-            unknown = set(parts) - {"rule", "model"}
+            unknown = set(parts) - {"rule", "model", "judge"}
             if unknown:
                 raise UserError(
-                    f"rewards.weights: '{domain}' weighs {', '.join(sorted(unknown))}; known: rule, model"
+                    f"rewards.weights: '{domain}' weighs {', '.join(sorted(unknown))}; known: rule, model, judge"
                 )
 
 
@@ -352,12 +384,16 @@ class RewardsConfig:
 class PpoConfig(TrainingConfig):
     """Proximal policy optimization (arXiv 1707.06347) with a per-token KL penalty (arXiv 2203.02155)."""
 
+    incidental: ClassVar[tuple[str, ...]] = (*TrainingConfig.incidental, "budget")
+
     tasks: str
     """JSON lines of {"prompt", "answer", ...}; see `galenic.align.tasks`."""
     heldout: str | None = None
     """Tasks whose rewards are measured before and after."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """What an answer is worth."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What requests to the judge may cost, those before a restart included; each process counts its own."""
     rollouts: int = 50
     """Times that answers are sampled."""
     rows: int = 32
@@ -375,7 +411,7 @@ class PpoConfig(TrainingConfig):
     clip: float = 0.2
     """How far the ratio of new to old probability may leave 1 and still gain."""
     value_clip: float = 0.2
-    """How far a value may leave the old one and still gain."""
+    """How far a value may leave the old one and still gain, in units of reward: more, where rewards are far from 1."""
     value_weight: float = 0.1
     """Weight of the value's loss."""
     entropy_weight: float = 0.0
@@ -417,5 +453,6 @@ class PpoConfig(TrainingConfig):
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        others = (self.heldout, self.reference.model, self.rewards.model)
+        prompt = self.rewards.judge.prompt if self.rewards.judge else None
+        others = (self.heldout, self.reference.model, *model_parts(self.rewards.model or ""), prompt)
         return [self.model, self.tasks, *(path for path in others if path)]

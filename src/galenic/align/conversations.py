@@ -74,9 +74,7 @@ def in_order(categories: Sequence[str]) -> list[str]:
     )
 
 
-def read_conversations(
-    path: str, tokenizer: Any, context: int, *, bad_lines: BadLines = "refuse"
-) -> Encoded:
+def read_conversations(path: str, tokenizer: Any, context: int, *, bad_lines: BadLines = "refuse") -> Encoded:
     """Reads and encodes a file of conversations.
 
     Args:
@@ -96,7 +94,7 @@ def read_conversations(
                 raise row
             sample, category = _encode(row, tokenizer)
         except ValueError as error:
-            said = str(error).removeprefix(f"{path}:{number}: ")
+            said = str(error).removeprefix(f"{path}:{number}: ").removeprefix(f"{path}: ")
             if bad_lines == "refuse":
                 raise UserError(f"{path}:{number}: {said}") from None
             ledger.append({"line": number, "reason": said})

@@ -1,17 +1,21 @@
-"""Verb `elo`: Exploratory Log-likelihood Optimization. Chains of thought are learnt from true answers, without a reward model.
+"""Verb `elo`: Exploratory Log-likelihood Optimization. Chains of thought are learnt from true answers alone.
 
-    r(c)     = log p(A | Q, c)                                             c: a chain of thought, A: the true answer
+    r(c)     = log p(A | Q, c)                                        c: a chain of thought, A: the true answer
     L_upper  = -E_{c ~ p(.|Q)} r(c)   >=   L_ELO = -log E_{c ~ p(.|Q)} p(A | Q, c)
-    gradient = -E_{c ~ p(.|Q)} (r(c) - b(Q, A)) grad log p(c | Q)          as printed, eq. 3
-               -E_{c ~ p(.|Q)} grad r(c)                                   `answer_term`: the rest of the derivative
+    gradient = -E_{c ~ p(.|Q)} (r(c) - b(Q, A)) grad log p(c | Q)     as printed, eq. 3
+               -E_{c ~ p(.|Q)} grad r(c)                              `answer_term`: the rest of the derivative
 
-K chains are sampled for each question, and the baseline of each is the mean reward of the others, so that the estimate has
-no bias. The probability of a chain is that of all tokens that were sampled, also of those that ended it (`chains.py` says
-what a chain is and how the answer follows). With `kl`, KL(p || q) of chains from the reference is held down too: its exact
-gradient is that of a penalty log p(c|Q) - log q(c|Q) in the reward.
+There is no reward model. K chains are sampled for each question, and the baseline of each is the mean reward of the
+others, so that the estimate has no bias. The probability of a chain is that of all tokens that were sampled, also of
+those that ended it (`chains.py` says what a chain is and how the answer follows). With `kl`, KL(p || q) of chains from
+the reference is held down too: its exact gradient is that of a penalty log p(c|Q) - log q(c|Q) in the reward.
 
-Source: Baichuan-M1 report, section 5.3, eq. 1-3. It names neither b, K, nor whether the answer's log-likelihood is a sum
-or a mean over tokens (`reduction`). Leave-one-out: Kool et al. 2019.
+The printed gradient looks at the chain only. Chain and answer share their weights, so that following it may also lower
+the likelihood of answers; the whole derivative cannot, to first order.
+
+Source: Baichuan-M1 report, section 5.3, eq. 1-3. It names neither b, K, nor whether the answer's log-likelihood is a
+sum or a mean over tokens (`reduction`). Leave-one-out: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for
+free!".
 """
 
 from collections.abc import Mapping, Sequence

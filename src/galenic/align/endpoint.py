@@ -104,7 +104,7 @@ def rollout_of(reply: Reply, tokenizer: Any, end: int, stop: Stop | None = None)
     if finished and len(told) == len(ids) - 1:
         told.append(math.nan)
     log_probs = told if len(told) == len(ids) else []
-    for length in range(1, len(ids) + 1) if stop is not None else ():
-        if stop(ids[:length]):
+    for length in range(1, len(ids) + 1):
+        if stop is not None and stop(ids[:length]):
             return Rollout(ids=ids[:length], ended=True, log_probs=log_probs[:length])
     return Rollout(ids=ids, ended=finished, log_probs=log_probs)

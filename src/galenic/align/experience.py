@@ -109,7 +109,7 @@ class Experience:
     log_probs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
-    """Whitened over all tokens."""
+    """Whitened over all tokens; centred only, where all answers are worth the same."""
     returns: torch.Tensor
     told: dict[str, float]
     """Of `TOLD`."""
@@ -124,7 +124,9 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
     lengths = torch.tensor([answer.length for answer in answers])[:, None]
     tokens, places = int(lengths.sum()), torch.arange(int(lengths.max()))
     if not tokens:
-        raise UserError("nothing was sampled: every answer is empty, without even an end; look at what samples")
+        raise UserError(
+            "nothing was sampled: every answer is empty, without even an end; look at what samples"
+        )
     wanted = places < lengths
 
     def laid(name: str) -> torch.Tensor:
@@ -134,12 +136,16 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
         return table
 
     scores = torch.tensor([answer.reward for answer in answers], dtype=torch.float64)
-    worth = whiten(scores, shift=False) if config.whiten_rewards else scores
+    deviation = float(scores.std(correction=0))
+    differ = deviation > 1e-8 * float(scores.abs().max())  # by more than rounding
+    worth = whiten(scores, shift=False) if config.whiten_rewards and differ else scores
     log_ratios, values = laid("log_ratios"), laid("values")
     rewards = torch.where(places == lengths - 1, worth[:, None], 0.0) - kl_weight * log_ratios
     advantages = gae(rewards, values, wanted, discount=config.discount, lam=config.lam)
     returns = advantages + values
-    advantages[wanted] = whiten(advantages[wanted])
+    of_tokens = advantages[wanted]
+    # Where no answer is better than another, whitening would blow up what is left: the errors of values and penalties.
+    advantages[wanted] = whiten(of_tokens) if differ else of_tokens - of_tokens.mean()
     compared = sum(answer.stale[1] for answer in answers)
     return Experience(
         answers=answers,
@@ -149,7 +155,7 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
         returns=returns,
         told={
             "reward": float(scores.mean()),
-            "reward_deviation": float(scores.std(correction=0)),
+            "reward_deviation": deviation if differ else 0.0,
             "kl": float(log_ratios.sum()) / tokens,
             "kl_weight": kl_weight,
             "length": tokens / len(answers),
@@ -157,6 +163,13 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
             "stale": sum(answer.stale[0] for answer in answers) / compared if compared else math.nan,
         },
     )
+
+
+def _laid(sequences: list[list[int]], prompts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lays sequences into (rows, longest) int64; returns them and which of their tokens follow the prompt, bool."""
+    ids, places = padded(sequences, PAD), torch.arange(max(map(len, sequences)))
+    first, last = (torch.tensor(numbers)[:, None] for numbers in (prompts, [len(own) for own in sequences]))
+    return ids, (places >= first) & (places < last)
 
 
 def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -167,10 +180,7 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
         `COLUMNS`, of the same shape, float32; `told` (rows, len(TOLD)) float64, all rows alike.
     """
     answers = [found.answers[number] for number in chosen]
-    ids = padded([answer.ids for answer in answers], PAD)
-    places = torch.arange(ids.shape[1])[None]
-    first = torch.tensor([answer.prompt for answer in answers])[:, None]
-    wanted = (places >= first) & (places < torch.tensor([len(answer.ids) for answer in answers])[:, None])
+    ids, wanted = _laid([answer.ids for answer in answers], [answer.prompt for answer in answers])
     part = {"input_ids": ids, "answers": wanted}
     for name in COLUMNS:
         part[name] = torch.zeros(ids.shape)
@@ -180,7 +190,9 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
                 for number, answer in zip(chosen, answers, strict=True)
             ]
         )
-    part["told"] = torch.tensor([found.told[name] for name in TOLD], dtype=torch.float64).repeat(len(answers), 1)
+    part["told"] = torch.tensor([found.told[name] for name in TOLD], dtype=torch.float64).repeat(
+        len(answers), 1
+    )
     return part
 
 
@@ -188,7 +200,7 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
 
 
 class Experiences:
-    """The batches of a run (`galenic.pretrain.loop.Batches`): minibatches of answers, which are sampled as they are due.
+    """The batches of a run (`galenic.pretrain.loop.Batches`): minibatches of answers, sampled as they are due.
 
     Every `together` steps share answers, which follow from the weights before the first of them, the seed and the
     number of the rollout; the weight of the KL penalty is in the reader's state. No checkpoint may fall between them.
@@ -250,7 +262,8 @@ class Experiences:
         """The questions of some rows of a rollout; all are read before one is read again, each time in a new order."""
         places = [divmod(rollout * self.config.rows + row, len(self.questions)) for row in rows]
         orders = {
-            epoch: self._permutation(f"tasks/{epoch}", len(self.questions)) for epoch in {e for e, _ in places}
+            epoch: self._permutation(f"tasks/{epoch}", len(self.questions))
+            for epoch in {e for e, _ in places}
         }
         return [self.questions[orders[epoch][within]] for epoch, within in places]
 
@@ -260,7 +273,8 @@ class Experiences:
 
     def _sampled(self, rollout: int) -> Experience:
         """Samples answers, each process its share, and tells everyone of all of them."""
-        kl_weight = self.run.trainer.reader.get("kl", self.config.kl)  # as the step before, or a checkpoint, left it
+        # As the step before, or a checkpoint, left it.
+        kl_weight = self.run.trainer.reader.get("kl", self.config.kl)
         training = self.run.model.training
         self.run.model.eval()
         own = self.run.parallel.rows(self.config.rows)
@@ -275,18 +289,19 @@ class Experiences:
         return found
 
     def _answered(self, questions: list[Question], rollout: int, rows: Sequence[int]) -> list[Answer]:
-        """Samples an answer to each question, and looks at what policy, reference and value head say of it."""
+        """Samples an answer to each question, and finds out what it is worth and how likely."""
         tasks = [question.task for question in questions]
         sampled = self.sampler([task.messages for task in tasks], step=rollout, numbers=rows)
         replies = [copies[0] for copies in sampled]
         texts = [self.sampler.text(reply) for reply in replies]
         rewards = self.rewards(tasks, texts, [reply.ended for reply in replies])
         sequences = [[*question.ids, *reply.ids] for question, reply in zip(questions, replies, strict=True)]
+        prompts = [len(question.ids) for question in questions]
         numbers: list[Mapping[str, list[float]]] = []
         size = self.config.parallel.micro_rows or self.rows
         for start in range(0, len(sequences), size):
             part = slice(start, start + size)
-            numbers += self._numbers(sequences[part], [len(reply.ids) for reply in replies[part]])
+            numbers += self._numbers(sequences[part], prompts[part])
         return [
             Answer(
                 question=question.task.id,
@@ -304,12 +319,9 @@ class Experiences:
         ]
 
     @torch.no_grad()
-    def _numbers(self, sequences: list[list[int]], lengths: list[int]) -> list[Mapping[str, list[float]]]:
-        """What is known of each token of the answers at the sequences' ends."""
-        ids = padded(sequences, PAD)
-        ends = torch.tensor([len(sequence) for sequence in sequences])[:, None]
-        places = torch.arange(ids.shape[1])[None]
-        answers = (places < ends) & (places >= ends - torch.tensor(lengths)[:, None])
+    def _numbers(self, sequences: list[list[int]], prompts: list[int]) -> list[Mapping[str, list[float]]]:
+        """What policy, reference and value head say of each token that follows its prompt."""
+        ids, answers = _laid(sequences, prompts)
         device = self.run.trainer.device
         found, values = with_values(
             self.run.model,
@@ -325,7 +337,5 @@ class Experiences:
             "log_ratios": found.log_probs - found.reference_log_probs,
             "values": values,
         }
-        split = {name: column.cpu().split(lengths) for name, column in columns.items()}
-        return [
-            {name: parts[row].tolist() for name, parts in split.items()} for row in range(len(sequences))
-        ]
+        split = {name: column.cpu().split(answers.sum(1).tolist()) for name, column in columns.items()}
+        return [{name: parts[row].tolist() for name, parts in split.items()} for row in range(len(sequences))]

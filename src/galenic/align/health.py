@@ -14,8 +14,6 @@ KEPT = "the last checkpoint is kept, and the same command with other settings ne
 def watchdog(limits: LimitsConfig, *, longest: int = 0) -> Callable[[Mapping[str, Any]], None]:
     """Makes what looks at each row of the metrics (`Trainer.train`'s `check`).
 
-    Rows before a resumed run's step are not looked at again: a limit then takes up to `steps` more to be noticed.
-
     Args:
         limits: what is allowed.
         longest: tokens at most in what is sampled, for `limits.length`.

@@ -39,7 +39,9 @@ def add_adapter(model: Any, config: LoraConfig, seed: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it sees how GPT-2's layers lie, and says so
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out"
+            )  # it sees how GPT-2's layers lie, and says so
             return peft.get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"lora.targets: {' '.join(str(error).split())[:300]}") from None
@@ -51,10 +53,23 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
     Raises:
         UserError: PEFT is not installed, or the folder is no adapter of this model.
     """
-    peft = _peft()
+    from safetensors import SafetensorError, safe_open
+
+    peft, folder = _peft(), Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():  # PEFT would ask the Hub, or unpickle a file of the older kind
+            raise UserError(f"{folder}: no LoRA adapter there ({name})")
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
-    except (OSError, RuntimeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            adapted = peft.PeftModel.from_pretrained(model, str(folder))
+            wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
+            with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+                differ = sorted(wanted ^ set(file.keys()))
+            if differ:  # PEFT takes what fits and leaves the rest
+                raise ValueError(f"{len(differ)} tensors of one but not of the other, such as {differ[0]}")
+            return adapted.merge_and_unload().eval()
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise UserError(
             f"{folder}: no adapter of this model ({' '.join(str(error).split())[:300]})"
         ) from None

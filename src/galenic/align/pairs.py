@@ -17,7 +17,7 @@ from galenic.align.tasks import Messages, messages_of
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.pretrain.data.drawing import stable_hash
-from galenic.runtime import UserError, read_jsonl
+from galenic.runtime import UserError, numbered_jsonl, read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,9 @@ def read_pairs(path: str, tokenizer: Any, context: int) -> tuple[list[Pair], dic
         UserError: a line that is no pair, or whose answers are the same, named; no pair fits.
     """
     pairs, dropped = [], Counter()
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in numbered_jsonl(path):
+        if isinstance(row, UserError):
+            raise row
         try:
             pair = _encode(row, tokenizer, f"{Path(path).name}:{number}")
         except ValueError as error:
@@ -130,12 +132,14 @@ def trained_and_heldout(config: Any, tokenizer: Any) -> tuple[list[Pair], list[P
     """Reads the pairs of a run, `TdpoConfig`'s or `RewardConfig`'s.
 
     Returns:
-        Those to train on, those held out, and how many of the former were left out, by reason.
+        Those to train on, those held out and measured, and how many of the former were left out, by reason.
     """
     pairs, dropped = read_pairs(config.pairs, tokenizer, config.context)
     if config.heldout:
-        return pairs, read_pairs(config.heldout, tokenizer, config.context)[0], dropped
-    return *set_aside(pairs, config.heldout_share, config.seed), dropped
+        heldout = read_pairs(config.heldout, tokenizer, config.context)[0]
+    else:
+        pairs, heldout = set_aside(pairs, config.heldout_share, config.seed)
+    return pairs, heldout[: config.heldout_pairs], dropped
 
 
 def steps_of(config: Any) -> tuple[int, int]:

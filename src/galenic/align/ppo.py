@@ -1,8 +1,8 @@
 """Verb `ppo`: proximal policy optimization against rewards, held near a reference.
 
     rho   = p(y_t) / p_old(y_t)
-    L_p   = -min(rho A, clip(rho, 1 - e, 1 + e) A)                                    the policy, arXiv 1707.06347, eq. 7
-    L_v   = max((V - R)^2, (V_old + clip(V - V_old, -v, v) - R)^2) / 2                the values, arXiv 2005.12729
+    L_p   = -min(rho A, clip(rho, 1 - e, 1 + e) A)                              the policy, arXiv 1707.06347, eq. 7
+    L_v   = max((V - R)^2, (V_old + clip(V - V_old, -v, v) - R)^2) / 2          the values, arXiv 2005.12729
     L     = mean over tokens of L_p + c_v L_v - c_e entropy
 
 for every token y_t of the answers that were sampled from p_old; where A, R and the rewards come from: `experience.py`.
@@ -162,7 +162,9 @@ def run(config: PpoConfig) -> None:
         rewards.ready([question.task for question in (*questions, *heldout)])
         objective = PpoObjective(config, product=run.product)
         reference = Reference(run.model, config.reference, base=config.model, parallel=run.parallel)
-        run.attach("value_head", value_head_for(run.model))  # after the reference, which needs none, was copied
+        run.attach(
+            "value_head", value_head_for(run.model)
+        )  # after the reference, which needs none, was copied
         batches = Experiences(run, config, questions, sampler=sampler, rewards=rewards, reference=reference)
         run.fit(
             batches,

@@ -104,13 +104,19 @@ def sample(
     # Neighbours in this order are of about the same length, and equal prompts stand together.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), list(prompts[i]), i))
     found = [Rollout() for _ in prompts]
-    with _at_rest(model):
+    with _at_rest(model), _weights_ready(model):
         passes = _Passes(model, together)
         for first in range(0, len(order), batch):
             places = order[first : first + batch]
             noise = torch.from_numpy(np.stack([uniforms(keys[i], max_new_tokens) for i in places]))
             _sample_batch(
-                passes, [prompts[i] for i in places], [found[i] for i in places], noise, end, temperature, stop
+                passes,
+                [prompts[i] for i in places],
+                [found[i] for i in places],
+                noise,
+                end,
+                temperature,
+                stop,
             )
         passes.wait()
     return found
@@ -159,9 +165,7 @@ def _rows(
     return values[index.to(values.device)], mask[index]
 
 
-def _next(
-    logits: torch.Tensor, noise: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _next(logits: torch.Tensor, noise: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the next token of each row and its log-probability, (rows,) each; see `sample`."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = (exact / (temperature or 1.0)).log_softmax(-1)
@@ -232,6 +236,25 @@ def _at_rest(model: Any) -> Iterator[None]:
         if attention == "flex_attention":
             inner.set_attn_implementation(attention)
         model.train(training)
+
+
+@contextmanager
+def _weights_ready(model: Any) -> Iterator[None]:
+    """Keeps the weights of a process of its own as they are computed with; else FSDP casts them anew for each token.
+
+    Where processes share the weights, they share them because all of them would be too much for one.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)] if ranks() == 1 else []
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP's own default
 
 
 # ---------------------------------------------------------------------------- of a run
@@ -347,7 +370,7 @@ class Sampler:
 
     def text(self, rollout: Rollout) -> str:
         """Returns the text of a rollout, without the token that ended the turn."""
-        return self.run.tokenizer.decode(rollout.ids, skip_special_tokens=True)
+        return str(self.run.tokenizer.decode(rollout.ids, skip_special_tokens=True))
 
 
 def ends_with(tokenizer: Any, marker: str) -> Stop:

@@ -235,9 +235,7 @@ def run(config: SftConfig) -> None:
             rows=config.rows,
             alone=alone,
         )
-        batches = Conversations(
-            encoded, packed, config.rows, config.context, Path(config.conversations).name
-        )
+        batches = Conversations(encoded, packed, config.rows, config.context, Path(config.conversations).name)
         if not batches.steps:
             raise UserError(
                 f"{config.conversations}: fewer than {config.rows} rows of {config.context} tokens"

@@ -29,7 +29,9 @@ def shifter(
         UserError: the model has no such layers.
     """
     names = select_layers(trainer.model, config.layers)
-    start = {name: whole(weight_of(trainer.model, name).detach()).clone() for name in names if config.anchored}
+    start = {
+        name: whole(weight_of(trainer.model, name).detach()).clone() for name in names if config.anchored
+    }
     shift = TrainingShift(
         trainer.model,
         names,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from galenic.runtime import UserError, read_jsonl
+from galenic.runtime import UserError, numbered_jsonl
 
 Rule = Literal["exact", "option", "numeric", "diagnosis", "code"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -56,7 +56,9 @@ def read_tasks(path: str, *, answers: bool = False, limit: int | None = None) ->
         UserError: a line that is no task, named; an empty file.
     """
     tasks = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in numbered_jsonl(path):
+        if isinstance(row, UserError):
+            raise row
         try:
             task = task_of(row, f"{Path(path).name}:{number}")
             if answers and not task.answer:

@@ -108,7 +108,7 @@ class Run:
             objective: `galenic.pretrain.loop.Objective`; None: the labels' likelihood.
             steps: in all.
             score: told as a row of kind `heldout` at step 0 and at the end; called on every process, in `eval()`.
-            check: looks at each row and may end the run.
+            check: looks at each row, of a run that goes on at those before too, and may end the run.
             after: given the trainer, whose model is still the one that was opened, makes what is called after each
                 step; see `Trainer.train`.
             together: see `Trainer.train`.
@@ -147,6 +147,10 @@ class Run:
             follow = after(self.trainer) if after else None
             if self.trainer.resume() and hasattr(batches, "restore"):
                 batches.restore(self.trainer.reader)
+            if check is not None:
+                for row in gathered(self.trainer.rows() if rank() == 0 else [])[0]:
+                    if row["kind"] == "train":
+                        check(row)
             if self.trainer.step == 0:
                 self._score(score, 0)
 
@@ -173,6 +177,8 @@ class Run:
 
         Of inputs only that they were given: where they lie may change, and what is in them is the build's to know.
         """
+        from galenic.evaluate.config import model_parts
+
         values, paths = asdict(self.config), self.config.reads()
         for name in ("out", *self.config.incidental):
             del values[name]
@@ -180,7 +186,8 @@ class Run:
         def placeless(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: placeless(part) for name, part in value.items()}
-            return True if value in paths else value
+            is_input = isinstance(value, str) and all(part in paths for part in model_parts(value))
+            return True if is_input else value
 
         return {"verb": self.verb, **placeless(values)}
 
@@ -219,9 +226,7 @@ class Run:
             save(self.model, folder, base=config.model, provenance=record, parents=parents, weights=weights)
 
         trained_only = config.lora is not None
-        export(
-            self.model, self.parallel, folder, write, wanted=lambda p: p.requires_grad or not trained_only
-        )
+        export(self.model, self.parallel, folder, write, wanted=lambda p: p.requires_grad or not trained_only)
         self.trainer.finish()
 
 

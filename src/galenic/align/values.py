@@ -1,4 +1,4 @@
-"""A value head on a model's last hidden states: a part of the model while PPO trains, and no part of what is written."""
+"""A value head on a model's last hidden states: part of the model while PPO trains, no part of what is written."""
 
 from typing import Any
 

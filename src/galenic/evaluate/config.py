@@ -23,7 +23,9 @@ class EvaluateConfig:
     """Output folder: results.json and items/."""
     models: dict[str, str]
     """Name -> model folder, or `base+adapter` for a LoRA adapter; evaluated and reported in this order."""
-    groups: dict[str, Literal["base", "expert", "merge", "aligned", "flattened"]] = field(default_factory=dict)
+    groups: dict[str, Literal["base", "expert", "merge", "aligned", "flattened"]] = field(
+        default_factory=dict
+    )
     """Model name -> its part in the pipeline; the report colours by it. Models left out are `other`."""
     tokens: str | None = None
     """Tokenizer step folder: the tokenizer, and tokens/<source>.heldout.* for the bits per byte. Without it the

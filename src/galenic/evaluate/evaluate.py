@@ -55,7 +55,9 @@ def plan(config: EvaluateConfig) -> Plan:
         "conversations": ", ".join(f"{len(rows)} {name}" for name, rows in conversations.items()) or "none",
         "options scored": human(4 * count * len(config.models)),
         **(
-            {"answers written": f"{min(count, config.shown)} of at most {config.written_tokens} tokens, each model"}
+            {
+                "answers written": f"{min(count, config.shown)} of at most {config.written_tokens} tokens, each model"
+            }
             if config.written_tokens
             else {}
         ),
@@ -367,7 +369,9 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         f"held-out documents, sampled by seed {config.seed} until {config.heldout_tokens} tokens a source"
     }
     put = show("{question}").removesuffix(prompt.join + "{option}")
-    written = f"the likeliest token each time after {put!r}, at most {config.written_tokens}; no options are shown"
+    written = (
+        f"the likeliest token each time after {put!r}, at most {config.written_tokens}; no options are shown"
+    )
     return {
         **(documents if material.heldout else {}),
         "answers": "bits per byte of the assistant's turns in the chat format, given all before them; the end-of-turn "

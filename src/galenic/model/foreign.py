@@ -32,7 +32,7 @@ from galenic.model.folder import (
     load_classifier,
     save,
 )
-from galenic.model.modeling_baichuan_m1 import BaichuanM1ForSequenceClassification
+from galenic.model.modeling_baichuan_m1 import BaichuanM1ForCausalLM, BaichuanM1ForSequenceClassification
 from galenic.runtime import UserError, atomic_path, read_json, write_json
 
 Kind = Literal["causal language model", "masked language model", "text classifier", "image classifier"]
@@ -86,7 +86,7 @@ def folder_kind(folder: str | Path, kinds: Sequence[Kind] = KINDS) -> Kind:
     model_type = settings.get("model_type")
     names = settings.get("architectures") or [""]
     if model_type == "baichuan_m1" and names != [BaichuanM1ForSequenceClassification.__name__]:
-        return "causal language model"
+        names = [BaichuanM1ForCausalLM.__name__]  # also where none is named
     if settings.get("auto_map") and model_type not in CONFIG_MAPPING:
         raise UserError(
             f"{folder}: cannot be loaded: it needs code that lies in the folder (auto_map), which is never run; models "
@@ -215,7 +215,8 @@ def _open(
             return opener.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=attn_implementation,
+                # A few networks (Gemma 2) have no "sdpa"; left alone, transformers takes it wherever there is one.
+                attn_implementation=None if attn_implementation == "sdpa" else attn_implementation,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

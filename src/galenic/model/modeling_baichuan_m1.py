@@ -1288,7 +1288,7 @@ class BaichuanM1ForSequenceClassification(BaichuanM1PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = BaichuanM1Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)  # pyrefly: ignore[bad-argument-type]
         self.post_init()
 
     @can_return_tuple

@@ -31,8 +31,8 @@ MEASURES = {
     "loss": "loss",
 }
 """Column of the metrics -> its name and unit, in the order they are drawn."""
-COLUMNS = ("reward", "accuracy", "kl", "entropy", "length")
-"""Those that the table tells."""
+COLUMNS = {"reward": "reward", "accuracy": "accuracy", "kl": "KL", "entropy": "entropy", "length": "length"}
+"""Those that the table tells -> what it calls them."""
 QUESTIONS = 5
 """Shown with what the models say."""
 
@@ -45,7 +45,11 @@ def alignment(run: Run) -> dict[str, Any] | None:
     return {
         "stages": stages,
         "chain": " \u2192 ".join(stage["name"] for stage in stages),
-        "measures": [name for name in COLUMNS if any(name in stage["ends"] for stage in stages)],
+        "measures": {
+            measure: title
+            for measure, title in COLUMNS.items()
+            if any(measure in stage["ends"] for stage in stages)
+        },
     }
 
 
@@ -71,7 +75,6 @@ def _stage(name: str, step: Step) -> dict[str, Any]:
         "note": f"{method + ', ' if method else ''}{len(train)} steps, {spell(seconds)}"
         + ("" if step.state == "done" else "; not over"),
         "steps": len(train),
-        "seconds": seconds,
         "ends": {measure: _ends(values) for measure, (_, values) in lines.items()},
         "heldout": _heldout([row for row in rows if row["kind"] == "heldout"]),
         "stopped": next((row for row in rows if row["kind"] == "stopped"), None),
@@ -103,7 +106,7 @@ def _flat(row: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, dict):
             found |= {f"{name} {part}".removesuffix(".heldout"): number for part, number in value.items()}
         elif name not in ("kind", "step") and isinstance(value, int | float):
-            found[name] = value
+            found[name.replace("_", " ")] = value
     return found
 
 

@@ -274,8 +274,6 @@ def measures(key: str, label: str, lines: dict[str, Line], *, smoothed: bool = T
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.tick_params(labelsize=8.5, labelbottom=place + columns >= len(lines))
             axes.grid(axis="y", color=colour("line"), linewidth=0.5, alpha=0.6)
-            if place + columns >= len(lines):
-                axes.set_xlabel("step")
         for axes in fields[len(lines) :]:
             axes.set_visible(False)
 

@@ -14,6 +14,7 @@ KIND_WORDS = {
     "translation": "Chinese and English",
     "arithmetic": "calculations",
     "code": "programs",
+    "chains": "calculations of several steps",
 }
 KIND_ORDER = tuple(KIND_WORDS)
 GROUP_WORDS = {
@@ -155,12 +156,21 @@ def shown(run: Run) -> list[dict[str, Any]]:
 
 
 def headline(results: dict[str, Any]) -> tuple[str, str]:
-    """Returns the names of the product (flattened, else merged, else last aligned, else an expert) and of the base it grew from."""
+    """Returns the names of the product and of the base it grew from.
+
+    The product is what was flattened, else merged, else aligned last, else an expert.
+    """
     models = results["models"]
     by_group: dict[str, list[str]] = {}
     for name, model in models.items():
         by_group.setdefault(model["group"], []).append(name)
     merges = sorted(by_group.get("merge", []), key=lambda name: "metagpt" not in name)
     base = (by_group.get("base") or [next(iter(models))])[-1]
-    product = (by_group.get("flattened") or merges or by_group.get("aligned", [])[-1:] or by_group.get("expert") or [base])[0]
+    product = (
+        by_group.get("flattened")
+        or merges
+        or by_group.get("aligned", [])[-1:]
+        or by_group.get("expert")
+        or [base]
+    )[0]
     return product, base

@@ -1,4 +1,7 @@
-"""Loss, gradients and metrics of one batch of preference pairs in TRL's DPOTrainer or RewardTrainer, on the CPU."""
+"""Loss, gradients and metrics of one batch of preference pairs in TRL's DPOTrainer or RewardTrainer, on the CPU.
+
+TRL 1.16 multiplies by `lm_head.weight` itself, so the head is made a plain one first.
+"""
 
 import json
 import sys
@@ -21,7 +24,6 @@ common = {
     "max_length": 128,
     "use_cpu": True,
     "bf16": False,
-    "gradient_checkpointing": False,
     "report_to": "none",
     "save_strategy": "no",
     "disable_tqdm": True,
@@ -29,6 +31,8 @@ common = {
 data = Dataset.from_list(job["pairs"])
 if job["way"] == "dpo":
     reference = opener.from_pretrained(job["reference"], trust_remote_code=True, dtype=torch.float32)
+    model.materialize_norm_head()
+    reference.materialize_norm_head()
     trainer = DPOTrainer(
         model,
         ref_model=reference,

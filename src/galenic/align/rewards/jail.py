@@ -1,11 +1,12 @@
-"""The process in which an answer's code meets its tests: `sandbox.run_tests` starts it; it is never imported.
+"""The process in which an answer's code meets its tests: `sandbox.run_tests` starts it as a script.
 
 Before any of that code runs, the process gives up, for good, whatever it could do harm with:
 
     no new privileges; limits of processor time, memory and descriptors; dies with its parent
     Landlock   reads the Python library and nothing else; where the kernel has none, nothing is opened at all
     seccomp    a list of what is allowed: no sockets, no processes or threads, no signals to others, no opening for
-               writing, no change to any file, no other program
+               writing, no change to any file, no other program (Linux lets no filter see uprobe and uretprobe, with
+               which a process can only end itself)
 
 It imports nothing of Galenic and sees an empty environment.
 """
@@ -20,6 +21,7 @@ import signal
 import struct
 import sys
 import types
+from collections.abc import Mapping
 from typing import Any
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -45,14 +47,15 @@ OPENING = {"open": (2, None, 1), "openat": (257, 56, 2)}
 """Allowed for reading only: the third number is the argument that holds the flags."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-LIBRARY = (os.path.dirname(os.__file__), os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64")
-NEEDED = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom", "/usr/share/zoneinfo")
-PRELOADED = (
-    "abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions "
-    "functools hashlib heapq io itertools math numbers operator random re statistics string struct textwrap time "
-    "typing unicodedata unittest _strptime"
+LIBRARY = (
+    os.path.dirname(os.__file__),
+    os.path.join(sys.base_prefix, "lib"),
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
 )
-"""Modules that are there where nothing can be opened."""
+NEEDED = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom", "/usr/share/zoneinfo")
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     write, leave = os.write, os._exit  # what the code puts in their place later does not matter
     try:
-        lock(request["parent"], request["seconds"], request["memory_mb"], landlock=request["landlock"])
+        lock(request)
     except (OSError, KeyError) as error:
         write(said, f"{secret} cannot: {error}".encode())
         leave(1)
@@ -95,14 +98,13 @@ def judge(code: str, tests: str) -> str:
 # ---------------------------------------------------------------------------- locking
 
 
-def lock(parent: int, seconds: float, memory_mb: int, *, landlock: bool) -> None:
+def lock(request: Mapping[str, Any]) -> None:
     """Gives up everything but computing.
 
     Args:
-        parent: its process; where that is gone, so is the reason to run.
-        seconds: of processor time, rounded up to whole ones.
-        memory_mb: of address space.
-        landlock: use it where the kernel has it.
+        request: `parent`, its process (where that is gone, so is the reason to run); `seconds` of processor time,
+            rounded up to whole ones; `memory_mb` of address space; `landlock`, whether to use it where the kernel has
+            it; `modules` that are loaded before, where nothing can be opened later.
 
     Raises:
         OSError, KeyError: it cannot be done here.
@@ -110,26 +112,28 @@ def lock(parent: int, seconds: float, memory_mb: int, *, landlock: bool) -> None
     libc = ctypes.CDLL(None, use_errno=True)
     column, architecture = MACHINES[os.uname().machine]
     _call(libc.prctl, 1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if os.getppid() != request["parent"]:
         os._exit(1)
     for what, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CPU, math.ceil(seconds)),
-        (resource.RLIMIT_AS, memory_mb << 20),
+        (resource.RLIMIT_CPU, math.ceil(request["seconds"])),
+        (resource.RLIMIT_AS, request["memory_mb"] << 20),
     ):
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
     _call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    reading = landlock and confine(libc)
+    reading = request["landlock"] and confine(libc)
     if not reading:
-        for name in PRELOADED.split():
+        for name in request["modules"]:
             __import__(name)
     program = filter_program(column, architecture, reading=reading)
     instructions = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions)))
+    header = ctypes.create_string_buffer(
+        struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))
+    )
     _call(libc.prctl, 22, 2, header, 0, 0)  # PR_SET_SECCOMP, a filter
     for path, flags in ((os.devnull, os.O_WRONLY), ("/", os.O_RDONLY)):
         try:
@@ -153,7 +157,9 @@ def confine(libc: ctypes.CDLL) -> bool:
         except FileNotFoundError:
             continue
         rights = file | folder if os.path.isdir(path) else file
-        _call(libc.syscall, add, rules, 1, ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12), 0)
+        _call(
+            libc.syscall, add, rules, 1, ctypes.create_string_buffer(struct.pack("=Qi", rights, place), 12), 0
+        )
         os.close(place)
     _call(libc.syscall, restrict, rules, 0)
     os.close(rules)

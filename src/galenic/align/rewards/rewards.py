@@ -1,30 +1,51 @@
-"""The reward of an answer: what rules and the reward model say of it, weighed by the domain of its task."""
+"""The reward of an answer: what rules, the reward model and the judge say of it, weighed by the domain of its task."""
 
 import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from galenic.align.config import RewardsConfig
 from galenic.align.rewards.rules import check, contradiction
 from galenic.align.tasks import Task
+from galenic.corpus.synthesis.synthesise_config import BudgetConfig
+from galenic.ranks import rank
 from galenic.runtime import UserError
 
 
 class Rewards:
-    """Rewards answers: reward = weights["rule"] * rule in {0, 1} + weights["model"] * score of the reward model.
+    """Rewards answers.
+
+    reward = weights["rule"] * rule in {0, 1} + weights["model"] * score of the reward model
+             + weights["judge"] * points of the judge / most points
 
     An answer that did not end is worth `config.cut_off`, whatever it says.
 
     Args:
-        config: weights, limits and the reward model's folder.
+        config: weights, limits, the reward model's folder and the judge.
+        out: folder in which a judge's replies are kept, `judged-<process>.jsonl`.
+        budget: what requests to the judge may cost. Default: no limit.
         model: something else to score with (`score(conversations) -> list of numbers`). Default: the reward model of
             `config.model`, opened when it is first needed.
     """
 
-    def __init__(self, config: RewardsConfig, *, model: Any = None) -> None:
-        self.config, self._model = config, model
+    def __init__(
+        self,
+        config: RewardsConfig,
+        *,
+        out: str | Path | None = None,
+        budget: BudgetConfig | None = None,
+        model: Any = None,
+    ) -> None:
+        self.config, self._model, self._judge = config, model, None
+        if config.judge is not None:
+            from galenic.align.rewards.judge import Judge
+
+            if out is None:
+                raise ValueError("out: a judge needs a folder for its replies")
+            self._judge = Judge(config.judge, Path(out) / f"judged-{rank()}.jsonl", budget)
 
     @property
     def model(self) -> Any:
@@ -38,23 +59,27 @@ class Rewards:
         return self._model
 
     def weights(self, task: Task) -> Mapping[str, float]:
-        """Returns what rule and model count in a task's reward; parts that count nothing are left out."""
+        """Returns what each part counts in a task's reward; parts that count nothing are left out."""
         domains = self.config.weights
         chosen = domains.get(task.domain, domains.get("*"))
         if chosen is None:
-            chosen = {"rule": 1.0} if task.rule else {"model": 1.0}
+            modelled = self._judge is None or self.config.model is not None or self._model is not None
+            chosen = {"rule" if task.rule else "model" if modelled else "judge": 1.0}
         return {part: weight for part, weight in chosen.items() if weight}
 
     def ready(self, tasks: Sequence[Task]) -> None:
         """Looks whether all of these tasks can be rewarded, before anything is sampled.
 
         Raises:
-            UserError: a task has neither rule nor model; its true answer fails its own rule; code cannot be isolated.
+            UserError: a task has neither rule nor model nor judge; its true answer fails its own rule; code cannot be
+                isolated.
         """
         for task in tasks:
             weights = self.weights(task)
             if not weights:
-                raise UserError(f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}")
+                raise UserError(
+                    f"rewards.weights: nothing counts in domain '{task.domain}' of task {task.id}"
+                )
             if "rule" in weights and task.rule is None:
                 raise UserError(
                     f"task {task.id} has no answer and no tests, but rewards.weights counts its rule: give it one, or "
@@ -63,7 +88,12 @@ class Rewards:
             if "model" in weights and self.config.model is None and self._model is None:
                 raise UserError(
                     f"task {task.id} has no rule that could reward it, or rewards.weights counts a model: name the "
-                    "folder of a reward model in rewards.model (verb `reward`)"
+                    "folder of a reward model in rewards.model (verb `reward`), or a judge in rewards.judge"
+                )
+            if "judge" in weights and self._judge is None:
+                raise UserError(
+                    f"rewards.weights: counts a judge in domain '{task.domain}' of task {task.id}; name its endpoint "
+                    "in rewards.judge"
                 )
             if "rule" in weights and (wrong := contradiction(task, self.config)):
                 raise UserError(f"task {task.id}: {wrong}")
@@ -84,20 +114,21 @@ class Rewards:
             One reward an answer.
 
         Raises:
-            UserError: a reward is not a number; the task is named.
+            UserError: a reward is not a number, or the judge failed; the task is named.
         """
         weights = [self.weights(task) if done else {} for task, done in zip(tasks, ended, strict=True)]
         found = [0.0 if done else self.config.cut_off for done in ended]
-        for part, values in (("rule", self._rules), ("model", self._scores)):
+        for part, values in (("rule", self._rules), ("model", self._scores), ("judge", self._judged)):
             rows = [row for row, counted in enumerate(weights) if part in counted]
             if not rows:
                 continue
             told = values([tasks[row] for row in rows], [texts[row] for row in rows])
             for row, value in zip(rows, told, strict=True):
                 if not math.isfinite(value):
+                    where = f"; look at {self.config.model}" if part == "model" else ""
                     raise UserError(
-                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to learn "
-                        f"from{'; look at ' + (self.config.model or 'the reward model') if part == 'model' else ''}"
+                        f"task {tasks[row].id}: the {part} rewards its answer with {value}, which is no number to "
+                        f"learn from{where}"
                     )
                 found[row] += weights[row][part] * value
         return found
@@ -109,7 +140,7 @@ class Rewards:
         for row in set(range(len(tasks))) - set(code):
             values[row] = check(tasks[row], texts[row], self.config)
         if code:
-            with ThreadPoolExecutor(min(len(code), len(os.sched_getaffinity(0)))) as pool:
+            with ThreadPoolExecutor(min(len(code), os.cpu_count() or 1)) as pool:
                 told = pool.map(lambda row: check(tasks[row], texts[row], self.config), code)
                 for row, value in zip(code, told, strict=True):
                     values[row] = value
@@ -126,3 +157,9 @@ class Rewards:
                 ]
             )
         ]
+
+    def _judged(self, tasks: Sequence[Task], texts: Sequence[str]) -> list[float]:
+        """What the judge says."""
+        if self._judge is None:
+            raise UserError("rewards.judge: no endpoint of a judge is named")
+        return self._judge(tasks, texts)

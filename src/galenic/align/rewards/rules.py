@@ -1,4 +1,4 @@
-"""Whether an answer is right, where the right one is known.
+r"""Whether an answer is right, where the right one is known.
 
     exact      the same text, but for Unicode form, width, case, articles and punctuation
     option     the text, letter or number of the right option; "(B)", "B. aspirin", "option 2"
@@ -7,7 +7,7 @@
     code       Python that passes the task's tests; see `sandbox.py`
 
 In a longer text **the answer** is the line behind the last "Answer:", "the answer is", "答案" (or, for a diagnosis,
-"Diagnosis:", "诊断") or inside the last \\boxed{}; without any of these it is the whole text. Code is the last block
+"Diagnosis:", "诊断") or inside the last \boxed{}; without any of these it is the whole text. Code is the last block
 between ``` fences, else the whole text. Whatever else stands there makes an answer wrong: who names two options, two
 diagnoses or two numbers has not answered.
 """
@@ -26,11 +26,12 @@ _BOXED = r"\\boxed\s*\{"
 _MARKERS = re.compile(f"{_BOXED}|{_ANSWER}", re.IGNORECASE)
 _DIAGNOSIS_MARKERS = re.compile(f"{_BOXED}|{_ANSWER}|{_DIAGNOSIS}", re.IGNORECASE)
 _LABEL = re.compile(
-    r"(?:(?:option|choice)\b|选项|选择|选)?\s*[(\[]?\s*([A-Za-z]|\d{1,2})\s*(?:[)\]:、]|\.(?!\d)|$)", re.IGNORECASE
+    r"(?:(?:option|choice)\b|选项|选择|选)?\s*[(\[]?\s*([A-Za-z]|\d{1,2})\s*(?:[)\]:、]|\.(?!\d)|$)",
+    re.IGNORECASE,
 )
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-_CODE = re.compile(r"\b[A-Za-z]\d[0-9A-Za-z](?:\.[0-9A-Za-z]{1,4})?\b")
-"""ICD-10: a letter, two places, and up to four behind a dot."""
+_CODE = re.compile(r"\b[A-Za-z]\d[0-9A-Za-z](?:\.[0-9A-Za-z]{1,4}|\d{1,2})?\b")
+"""ICD-10: a letter, two places, and up to four behind a dot, which is often left out."""
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -91,11 +92,10 @@ def answer_of(text: str, markers: re.Pattern[str] = _MARKERS, *, lines: int = 1)
         lines: lines that an answer may have.
     """
     text = unified(text)
-    last = None
-    for last in markers.finditer(text):
-        pass
-    if last is None:
+    found = list(markers.finditer(text))
+    if not found:
         return text.strip()
+    last = found[-1]
     rest = text[last.end() :]
     if last[0].startswith("\\"):
         return _inside(rest)

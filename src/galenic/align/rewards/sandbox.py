@@ -1,13 +1,14 @@
 """Runs an answer's code against tests in a process that can touch nothing.
 
-Each run is a fresh Python (`jail.py`), without site packages and with an empty environment. The kernel holds it: Landlock
-and seccomp leave it the Python library to read and its own memory to compute in. There are no threads, no other
-processes, no sockets, no files to write, and the user's own cannot be read. Processor time and memory are limited, and
-what only waits is ended by the clock.
+Each run is a fresh Python (`jail.py`), without site packages and with an empty environment. The kernel holds it:
+Landlock and seccomp leave it the Python library to read and its own memory to compute in. There are no threads, no
+other processes, no sockets, no files to write, and the user's own cannot be read. Processor time and memory are
+limited, and what only waits is ended by the clock.
 
-What this cannot see: tests share a process with the code they test, here as elsewhere. Leaving early, printing or writing
-a verdict does not pass; but code that is made to fool its tests (a result that equals everything, `assert`ed values
-replaced) or that searches the frames of this very harness can. Rewards on code want tests that look closely.
+What this cannot see: tests share a process with the code they test, here as elsewhere. Leaving early, printing or
+writing a verdict does not pass; but code that is made to fool its tests (a result that equals everything, a name put in
+the place of one that tests use) or that searches the frames of this very harness can. Rewards on code want tests that
+look closely.
 """
 
 import json
@@ -21,7 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from galenic.runtime import UserError
 
@@ -31,6 +32,12 @@ _WAIT = 5
 """Seconds by the clock for each of processor time; and as many to start."""
 _LANDLOCK = True
 """Use it where the kernel has it."""
+_MODULES = (
+    "abc array bisect calendar cmath collections.abc contextlib copy dataclasses datetime decimal enum fractions "
+    "functools hashlib heapq io itertools math numbers operator random re statistics string struct textwrap time "
+    "typing unicodedata unittest _strptime"
+).split()
+"""What code can import where it may open nothing, and what has to be there everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,9 @@ def run_tests(code: str, tests: str, *, seconds: float, memory_mb: int) -> Verdi
         UserError: this machine cannot isolate code.
     """
     if sys.platform != "linux":
-        raise UserError("rule 'code': only Linux can isolate code (seccomp); leave out the tasks with tests here")
+        raise UserError(
+            "rule 'code': only Linux can isolate code (seccomp); leave out the tasks with tests here"
+        )
     secret = secrets.token_hex(16)
     request = {
         "code": code,
@@ -65,6 +74,7 @@ def run_tests(code: str, tests: str, *, seconds: float, memory_mb: int) -> Verdi
         "seconds": seconds,
         "memory_mb": memory_mb,
         "landlock": _LANDLOCK,
+        "modules": _MODULES,
     }
     reader, writer = os.pipe()
     process = None
@@ -122,7 +132,7 @@ def _verdict(said: bytes | None, secret: str, process: subprocess.Popen) -> Verd
                 "with seccomp on x86-64 or ARM64; leave out the tasks with tests here"
             )
         if outcome in get_args(Reason):
-            return Verdict(passed=outcome == "passed", reason=outcome)
+            return Verdict(passed=outcome == "passed", reason=cast(Reason, outcome))
     try:
         killed = process.wait(timeout=1) in (-signal.SIGKILL, -signal.SIGXCPU)
     except subprocess.TimeoutExpired:
@@ -136,9 +146,10 @@ def require(*, seconds: float, memory_mb: int) -> None:
     Raises:
         UserError: it cannot.
     """
-    verdict = run_tests("", "pass", seconds=seconds, memory_mb=memory_mb)
+    usual = "\n".join(f"import {name}" for name in _MODULES)
+    verdict = run_tests(usual, "pass", seconds=seconds, memory_mb=memory_mb)
     if not verdict.passed:
         raise UserError(
-            f"rule 'code': not even an empty program passes ({verdict.reason}); raise rewards.code_memory_mb "
-            f"{memory_mb} or rewards.code_seconds {seconds:g}"
+            f"rule 'code': not even a program that imports the usual modules passes ({verdict.reason}); raise "
+            f"rewards.code_memory_mb {memory_mb} or rewards.code_seconds {seconds:g}, or use another Python"
         )

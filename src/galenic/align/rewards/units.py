@@ -80,7 +80,7 @@ _NUMBER = re.compile(
     (?: 10\s?\^\s?(?P<power>[-+]?\d{1,2})
       | (?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d{1,30})? | \d{1,30}(?:\.\d{1,30})? | \.\d{1,30})
         (?: [eE](?P<e>[-+]?\d{1,2}) | \s?[x×*·]\s?10\s?\^\s?(?P<ten>[-+]?\d{1,2}) )?
-    )(?!\d|\.\d)""",
+    )(?!\d|\.\d|[eE][-+]?\d)""",
     re.VERBOSE,
 )  # the numbers of digits are limited: an answer must not keep us busy with 1e999999999
 

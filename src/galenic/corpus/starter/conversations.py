@@ -1,4 +1,4 @@
-"""Conversations for supervised fine-tuning: {"messages": [{"role", "content"}], "source", "department"}.
+"""Conversations for supervised fine-tuning: {"messages": [{"role", "content"}], "source", "department", "category"}.
 
 Wordings here are never used in `questions`: what is asked there was never asked here.
 
@@ -89,6 +89,9 @@ WORDINGS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """(source, kind) -> prompts; the empty source serves every other one."""
 
+_TERMS = ("name-synonym", "synonym-name", "brand-name", "code-name", "name-code")
+"""Kinds that find a standard term or a code: the category of understanding. What others ask is knowledge."""
+
 CHOICE = "{prompt}\nChoose one: {options}."
 """A prompt with options; the answer is the option's text, not its letter."""
 
@@ -118,11 +121,19 @@ TRANSLATE: dict[str, tuple[str, ...]] = {
 }
 
 
-def _row(turns: Sequence[tuple[str, str]], source: str, department: str) -> Conversation:
+def _row(turns: Sequence[tuple[str, str]], source: str, department: str, category: str) -> Conversation:
     messages = []
     for user, assistant in turns:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return {"messages": messages, "source": source, "department": department}
+    return {"messages": messages, "source": source, "department": department, "category": category}
+
+
+def _about(entity: Entity, turns: Sequence[tuple[str, str]], category: str) -> Conversation:
+    return _row(turns, entity.source, entity.department, category)
+
+
+def _category(kind: str) -> str:
+    return "understanding" if kind in _TERMS else "knowledge"
 
 
 def conversation_text(row: Conversation) -> str:
@@ -216,7 +227,7 @@ def _single(kind: str) -> Callable[[Tree, str, int], Conversation | None]:
         asked = fact(tree, key, kind, seed)
         if asked is None:
             return None
-        return _row([(prompt(asked, seed), _answer(asked))], asked.entity.source, asked.entity.department)
+        return _about(asked.entity, [(prompt(asked, seed), _answer(asked))], _category(kind))
 
     return make
 
@@ -238,7 +249,7 @@ def _choice(tree: Tree, key: str, seed: int) -> Conversation | None:
         return None
     options = stable_shuffle([asked.answer, *wrong], str, seed, key, "options")
     text = CHOICE.format(prompt=prompt(asked, seed), options="; ".join(options))
-    return _row([(text, asked.answer)], asked.entity.source, asked.entity.department)
+    return _about(asked.entity, [(text, asked.answer)], _category(kind))
 
 
 def _double(tree: Tree, key: str, seed: int) -> Conversation | None:
@@ -247,9 +258,8 @@ def _double(tree: Tree, key: str, seed: int) -> Conversation | None:
     facts = [asked for kind in kinds if (asked := fact(tree, key, kind, seed)) is not None]
     if len(facts) < 2:
         return None
-    entity = facts[0].entity
     turns = [(prompt(asked, seed), _answer(asked)) for asked in facts[:2]]
-    return _row(turns, entity.source, entity.department)
+    return _about(facts[0].entity, turns, _category(facts[0].kind))
 
 
 def _department(tree: Tree, key: str, seed: int) -> Conversation | None:
@@ -257,7 +267,7 @@ def _department(tree: Tree, key: str, seed: int) -> Conversation | None:
     if entity.source not in _REFERRED or entity.department in ("", "general medicine", "public health"):
         return None
     text = _pick(DEPARTMENT, seed, key, "department").format(name=entity.name)
-    return _row([(text, entity.department.capitalize())], entity.source, entity.department)
+    return _about(entity, [(text, entity.department.capitalize())], "knowledge")
 
 
 def _lay(tree: Tree, key: str, seed: int) -> Conversation | None:
@@ -266,7 +276,7 @@ def _lay(tree: Tree, key: str, seed: int) -> Conversation | None:
     if not terms:
         return None
     text = _pick(LAY, seed, key, "lay").format(name=entity.name)
-    return _row([(text, _pick(terms, seed, key, "term"))], entity.source, entity.department)
+    return _about(entity, [(text, _pick(terms, seed, key, "term"))], "understanding")
 
 
 def _tables(diseases: Iterable[Disease], seed: int) -> Iterator[Conversation]:
@@ -283,7 +293,9 @@ def _tables(diseases: Iterable[Disease], seed: int) -> Iterator[Conversation]:
             answer = answer.capitalize() if column == "department" else answer
             name = disease.name_zh if chinese else disease.name
             for wording in wordings:
-                row = _row([(wording.format(name=name), answer)], "disease-tables", disease.department)
+                turns = [(wording.format(name=name), answer)]
+                category = "understanding" if field == "code" else "knowledge"
+                row = _row(turns, "disease-tables", disease.department, category)
                 rows.append((f"{disease.id} {wording}", row))
     return (row for _, row in stable_shuffle(rows, lambda item: item[0], seed, "tables"))
 
@@ -319,7 +331,7 @@ def _talk(dialogues: Iterable[Dialogue], seed: int) -> Iterator[Conversation]:
     for dialogue in stable_shuffle(dialogues, lambda d: d.id, seed, "talk"):
         turns = list(zip(dialogue.turns[::2], dialogue.turns[1::2], strict=False))
         if turns and all(len(answer.split()) <= ANSWER_WORDS for _, answer in turns):
-            yield _row(turns, f"dialogue-{dialogue.language}", "")
+            yield _row(turns, f"dialogue-{dialogue.language}", "", "general")
 
 
 def _translation(pair: Pair, direction: str, seed: int) -> tuple[str, str]:
@@ -331,7 +343,7 @@ def _translation(pair: Pair, direction: str, seed: int) -> tuple[str, str]:
 
 def _translations(pairs: Iterable[Pair], direction: str, seed: int) -> Iterator[Conversation]:
     for pair in stable_shuffle(pairs, lambda p: p.id, seed, direction):
-        yield _row([_translation(pair, direction, seed)], pair.source, "")
+        yield _row([_translation(pair, direction, seed)], pair.source, "", "general")
 
 
 def _translations_in_a_row(pairs: Iterable[Pair], seed: int) -> Iterator[Conversation]:
@@ -341,7 +353,7 @@ def _translations_in_a_row(pairs: Iterable[Pair], seed: int) -> Iterator[Convers
         three = ordered[start : start + 3]
         directions = [_pick(tuple(TRANSLATE), seed, pair.id, "way") for pair in three]
         turns = [_translation(pair, way, seed) for pair, way in zip(three, directions, strict=True)]
-        yield _row(turns, three[0].source, "")
+        yield _row(turns, three[0].source, "", "general")
 
 
 # ---------------------------------------------------------------------------- split

@@ -202,7 +202,7 @@ def arithmetic_conversations(count: int, seed: int) -> list[dict[str, Any]]:
 
 def _conversation(prompt: str, answer: str, source: str) -> dict[str, Any]:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "source": source, "department": ""}
+    return {"messages": messages, "source": source, "department": "", "category": "general"}
 
 
 def arithmetic_questions(count: int, seed: int) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def read_reply(text: str, finish: str, identity: str, as_json: bool) -> tuple[An
         return None, Problem("refusal" if finish == "content_filter" else "empty")
     if finish == "content_filter":
         return None, Problem("refusal", text[:100])
-    found = _json_object(text) if as_json else None
+    found = json_object(text) if as_json else None
     if found is None:
         if refuses(_ID_LINE.sub("", text)):
             return None, Problem("refusal", text[:100])
@@ -125,8 +125,12 @@ def read_reply(text: str, finish: str, identity: str, as_json: bool) -> tuple[An
     return (content, None) if content else (None, Problem("empty"))
 
 
-def _json_object(text: str) -> dict[str, Any] | None:
-    """Returns the JSON object in a text, which fences or a few words may surround; raw line breaks are forgiven."""
+def json_object(text: str) -> dict[str, Any] | None:
+    """Returns the JSON object in a text, which fences or a few words may surround; raw line breaks are forgiven.
+
+    What a model thinks before it answers is passed over.
+    """
+    text = _THINKING.sub("", text)
     decoder = json.JSONDecoder(strict=False)
     start = text.find("{")
     if start < 0:

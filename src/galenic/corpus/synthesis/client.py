@@ -130,9 +130,7 @@ class Client:
             RequestFailed: the request was refused, or failed after all retries.
             BudgetSpent: nothing more may be spent.
         """
-        settings = {"temperature": self.endpoint.temperature, "max_tokens": self.endpoint.max_tokens}
-        settings |= self.endpoint.extra | sampling
-        name = digest(self.endpoint.model, messages, settings, key)
+        name, settings = self._named(messages, key, sampling)
         row = self.cache.get(name)
         if row is None:
             body = {"model": self.endpoint.model, "messages": messages, **settings}
@@ -147,6 +145,18 @@ class Client:
         self.usage.prompt_tokens += reply.prompt_tokens
         self.usage.completion_tokens += reply.completion_tokens
         return reply
+
+    def knows(self, messages: list[Message], *, key: str, **sampling: Any) -> bool:
+        """True if `complete` would find the answer in the cache."""
+        return self.cache.get(self._named(messages, key, sampling)[0]) is not None
+
+    def _named(
+        self, messages: list[Message], key: str, sampling: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]]:
+        """Returns a request's name in the cache, and its settings."""
+        settings = {"temperature": self.endpoint.temperature, "max_tokens": self.endpoint.max_tokens}
+        settings |= self.endpoint.extra | sampling
+        return digest(self.endpoint.model, messages, settings, key), settings
 
     async def _patiently(self, body: dict[str, Any], dice: random.Random) -> Reply:
         sent = {name: value for name, value in body.items() if value is not None}

@@ -10,6 +10,7 @@ main text stands is drawn evenly. Questions stay answerable: a text in which wha
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from galenic.corpus.starter.holdout import stable_key, stable_shuffle, tokens
@@ -201,7 +202,10 @@ class _Builder:
             return fill(wording, {"texts": BETWEEN.join(texts), "question": asked.question})
 
         def length(texts: Sequence[str]) -> int:
-            turns = ({"role": "user", "content": prompt(texts)}, {"role": "assistant", "content": asked.answer})
+            turns = (
+                {"role": "user", "content": prompt(texts)},
+                {"role": "assistant", "content": asked.answer},
+            )
             return len(encode_chat(self.tokenizer, list(turns))[0])
 
         try:
@@ -225,17 +229,18 @@ class _Builder:
             department=text.department,
             task=asked.task,
             document=text.id,
-            around=taken,
+            around=taken[: len(texts) - 1],  # what was taken last had no room, not for a word
             tokens=length(texts),
         )
         return Outcome(id=name, conversation=row)
 
     def _fitting(self, name: str, text: Seed, asked: Asked, taken: list[str]) -> Iterator[str]:
-        """Yields texts of the same language that do not answer the question too, each once; notes their ids."""
+        """Yields texts that do not answer the question too, each once, the same language first; notes their ids."""
         keys = [_phrase(part) for part in asked.unique]
         document = text.id.partition("#")[0]
-        for other in stable_shuffle(self.others, lambda o: o.id, self.seed, name):
-            if other.language != text.language or other.id.partition("#")[0] == document:
+        shuffled = stable_shuffle(self.others, lambda o: o.id, self.seed, name)
+        for other in sorted(shuffled, key=lambda o: o.language != text.language):
+            if other.id.partition("#")[0] == document:
                 continue
             if other.id not in self._phrases:
                 self._phrases[other.id] = _phrase(other.text)
@@ -271,9 +276,10 @@ def surround(
     if least > budget:
         return None
     supply, most = iter(others), least + round(before * (budget - least))
-    front = _taken(supply, most - least, count)[::-1]
-    front = _trimmed(front, lambda texts: length([*texts, main]) <= most, at_start=True)
-    back = _taken(supply, budget - length([*front, main]), count)
+    taken = _taken(supply, most - least, count)
+    front = _trimmed(taken[::-1], lambda texts: length([*texts, main]) <= most, at_start=True)
+    # Those that had no room in front, not for a word, come first behind.
+    back = _taken(chain(taken[len(front) :], supply), budget - length([*front, main]), count)
     back = _trimmed(back, lambda texts: length([*front, main, *texts]) <= budget, at_start=False)
     return [*front, main, *back]
 
@@ -292,11 +298,16 @@ def _trimmed(texts: list[str], fits: Callable[[list[str]], bool], *, at_start: b
     while texts and not fits(texts):
         if at_start:
             cut = cut_to_fit(texts[0][::-1], lambda part, rest=texts[1:]: fits([part[::-1], *rest]))[::-1]
-            texts = [cut, *texts[1:]] if cut else texts[1:]
+            texts = [*([cut] if _says(cut) else []), *texts[1:]]
         else:
             cut = cut_to_fit(texts[-1], lambda part, rest=texts[:-1]: fits([*rest, part]))
-            texts = [*texts[:-1], cut] if cut else texts[:-1]
+            texts = [*texts[:-1], *([cut] if _says(cut) else [])]
     return texts
+
+
+def _says(text: str) -> bool:
+    """Whether more than punctuation is left."""
+    return any(map(str.isalnum, text))
 
 
 def cut_to_fit(text: str, fits: Callable[[str], bool]) -> str:

@@ -76,9 +76,7 @@ def made(pipeline: PipelineConfig, seed: Seed, name: str, draft: Draft, score: f
     conversation = None
     if draft.question:
         turns = (draft.question, draft.answer)
-        conversation = conversation_row(
-            pipeline, name, turns, department=seed.department, document=seed.id
-        )
+        conversation = conversation_row(pipeline, name, turns, department=seed.department, document=seed.id)
     return Outcome(id=name, document=document, conversation=conversation, round=number)
 
 

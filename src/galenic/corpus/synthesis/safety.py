@@ -73,6 +73,16 @@ def outcomes(pipeline: PipelineConfig, folder: str, seed: int) -> Iterator[Outco
 # ---------------------------------------------------------------------------- what there is to ask
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, in plain words."""
+
+    name: str
+    text: str
+    answers: list[str]
+    safe: bool
+
+
 def items_of(book: Mapping[str, Any], language: str, seed: int) -> Iterator[Item]:
     """Puts every request of every label, and every harmless one, into every guise.
 
@@ -81,48 +91,61 @@ def items_of(book: Mapping[str, Any], language: str, seed: int) -> Iterator[Item
         language: of it.
         seed: of the choice among an answer's wordings.
     """
-    for label, told in book["labels"].items():
-        safe = [(r["request"], [r["answer"]]) for r in told["safe"]]
-        harmful = [
-            (r, told["answers"]) if isinstance(r, str) else (r["request"], [r["answer"]])
-            for r in told["requests"]
-        ]
-        harmless = [
-            (fill(request, words), fill(answers[0], words))
-            for request, answers in safe
-            for words in _filled(request, book["slots"])
-        ]
-        for kind, requests in (("unsafe", harmful), ("safe", safe)):
-            behaviour = told["behaviour"] if kind == "unsafe" else "help"
-            for place, (request, answers) in enumerate(requests, start=1):
-                for number, words in enumerate(_filled(request, book["slots"]), start=1):
-                    before = harmless[stable_key(seed, label, place, number) % len(harmless)]
-                    for attack, templates in book["attacks"].items():
-                        for which, template in enumerate(templates, start=1):
-                            if kind == "safe" and not isinstance(template, str):
-                                continue  # one that leads from harmless to harmful has no harmless form
-                            name = f"{language}/{label}/{kind}-{place}.{number}/{attack}-{which}"
-                            answer = answers[stable_key(seed, name) % len(answers)]
-                            yield Item(
-                                id=f"synthetic-safety/{name}",
-                                label=label,
-                                attack=attack,
-                                behaviour=behaviour,
-                                turns=(*_turns(template, fill(request, words), before), fill(answer, words)),
-                                language=language,
-                            )
+    guises = [
+        (attack, f"{attack}-{number}", template)
+        for attack, templates in book["attacks"].items()
+        for number, template in enumerate(templates, start=1)
+    ]
+    for label, rule in book["labels"].items():
+        requests = _requests(rule, book["slots"])
+        harmless = [request for request in requests if request.safe]
+        for request in requests:
+            before = harmless[stable_key(seed, label, request.name) % len(harmless)]
+            for attack, guise, template in guises:
+                if request.safe and isinstance(template, list):
+                    continue  # one that leads from harmless to harmful has no harmless form
+                name = f"{language}/{label}/{request.name}/{guise}"
+                answer = request.answers[stable_key(seed, name) % len(request.answers)]
+                if request.safe and isinstance(template, dict):
+                    answer = fill(template["helped"], {"request": request.text, "answer": answer})
+                yield Item(
+                    id=f"synthetic-safety/{name}",
+                    label=label,
+                    attack=attack,
+                    behaviour="help" if request.safe else rule["behaviour"],
+                    turns=(*_turns(template, request.text, before), answer),
+                    language=language,
+                )
 
 
-def _filled(request: str, slots: Mapping[str, list[str]]) -> list[dict[str, str]]:
-    """Returns every way to fill the slots of a request."""
-    names = list(dict.fromkeys(_SLOT.findall(request)))
-    return [dict(zip(names, values, strict=True)) for values in product(*(slots[name] for name in names))]
+def _requests(rule: Mapping[str, Any], slots: Mapping[str, list[str]]) -> list[_Request]:
+    """Returns the requests of a label, harmful and harmless, in every way to fill their slots."""
+    found = []
+    for kind, requests in (("unsafe", rule["requests"]), ("safe", rule["safe"])):
+        for place, one in enumerate(requests, start=1):
+            text, answers = (
+                (one, rule["answers"]) if isinstance(one, str) else (one["request"], [one["answer"]])
+            )
+            names = list(dict.fromkeys(_SLOT.findall(text)))
+            for number, values in enumerate(product(*(slots[name] for name in names)), start=1):
+                words = dict(zip(names, values, strict=True))
+                filled = [fill(answer, words) for answer in answers]
+                found.append(_Request(f"{kind}-{place}.{number}", fill(text, words), filled, kind == "safe"))
+    return found
 
 
-def _turns(template: str | list[str], request: str, before: tuple[str, str]) -> tuple[str, ...]:
+def _turns(template: Any, request: str, before: _Request) -> tuple[str, ...]:
     """Puts a request into a guise: the turns up to the user's last, after a harmless question where it has several."""
-    values = {"request": request, "spelled": spelled(request), "safe": before[0], "safe_answer": before[1]}
-    return tuple(fill(turn, values) for turn in ([template] if isinstance(template, str) else template))
+    values = {"request": request, "spelled": spelled(request)}
+    values |= {"safe": before.text, "safe_answer": before.answers[0]}
+    return tuple(fill(turn, values) for turn in _asked(template))
+
+
+def _asked(template: Any) -> list[str]:
+    """Returns the turns of a guise: a text, turns, or {ask, helped}."""
+    if isinstance(template, list):
+        return template
+    return [template["ask"] if isinstance(template, dict) else template]
 
 
 def spelled(text: str) -> str:
@@ -164,7 +187,9 @@ def affixed(texts: Mapping[str, str]) -> dict[str, str]:
     >>> affixed({"a": "may I take it", "b": "well may I take it", "c": "may I"})
     {'a': 'c', 'b': 'a'}
     """
-    keys = sorted(texts, key=lambda key: len(texts[key]))  # a stable sort: of equal ones the first stays first
+    keys = sorted(
+        texts, key=lambda key: len(texts[key])
+    )  # a stable sort: of equal ones the first stays first
     whole: dict[str, str] = {}
     found: dict[str, str] = {}
     for key in keys:
@@ -266,8 +291,12 @@ def _check(book: Any) -> None:
                 _texts([answer], f"{label}.{kind}", set(_SLOT.findall(request)))
     for attack, templates in book["attacks"].items():
         for template in templates:
-            turns = [template] if isinstance(template, str) else template
+            turns = _asked(template)
             _texts(turns, f"attacks.{attack}", {"request", "spelled", "safe", "safe_answer"})
+            if isinstance(template, dict):
+                _texts([template["helped"]], f"attacks.{attack}.helped", {"request", "answer"})
+                if "{answer}" not in template["helped"]:
+                    raise ValueError(f"attacks.{attack}.helped: holds no {{answer}}")
             if len(turns) % 2 == 0 or not {"request", "spelled"} & set(_SLOT.findall(turns[-1])):
                 raise ValueError(f"attacks.{attack}: its last turn is the user's and holds {{request}}")
 

@@ -15,7 +15,7 @@ from galenic.corpus.synthesis.checks import Problem, fields_problem, read_reply,
 from galenic.corpus.synthesis.client import Client
 from galenic.runtime import UserError
 
-_PLACE = re.compile(r"\{([a-z_]+)\}")
+PLACE = re.compile(r"\{([a-z_]+)\}")
 _QUOTED = 1000  # characters of an unusable answer that are sent back
 
 
@@ -85,7 +85,7 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
             raise UserError(f"{path}: no such prompt file; there are {', '.join(own)}")
         given = _sections(path)
         for step, text in own[path.name].items():
-            wanted, there = set(_PLACE.findall(text)), set(_PLACE.findall(given.get(step, "")))
+            wanted, there = set(PLACE.findall(text)), set(PLACE.findall(given.get(step, "")))
             for places, verb in ((wanted - there, "lacks"), (there - wanted, "cannot have")):
                 if places:
                     raise UserError(f"{path}: section '# {step}' {verb} {{{'}, {'.join(sorted(places))}}}")
@@ -100,7 +100,7 @@ def _sections(path: Path) -> dict[str, str]:
 
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Puts values into the places of a template; braces inside a value stay as they are."""
-    return _PLACE.sub(lambda match: values[match[1]], template)
+    return PLACE.sub(lambda match: values[match[1]], template)
 
 
 # ---------------------------------------------------------------------------- asking

@@ -111,8 +111,8 @@ class PipelineConfig:
     tokens: int = 8192
     """Long context: tokens of a conversation, its answer included; never more, and fewer only if texts run out."""
     conversations: str = ""
-    """Long context: JSON lines of conversations with the id of their `document`, such as the `sft.jsonl` of another run,
-    to be asked amid other texts. Default: templates ask for quotations, titles and facts."""
+    """Long context: JSON lines of conversations with the id of their `document`, such as another run's `sft.jsonl`, to
+    be asked amid other texts. Default: templates ask for quotations, titles and facts."""
 
     def __post_init__(self) -> None:
         if self.limit < 1 or self.points < 1:
@@ -213,7 +213,9 @@ class SynthesiseConfig:
         for name, offline in names:
             if names.count((name, offline)) > 1:
                 raise UserError(f"pipelines: '{name}' stands twice; list its sources and genres together")
-        if not (self.corpus or self.documents or all(pipeline.name == "safety" for pipeline in self.pipelines)):
+        if not (
+            self.corpus or self.documents or all(pipeline.name == "safety" for pipeline in self.pipelines)
+        ):
             raise UserError("corpus: give a corpus folder, or files as documents")
         if self.endpoint is None and not all(pipeline.asks_nobody for pipeline in self.pipelines):
             raise UserError("endpoint: needed by every pipeline that is not offline")
@@ -224,7 +226,9 @@ class SynthesiseConfig:
 
     def reads(self) -> list[str]:
         """Files and folders the verb reads."""
-        others = (path for pipeline in self.pipelines for path in (pipeline.tokenizer, pipeline.conversations))
+        others = (
+            path for pipeline in self.pipelines for path in (pipeline.tokenizer, pipeline.conversations)
+        )
         return [path for path in (self.corpus, *self.documents, self.prompts, *others) if path]
 
     @property
