@@ -118,6 +118,8 @@ def test_questions_have_one_right_result_at_every_place():
         values = [int(option.split(" ")[0]) for option in row["options"]]
         assert values[row["answer"]] == sum(map(int, row["id"].split("/")[2].split(",")))
         assert len(set(values)) == 4
-    ranks = [sorted(int(o.split(" ")[0]) for o in row["options"]).index(
-        int(row["options"][row["answer"]].split(" ")[0])) for row in rows]  # fmt: skip
+    ranks = []  # by size; small results have few below them
+    for row in rows:
+        values = [int(option.split(" ")[0]) for option in row["options"]]
+        ranks.append(sorted(values).index(values[row["answer"]]))
     assert all(60 < ranks.count(rank) < 160 for rank in range(4))

@@ -102,9 +102,9 @@ class StarterConfig:
     """Conversations of translation and small talk at most."""
     reasoning_conversations: int = 9000
     """Conversations on arithmetic and code (two thirds arithmetic) at most."""
-    alignment_conversations: int = 3000
+    alignment_conversations: int = 3500
     """Conversations that alignment begins with: `worked_chains`, the rest in equal parts of the three kinds above."""
-    worked_chains: int = 300
+    worked_chains: int = 2500
     """Conversations that work a calculation of several steps at most."""
     heldout_conversations: int = 300
     """Conversations of each kind set aside for losses."""

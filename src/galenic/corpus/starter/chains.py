@@ -24,8 +24,8 @@ from galenic.corpus.starter.worked import asked
 MARKER = "\nAnswer: "
 """What stands between the working and the answer."""
 Side = Literal["train", "heldout", "questions"]
-SHARE = 0.1
-"""Share of all sets of terms that are held out, and again that belong to questions."""
+SHARES: dict[Side, float] = {"heldout": 0.1, "questions": 0.2}
+"""Shares of all sets of terms; the rest is for training."""
 LARGEST = 9
 """Largest number in a prompt."""
 DOMAIN = "chains"
@@ -50,6 +50,7 @@ KINDS = (
         (
             "A patient is given {terms} mg of a medicine. Find the whole dose.",
             "Doses of one day: {terms} mg. Find the sum.",
+            "Find the sum of these doses: {terms} mg.",
         ),
         "mg",
     ),
@@ -59,13 +60,18 @@ KINDS = (
         (
             "In: {0} and {1} mL. Out: {2} mL. Find the balance.",
             "A patient drinks {0} mL, is infused {1} mL and loses {2} mL. Find the balance.",
+            "Find the balance: {0} mL by mouth, {1} mL by vein, then {2} mL lost.",
         ),
         "mL",
     ),
     Kind(
         "stock",
         ((1, -1, 1), (1, -1, 1, -1)),
-        ("A box of tablets: {signed}. Find what is left.", "Tablets in a box, then changes: {signed}. Count."),
+        (
+            "A box of tablets: {signed}. Find what is left.",
+            "Tablets in a box, then changes: {signed}. Count.",
+            "Find how many tablets are left: {signed}.",
+        ),
         "tablets",
     ),
 )
@@ -87,7 +93,11 @@ class Chain:
         first, *rest = self.terms
         ordered = sorted(self.terms) if min(rest) > 0 else (first, *sorted(rest))
         place = stable_key("chains", self.kind, *ordered) / 2**64
-        return "heldout" if place < SHARE else "questions" if place < 2 * SHARE else "train"
+        for side, share in SHARES.items():
+            if place < share:
+                return side
+            place -= share
+        return "train"
 
     def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
         """Returns one equation for each term after the first.
