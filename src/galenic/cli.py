@@ -67,15 +67,15 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.align.sft",
         "fine-tune an expert on conversations, loss on answers only",
     ),
-    "reward": (
-        "galenic.align.config:RewardConfig",
-        "galenic.align.reward",
-        "train a reward model on preference pairs (Bradley-Terry)",
-    ),
     "elo": (
         "galenic.align.config:EloConfig",
         "galenic.align.elo",
         "learn chains of thought from true answers, without a reward model",
+    ),
+    "reward": (
+        "galenic.align.config:RewardConfig",
+        "galenic.align.reward",
+        "train a reward model on preference pairs (Bradley-Terry)",
     ),
     "tdpo": (
         "galenic.align.config:TdpoConfig",

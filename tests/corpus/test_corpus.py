@@ -7,6 +7,7 @@ import pytest
 from test_readers import TABLE, dumps, pickled
 from test_wheels import make_wheel, pin
 
+from galenic.align.tasks import task_of
 from galenic.corpus import corpus
 from galenic.corpus.config import CorpusConfig, StarterConfig
 from galenic.corpus.readers.radiology import FILES
@@ -16,6 +17,7 @@ from galenic.runtime import UserError, read_json, read_jsonl
 parquet = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("daft")
 
+CONVERSATIONS = ("medical", "dialogue", "reasoning", "alignment")
 COLOURS = ["crimson", "scarlet", "amber", "olive", "indigo", "violet", "turquoise", "magenta"]
 ORGANS = ["hepatic", "gastric", "tracheal", "vertebral", "cochlear", "corneal", "pancreatic", "splenic"]
 
@@ -145,7 +147,11 @@ def config(tmp_path_factory):
         medical_conversations=60,
         dialogue_conversations=40,
         reasoning_conversations=40,
+        alignment_conversations=40,
+        worked_chains=10,
+        tasks=30,
         preferences=20,
+        heldout_tasks=10,
         heldout_conversations=5,
         arithmetic_documents=30,
         reasoning_documents=40,
@@ -184,8 +190,10 @@ def test_writes_everything_the_contract_names(built):
         "sources.json",
         "stats.json",
         "preferences.jsonl",
-        *(f"sft/{n}.{s}.jsonl" for n in ("medical", "dialogue", "reasoning") for s in ("train", "heldout")),
-        *(f"questions/{n}.jsonl" for n in ("recall", "transfer", "translation", "arithmetic", "code")),
+        "preferences.heldout.jsonl",
+        *(f"sft/{n}.{s}.jsonl" for n in CONVERSATIONS for s in ("train", "heldout")),
+        *(f"tasks/{n}.{s}.jsonl" for n in ("chains", "rewarded") for s in ("train", "heldout")),
+        *(f"questions/{n}.jsonl" for n in ("recall", "transfer", "translation", "arithmetic", "code", "chains")),
     }
     documents = parquet.read_table(out / "documents.parquet")
     assert documents.column_names == (
@@ -246,10 +254,32 @@ def test_transfer_entities_are_nowhere_in_training(built):
     names = dict(zip(terms[::2], terms[1::2], strict=True))
     texts = [row["text"] for row in parquet.read_table(out / "documents.parquet").to_pylist()]
     training = "\n".join(
-        [*texts, *(files[n].decode() for n in files if n.startswith(("sft/", "preferences")))]
+        [*texts, *(files[n].decode() for n in files if n.startswith(("sft/", "tasks/", "preferences")))]
     ).lower()
     for entity in hidden & set(names):
         assert names[entity].lower() not in training and entity.lower() not in training
+
+
+def test_what_alignment_reads_is_whole_and_apart(built):
+    out, _ = built
+    stats = read_json(out / "stats.json")
+    assert set(stats["conversations"]) == {f"{n}.{s}" for n in CONVERSATIONS for s in ("train", "heldout")}
+    for name in ("chains", "rewarded"):
+        sides = [list(read_jsonl(out / "tasks" / f"{name}.{split}.jsonl")) for split in ("train", "heldout")]
+        assert [len(side) for side in sides] == [stats["tasks"][f"{name}.{s}"] for s in ("train", "heldout")]
+        assert not {row["id"] for row in sides[0]} & {row["id"] for row in sides[1]}
+        for number, row in enumerate(sides[0] + sides[1]):
+            assert task_of(row, str(number)).answer
+    assert {row["domain"] for row in sides[0]} == {"chains", "choices"}
+    pairs = [list(read_jsonl(out / f"preferences{part}.jsonl")) for part in ("", ".heldout")]
+    assert pairs[1] and not {row["prompt"] for row in pairs[0]} & {row["prompt"] for row in pairs[1]}
+    assert {row["source"] for row in pairs[0]} > {"chains"} and any(r["source"] == "chains" for r in pairs[1])
+    rows = [list(read_jsonl(out / "sft" / f"alignment.{split}.jsonl")) for split in ("train", "heldout")]
+    assert {row["category"] for row in rows[0]} == {"knowledge", "general", "reasoning"}
+    for kind in ("medical", "dialogue", "reasoning"):  # each side is made of that side of the others
+        for split, other in (("train", 1), ("heldout", 0)):
+            texts = {str(row["messages"]) for row in read_jsonl(out / "sft" / f"{kind}.{split}.jsonl")}
+            assert not texts & {str(row["messages"]) for row in rows[other]}
 
 
 def test_recall_entities_are_trained_on(built):

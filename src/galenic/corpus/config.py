@@ -95,17 +95,25 @@ class StarterConfig:
     transfer_share: float = 0.04
     """Share of the entities that appear nowhere in training, in (0, 0.5]."""
     questions: int = 1600
-    """Questions of each kind (recall, transfer, translation, arithmetic, code) at most."""
+    """Questions of each kind (recall, transfer, translation, arithmetic, code, chains) at most."""
     medical_conversations: int = 12000
     """Conversations on medical knowledge at most."""
     dialogue_conversations: int = 9000
     """Conversations of translation and small talk at most."""
     reasoning_conversations: int = 9000
     """Conversations on arithmetic and code (two thirds arithmetic) at most."""
-    preferences: int = 4000
-    """Preference pairs at most."""
+    alignment_conversations: int = 3500
+    """Conversations that alignment begins with: `worked_chains`, the rest in equal parts of the three kinds above."""
+    worked_chains: int = 2500
+    """Conversations that work a calculation of several steps at most."""
     heldout_conversations: int = 300
     """Conversations of each kind set aside for losses."""
+    tasks: int = 2000
+    """Tasks of each kind (calculations of several steps, choices) at most."""
+    preferences: int = 4000
+    """Preference pairs at most; a quarter of them on calculations of several steps."""
+    heldout_tasks: int = 200
+    """Tasks of each kind, and preference pairs, set aside at most."""
     arithmetic_documents: int = 1500
     """Documents of worked arithmetic."""
     reasoning_documents: int = 400
@@ -133,6 +141,11 @@ class StarterConfig:
             "medical_conversations",
             "dialogue_conversations",
             "reasoning_conversations",
+            "alignment_conversations",
+            "worked_chains",
+            "tasks",
+            "preferences",
+            "heldout_tasks",
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is below 1")

@@ -97,7 +97,7 @@ def plan(config: CorpusConfig) -> Plan:
     if config.decontamination.evaluations:
         outputs += ["contamination.parquet", "contamination.json"]
     if config.starter is not None:
-        outputs += ["preferences.jsonl", "sft/", "questions/"]
+        outputs += ["preferences.jsonl", "sft/", "tasks/", "questions/"]
     return Plan(reads=reads, writes=[f"{config.out}/{file}" for file in outputs], facts=facts)
 
 

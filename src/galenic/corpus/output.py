@@ -32,11 +32,13 @@ def write_ledger(rows: Dropped, path: Path) -> None:
 
 
 def write_made(out: Path, made: Made) -> None:
-    """Writes conversations, preference pairs and questions."""
-    for name, splits in made.conversations.items():
-        for split, rows in zip(("train", "heldout"), splits, strict=True):
-            write_jsonl(out / "sft" / f"{name}.{split}.jsonl", rows)
-    write_jsonl(out / "preferences.jsonl", made.preferences)
+    """Writes conversations, tasks, preference pairs and questions."""
+    for folder, groups in (("sft", made.conversations), ("tasks", made.tasks)):
+        for name, splits in groups.items():
+            for split, rows in zip(("train", "heldout"), splits, strict=True):
+                write_jsonl(out / folder / f"{name}.{split}.jsonl", rows)
+    for name, rows in zip(("preferences", "preferences.heldout"), made.preferences, strict=True):
+        write_jsonl(out / f"{name}.jsonl", rows)
     for name, rows in made.questions.items():
         write_jsonl(out / "questions" / f"{name}.jsonl", rows)
 
@@ -130,12 +132,13 @@ def write_statistics(
     if masked:
         statistics["masked"] = dict(sorted(masked.items()))
     if made is not None and prepared is not None:
-        statistics["conversations"] = {
-            f"{name}.{split}": len(rows)
-            for name, both in made.conversations.items()
-            for split, rows in zip(("train", "heldout"), both, strict=True)
-        }
-        statistics["preferences"] = len(made.preferences)
+        for kind, groups in (("conversations", made.conversations), ("tasks", made.tasks)):
+            statistics[kind] = {
+                f"{name}.{split}": len(rows)
+                for name, both in groups.items()
+                for split, rows in zip(("train", "heldout"), both, strict=True)
+            }
+        statistics["preferences"] = len(made.preferences[0])
         statistics["questions"] = {name: len(rows) for name, rows in made.questions.items()}
         statistics["transfer_entities"] = len(prepared.transfer)
     write_json(out / "stats.json", statistics)

@@ -2,9 +2,10 @@
 
     wheels --> records --hold out--> rendered documents --> the pipeline of `corpus.py` --> kept documents
                                                                                                 |
-                                        conversations, preference pairs, questions <------------+
+                                     conversations, tasks, preference pairs, questions <--------+
 
 * `wheels.py`: archives, verified; `holdout.py`: what training never sees, and the proof of it; `selection.py`: limits.
 * `render.py`, `facts.py`: knowledge as text; `questions.py`, `conversations.py`, `preferences.py`, `reasoning.py`.
+* `chains.py`, `choices.py`: what alignment is asked, with the right answers.
 * `starter.py`: the story.
 """

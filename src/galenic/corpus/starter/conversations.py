@@ -232,9 +232,14 @@ def _single(kind: str) -> Callable[[Tree, str, int], Conversation | None]:
     return make
 
 
+def choice_kind(key: str, seed: int) -> str:
+    """Returns the kind of fact about an entity that a conversation gives options for."""
+    return KINDS[stable_key(seed, key, "choice") % len(KINDS)]
+
+
 def _choice(tree: Tree, key: str, seed: int) -> Conversation | None:
     """Asks with four options, all of them siblings or cousins."""
-    kind = KINDS[stable_key(seed, key, "choice") % len(KINDS)]
+    kind = choice_kind(key, seed)
     asked = fact(tree, key, kind, seed) if kind != "name-definition" else None
     if asked is None:
         return None
@@ -360,13 +365,13 @@ def split_rows(
     """Splits rows into (train, held out); rows with the same first user message stay together.
 
     Args:
-        rows: conversations, or any rows with messages.
+        rows: conversations, or preference pairs.
         heldout: how many to hold out; at most one group of equal prompts more.
         seed: of the choice.
     """
     groups: dict[str, list[Conversation]] = defaultdict(list)
     for row in rows:
-        groups[row["messages"][0]["content"]].append(row)
+        groups[row["prompt"] if "prompt" in row else row["messages"][0]["content"]].append(row)
     chosen: list[Conversation] = []
     left: list[Conversation] = []
     for first in stable_shuffle(groups, str, seed, "held out"):

@@ -2,7 +2,7 @@
 
     wheels --readers--> records --hold out--> render --> documents (into the pipeline of `corpus.py`)
                                       |
-            kept documents -----------+--> conversations, preference pairs, questions --> proof that nothing leaked
+            kept documents -----------+--> conversations, tasks, pairs, questions --> proof that nothing leaked
 
 What is held out is chosen before anything is generated, so nothing can be made from it by accident.
 """
@@ -19,9 +19,10 @@ from galenic.corpus.readers.disease_tables import disease_entities, disease_pair
 from galenic.corpus.readers.python_source import code_documents
 from galenic.corpus.readers.sources import SOURCES
 from galenic.corpus.records import Document, Entity
+from galenic.corpus.starter.alignment import alignment_conversations, alignment_pairs, alignment_tasks
+from galenic.corpus.starter.chains import chain_questions
 from galenic.corpus.starter.conversations import dialogue_conversations, medical_conversations, split_rows
 from galenic.corpus.starter.holdout import Mentions, check_no_leak, choose_transfer, prune, split_pairs
-from galenic.corpus.starter.preferences import preference_pairs
 from galenic.corpus.starter.questions import recall_questions, transfer_questions, translation_questions
 from galenic.corpus.starter.reasoning import (
     arithmetic_conversations,
@@ -76,7 +77,8 @@ class Made:
     """What is made of the kept documents."""
 
     conversations: dict[str, Splits]
-    preferences: list[Row]
+    tasks: dict[str, Splits]
+    preferences: Splits
     questions: dict[str, list[Row]]
 
 
@@ -143,7 +145,7 @@ def prepare(config: StarterConfig, seed: int, heldout_share: float = 0.04) -> Pr
 
 
 def generate(config: StarterConfig, seed: int, prepared: Prepared, split: dict[str, str]) -> Made:
-    """Makes conversations, preference pairs and questions.
+    """Makes conversations, tasks, preference pairs and questions.
 
     Args:
         config: how many of each.
@@ -154,9 +156,8 @@ def generate(config: StarterConfig, seed: int, prepared: Prepared, split: dict[s
     entities = [e for e in prepared.entities if split.get(document_id(e)) == "train"]
     return Made(
         conversations=_conversations(config, seed, prepared, entities, split),
-        preferences=preference_pairs(
-            entities, forbidden=prepared.forbidden, count=config.preferences, seed=seed
-        ),
+        tasks=alignment_tasks(config, seed, entities, prepared.forbidden),
+        preferences=alignment_pairs(config, seed, entities, prepared.forbidden),
         questions=_questions(config, seed, prepared, entities),
     )
 
@@ -166,7 +167,7 @@ def prove(prepared: Prepared, made: Made, documents: Iterable[tuple[str, str]]) 
 
     Args:
         prepared: tells the held-out entities.
-        made: conversations, preference pairs and questions.
+        made: conversations, tasks, preference pairs and questions.
         documents: (id, text) of every document; held-out ones too, they are no place for questions either.
 
     Raises:
@@ -265,6 +266,7 @@ def _questions(
         "translation": translation_questions(prepared.asked_pairs, count=count, seed=seed),
         "arithmetic": arithmetic_questions(count, seed),
         "code": code_questions(asked, count, seed),
+        "chains": chain_questions(count, seed),
     }
 
 
@@ -301,10 +303,11 @@ def _conversations(
         "reasoning": arithmetic_conversations(config.reasoning_conversations * 2 // 3, seed)
         + code_conversations(modules, config.reasoning_conversations // 3, seed),
     }
-    return {
+    found = {
         name: split_rows(group, heldout=config.heldout_conversations, seed=seed)
         for name, group in rows.items()
     }
+    return {**found, "alignment": alignment_conversations(config, seed, found)}
 
 
 def _training_texts(documents: Iterable[tuple[str, str]], made: Made) -> Iterator[tuple[str, str]]:
@@ -314,8 +317,14 @@ def _training_texts(documents: Iterable[tuple[str, str]], made: Made) -> Iterato
         for split, rows in zip(("train", "heldout"), splits, strict=True):
             for number, row in enumerate(rows, start=1):
                 yield f"sft/{name}.{split}.jsonl:{number}", "\n".join(m["content"] for m in row["messages"])
-    for number, row in enumerate(made.preferences, start=1):
-        yield (
-            f"preferences.jsonl:{number}",
-            "\n".join(str(row[key]) for key in ("prompt", "chosen", "rejected")),
-        )
+    for name, splits in made.tasks.items():
+        for split, rows in zip(("train", "heldout"), splits, strict=True):
+            for number, row in enumerate(rows, start=1):
+                texts = [row["question"], *row["options"]] if "options" in row else [row["prompt"], row["answer"]]
+                yield f"tasks/{name}.{split}.jsonl:{number}", "\n".join(texts)
+    for name, rows in zip(("preferences", "preferences.heldout"), made.preferences, strict=True):
+        for number, row in enumerate(rows, start=1):
+            yield (
+                f"{name}.jsonl:{number}",
+                "\n".join(str(row[key]) for key in ("prompt", "chosen", "rejected")),
+            )

@@ -1,0 +1,279 @@
+"""The chain of alignment, SFT -> ELO -> TDPO -> PPO, and each of its stages left out, over seeds.
+
+    python benchmarks/alignment.py --run runs/starter [--seeds 5] [--workers 2] [--out runs/alignment]
+
+Every stage is its verb with the starter's configuration (recipes/starter/55 to 59) on the starter's base model; the
+seed changes what is drawn: the order of the data and what is sampled. Prints the tables of docs/alignment.md and draws its
+figure into --figures. Finished runs and their models stay in --out.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timing
+import units
+import yaml
+from alignment_measures import ROOM, measure
+
+from galenic.cli import VERBS, parse_config
+from galenic.corpus.starter.chains import MARKER
+from galenic.runtime import read_jsonl, write_jsonl
+
+Unit = dict[str, Any]
+Results = dict[str, list[Unit]]
+"""Arm -> a unit for each seed."""
+
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("55-sft-alignment", {}),
+    "elo": ("56-elo", {}),
+    "tdpo": ("57-tdpo", {}),
+    "ppo": ("59-ppo", {}),
+    "reward": ("58-reward", {}),
+    "direct": ("55-sft-alignment", {}),  # the same conversations, their chains cut out
+    "elo+": ("56-elo", {"answer_term": True}),
+}
+"""Stage -> (step of the recipe, what is changed in it)."""
+CHAIN = ("sft", "elo", "tdpo", "ppo")
+ARMS: tuple[tuple[str, ...], ...] = (
+    (),
+    *(CHAIN[:count] for count in range(1, 5)),
+    *(tuple(stage for stage in CHAIN if stage != left_out) for left_out in CHAIN[:3]),
+    ("direct",),
+    ("sft", "elo+"),
+)
+"""What is compared; a chain without its last stage is the one before it."""
+REWARD = ("sft", "reward")
+
+
+def named(stages: Sequence[str]) -> str:
+    """`sft > elo`."""
+    return " > ".join(stages) or "base"
+
+
+# ---------------------------------------------------------------------------- one model
+
+
+def configuration(stage: str, recipes: Path, run: Path, changes: dict[str, Any]) -> tuple[str, Any]:
+    """Returns verb and configuration of a stage, as the recipe has it but for what is changed."""
+    step, variant = STAGES[stage]
+    text = (recipes / f"{step}.yaml").read_text(encoding="utf-8").replace("RUN/", f"{run}/")
+    verb = step.split("-")[1]
+    return verb, parse_config(verb, {**yaml.safe_load(text), **variant, **changes})[0]
+
+
+def train(stages: list[str], seed: int, run: str, recipes: str, models: str) -> Unit:
+    """Trains the last of the stages on what the others gave, and measures it if it is compared.
+
+    Args:
+        stages: none: the base model itself.
+        seed: of the stage.
+        run: the starter run.
+        recipes: the starter's recipe.
+        models: folder of models, one for each chain of stages and seed.
+    """
+    base = str(Path(run) / "30-pretrain" / "phase-3-medical-advanced")
+
+    def place(some: Sequence[str]) -> str:
+        return str(Path(models) / f"{'-'.join(some)}-{seed}" / "model") if some else base
+
+    rows: list[dict[str, Any]] = []
+    if stages:
+        out = Path(place(stages)).parent
+        changes: dict[str, Any] = {"model": place(stages[:-1]), "out": str(out), "seed": seed}
+        if stages[-1] == "direct":
+            changes["conversations"] = str(_without_chains(Path(run), Path(models)))
+        if stages[-1] == "ppo":
+            text = yaml.safe_load((Path(recipes) / "59-ppo.yaml").read_text(encoding="utf-8"))
+            changes["rewards"] = text["rewards"] | {"model": place(REWARD)}
+        verb, config = configuration(stages[-1], Path(recipes), Path(run), changes)
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress
+            importlib.import_module(VERBS[verb][1]).run(config)
+        rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] in ("train", "heldout")]
+    found: Unit = {"curves": curves(rows), "heldout": [row for row in rows if row["kind"] == "heldout"]}
+    if tuple(stages) in ARMS:
+        found["measures"] = measure(place(stages), place(["sft"]), Path(run))
+    return found
+
+
+def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Returns what a run tells of each step."""
+    steps = [row for row in rows if row["kind"] == "train"]
+    names = ("loss", "reward", "accuracy", "kl", "entropy", "length")
+    return {name: [row[name] for row in steps] for name in names if all(name in row for row in steps)}
+
+
+def _without_chains(run: Path, models: Path) -> Path:
+    """Writes the conversations that alignment begins with, with answers in place of chains and answers."""
+    path = models / "direct.train.jsonl"
+    rows = []
+    for row in read_jsonl(run / "10-corpus" / "sft" / "alignment.train.jsonl"):
+        messages = [
+            {**message, "content": message["content"].rpartition(MARKER)[2]}
+            if message["role"] == "assistant"
+            else message
+            for message in row["messages"]
+        ]
+        rows.append({**row, "messages": messages})
+    write_jsonl(path, rows)
+    return path
+
+
+# ---------------------------------------------------------------------------- tables
+
+COLUMNS = (
+    ("chains", "calculations right", 100, 1),
+    ("log-likelihood", "log p(A given Q, chain)", 1, 2),
+    ("choices", "choices right", 100, 1),
+    ("recall", "recall", 100, 1),
+    ("transfer", "transfer", 100, 1),
+    ("preference", "pairs", 100, 1),
+    ("kl", "KL from SFT", 1, 3),
+    ("chains length", "tokens of a calculation", 1, 1),
+    ("general", "bits/byte, general", 1, 3),
+    ("all", "bits/byte, all", 1, 3),
+)
+"""(measure, head, factor, digits)."""
+
+
+def values(results: Results, arm: Sequence[str], name: str) -> list[float]:
+    return [unit["measures"][name] for unit in results[named(arm)]]
+
+
+def arms_table(results: Results) -> Iterator[str]:
+    """Every arm's means with their intervals; the base model is one, and has none."""
+    rows = []
+    for arm in ARMS:
+        cells = []
+        for name, _, factor, digits in COLUMNS:
+            some = [factor * value for value in values(results, arm, name)]
+            cells.append(units.interval(some).words(digits) if arm else f"{some[0]:.{digits}f}")
+        rows.append((named(arm), *cells))
+    return units.table(("model", *(head for _, head, *_ in COLUMNS)), rows)
+
+
+COMPARED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    *((CHAIN[:count], CHAIN[: count - 1]) for count in range(1, 5)),
+    *((CHAIN, tuple(stage for stage in CHAIN if stage != left_out)) for left_out in CHAIN[:3]),
+    (("sft",), ("direct",)),
+    (("sft", "elo+"), ("sft", "elo")),
+)
+"""(one arm, the other)."""
+
+
+def differences_table(results: Results) -> Iterator[str]:
+    """What a stage adds, on top of those before it and within the whole chain; bold where the interval leaves 0 out."""
+    rows = []
+    for arm, other in COMPARED:
+        cells = []
+        for name, _, factor, digits in COLUMNS:
+            pairs = zip(values(results, arm, name), values(results, other, name), strict=True)
+            found = units.interval([factor * (a - b) for a, b in pairs])
+            words = found.words(digits, sign=True)
+            cells.append(f"**{words}**" if found.decided else words)
+        rows.append((f"{named(arm)} against {named(other)}", *cells))
+    return units.table(("difference", *(head for _, head, *_ in COLUMNS)), rows)
+
+
+def rewards_table(results: Results) -> Iterator[str]:
+    """Held-out accuracy and calibration of the reward models that PPO used."""
+    ends = [unit["heldout"][-1] for unit in results[named(REWARD)]]
+    names = [
+        name for name, value in ends[0].items() if isinstance(value, int | float) and name not in ("step", "time")
+    ]
+    cells = [units.interval([end[name] for end in ends]).words(3) for name in names]
+    return units.table(("reward model", *names), [("held-out pairs", *cells)])
+
+
+def draw(results: Results, path: Path) -> None:
+    """ELO's and PPO's steps: the mean over seeds with its interval."""
+    panels = (
+        ("elo", "reward", "ELO: log p(A given Q, chain), nats", (("sft", "elo"), ("sft", "elo+"))),
+        ("elo", "accuracy", "ELO: mean p(A given Q, chain)", (("sft", "elo"), ("sft", "elo+"))),
+        ("ppo", "reward", "PPO: reward", (CHAIN, ("sft", "tdpo", "ppo"), ("sft", "elo", "ppo"))),
+    )
+    with units.figure(path, panels=len(panels)) as every:
+        for axes, (_, name, title, arms) in zip(every, panels, strict=True):
+            for k, arm in enumerate(arms):
+                lines = [unit["curves"][name] for unit in results[named(arm)]]
+                units.draw_band(axes, k, named(arm), range(1, len(lines[0]) + 1), lines)
+            axes.set_xlabel("step")
+            axes.set_title(title, fontsize=9)
+            axes.legend(loc="lower right")
+
+
+# ---------------------------------------------------------------------------- all
+
+
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/starter"), help="a starter run, pre-trained")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each arm, 2 or more")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/alignment"), help="finished runs and models")
+    parser.add_argument("--figures", type=Path, default=Path("docs/img"), help="where the figure goes")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes/starter"), help="the starter's recipe")
+    found = parser.parse_args()
+    if found.seeds < 2:
+        parser.error(f"--seeds {found.seeds}: an interval needs 2 at least")
+    if not (found.run / "30-pretrain" / "phase-3-medical-advanced").is_dir():
+        parser.error(f"{found.run}: no base model; run `make starter` first, or give --run RUN_DIR")
+    return found
+
+
+def rounds() -> Iterator[list[tuple[str, ...]]]:
+    """Yields chains of stages so that each goes on from one of an earlier round; SFT, the yardstick, comes first."""
+    needed = {chain[:count] for chain in (*ARMS, REWARD) for count in range(1, len(chain) + 1)}
+    yield [("sft",)]
+    for length in range(1, 5):
+        yield sorted(chain for chain in needed if len(chain) == length and chain != ("sft",))
+    yield [()]
+
+
+def main() -> None:
+    given = arguments()
+    conditions = timing.conditions(1)
+    texts = {step: (given.recipes / f"{step}.yaml").read_text("utf-8") for step, _ in STAGES.values()}
+    settings = [texts, {name: changes for name, (_, changes) in STAGES.items()}, ROOM]
+    models = given.out / f"models-{units.fingerprint(settings)}"
+    models.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Unit] = {}
+    for chains in rounds():
+        work = {
+            f"{'-'.join(chain) or 'base'}-{seed}": {
+                "stages": list(chain),
+                "seed": seed,
+                "run": str(given.run),
+                "recipes": str(given.recipes),
+                "models": str(models),
+            }
+            for chain in chains
+            for seed in range(given.seeds)
+        }
+        found |= units.run_units(train, work, given.out, workers=given.workers, settings=settings)
+    results = {
+        named(chain): [found[f"{'-'.join(chain) or 'base'}-{seed}"] for seed in range(given.seeds)]
+        for chains in rounds()
+        for chain in chains
+    }
+    seconds = sum(unit["seconds"] for unit in found.values())
+    print(f"{conditions}; {len(found)} runs, {given.seeds} seeds, {seconds:.0f} s of one thread in all")
+    for title, lines in (
+        ("Means over seeds", arms_table(results)),
+        ("Differences", differences_table(results)),
+        ("Reward models", rewards_table(results)),
+    ):
+        print(f"\n{title}\n", *lines, sep="\n")
+    draw(results, given.figures / "alignment.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The experiment of alignment: each chain of stages goes on from one that is there, and stages are the recipe's."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+alignment = pytest.importorskip("alignment")
+
+from galenic.runtime import read_jsonl, write_jsonl  # noqa: E402
+
+
+def test_every_chain_goes_on_from_one_of_an_earlier_round():
+    done = [()]
+    for chains in alignment.rounds():
+        assert all(chain == () or chain[:-1] in done for chain in chains)
+        if any(chain[-1:] == ("ppo",) for chain in chains):
+            assert alignment.REWARD in done
+        done += chains
+    assert len(done) == len(set(done)) + 1  # the base: before all, and measured last
+    assert {*alignment.ARMS, alignment.REWARD} <= set(done)
+    assert next(alignment.rounds()) == [("sft",)]  # what every other one is measured from
+
+
+def test_the_arms_are_the_chain_and_each_stage_left_out():
+    assert alignment.CHAIN in alignment.ARMS
+    for stage in alignment.CHAIN:
+        assert tuple(other for other in alignment.CHAIN if other != stage) in alignment.ARMS
+    for one, other in alignment.COMPARED:
+        assert one in alignment.ARMS and other in alignment.ARMS
+
+
+@pytest.mark.parametrize("stage", list(alignment.STAGES))
+def test_a_stage_is_the_recipes_step_with_its_changes(stage, tmp_path):
+    recipes = ROOT / "recipes" / "starter"
+    changes = {"model": "here", "out": str(tmp_path), "seed": 3}
+    verb, config = alignment.configuration(stage, recipes, Path("/run"), changes)
+    step, variant = alignment.STAGES[stage]
+    written = yaml.safe_load((recipes / f"{step}.yaml").read_text())
+    assert step.split("-")[1] == verb and config.model == "here" and config.seed == 3
+    assert config.optim.lr == float(written["optim"]["lr"])
+    assert all(getattr(config, name) == value for name, value in variant.items())
+    assert all(not path.startswith("RUN/") for path in config.reads())
+    assert any(path.startswith("/run/10-corpus/") for path in config.reads())
+
+
+def test_chains_are_cut_out_of_answers(tmp_path):
+    def row(text):
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
+
+    path = tmp_path / "10-corpus" / "sft" / "alignment.train.jsonl"
+    path.parent.mkdir(parents=True)
+    write_jsonl(path, [row("8 + 5 = 13\nAnswer: 13 mg"), row("Aspirin")])
+    found = list(read_jsonl(alignment._without_chains(tmp_path, tmp_path)))
+    assert [r["messages"][1]["content"] for r in found] == ["13 mg", "Aspirin"]
+
+
+def test_curves_hold_what_every_step_tells():
+    rows = [{"kind": "train", "loss": 2.0, "reward": 1.0}, {"kind": "heldout"}, {"kind": "train", "loss": 1.0}]
+    assert alignment.curves(rows) == {"loss": [2.0, 1.0]}
