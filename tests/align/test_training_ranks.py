@@ -157,8 +157,10 @@ VARIANTS = {
     "head": {"lora": {"rank": 4, "targets": ["q_proj", "lm_head"]}},
     "offloaded": {"reference": {"offload": True}},
     "parts": {"parallel": {"micro_rows": 1}},
+    "copies": {"lora": {"rank": 4}},
     "shift": {"shift": {"layers": ["*.down_proj"], "start": 0.2, "every": 2, "rank": 20, "anchored": True}},
 }
+COPIES = {**VARIANTS["copies"], "parallel": {"replicate": 2, "micro_rows": 1}}
 QUICK = [
     ("tdpo", "llama", "lora"),
     ("tdpo", "ours", "offloaded"),
@@ -174,6 +176,7 @@ SLOW = [
     ("tdpo", "ours", "full"),
     ("tdpo", "ours", "lora"),
     ("tdpo", "ours", "parts"),
+    ("tdpo", "ours", "copies"),
     ("tdpo", "untied", "head"),
     ("tdpo", "llama", "full"),
     ("tdpo", "llama", "offloaded"),
@@ -200,7 +203,8 @@ SLOW = [
 def test_two_processes_align_as_one(ranks, inputs, tmp_path, verb, model, variant):
     outs = [tmp_path / str(count) for count in (1, 2)]
     for count, out in enumerate(outs, start=1):
-        run(ranks, count, words(verb, inputs, model, out, **VARIANTS[variant]))
+        changes = COPIES if variant == "copies" and count == 2 else VARIANTS[variant]
+        run(ranks, count, words(verb, inputs, model, out, **changes))
     start = load_file(Path(inputs[model]) / "model.safetensors")
     if variant in ("full", "offloaded", "parts"):
         trained = weights(outs[1])
