@@ -184,7 +184,9 @@ def rewards_table(results: Results) -> Iterator[str]:
     """Held-out accuracy and calibration of the reward models that PPO used."""
     ends = [unit["heldout"][-1] for unit in results[named(REWARD)]]
     names = [
-        name for name, value in ends[0].items() if isinstance(value, int | float) and name not in ("step", "time")
+        name
+        for name, value in ends[0].items()
+        if isinstance(value, int | float) and name not in ("step", "time")
     ]
     cells = [units.interval([end[name] for end in ends]).words(3) for name in names]
     return units.table(("reward model", *names), [("held-out pairs", *cells)])

@@ -7,13 +7,13 @@ from typing import Any
 import small
 import torch
 
-from galenic.align.chains import chain_row, collate_chains, read_questions
 from galenic.align.config import ReferenceConfig, RewardsConfig
-from galenic.align.pairs import collate_pairs, read_pairs
+from galenic.align.data.pairs import collate_pairs, read_pairs
+from galenic.align.data.tasks import Task, read_tasks
 from galenic.align.policy import Reference, head_is_product, padded, per_row, statistics
 from galenic.align.rewards.rules import check
-from galenic.align.rollouts import Rollout, end_tokens, sample
-from galenic.align.tasks import Task, read_tasks
+from galenic.align.rollouts.chains import chain_row, collate_chains, read_questions
+from galenic.align.rollouts.sampling import Rollout, end_tokens, sample
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.corpus.tokens.shards import read_meta
@@ -179,9 +179,13 @@ def _choice(model: Any, tokenizer: Any, corpus: Path, kind: str) -> float:
 
 def _text(model: Any, tokenizer: Path) -> dict[str, float]:
     """Held-out bits per byte of documents, by group of sources: what alignment costs."""
-    sources = [name for name, facts in read_meta(tokenizer)["sources"].items() if facts["heldout"]["documents"]]
+    sources = [
+        name for name, facts in read_meta(tokenizer)["sources"].items() if facts["heldout"]["documents"]
+    ]
     documents = small.heldout(tokenizer, sources, HELDOUT)
-    scored = small.by_source(small.score(model, documents, tokenizer, int(model.config.max_position_embeddings)))
+    scored = small.by_source(
+        small.score(model, documents, tokenizer, int(model.config.max_position_embeddings))
+    )
     return small.by_group(scored, small.groups(tokenizer))
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from galenic.align.tasks import task_of
+from galenic.align.data.tasks import task_of
 from galenic.corpus.starter.chains import (
     KINDS,
     MARKER,

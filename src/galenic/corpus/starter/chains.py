@@ -177,7 +177,7 @@ def _distinct(
 
 
 def chain_tasks(count: int, seed: int, side: Side) -> list[dict[str, Any]]:
-    """Writes tasks {"id", "prompt", "answer", "rule", "tolerance", "domain"}; see `galenic.align.tasks`."""
+    """Writes tasks {"id", "prompt", "answer", "rule", "tolerance", "domain"}; see `galenic.align.data.tasks`."""
 
     def make(chain: Chain) -> dict[str, Any]:
         key = ",".join(map(str, chain.terms))
