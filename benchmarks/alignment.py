@@ -3,8 +3,8 @@
     python benchmarks/alignment.py --run runs/starter [--seeds 5] [--workers 2] [--out runs/alignment]
 
 Every stage is its verb with the starter's configuration (recipes/starter/55 to 59) on the starter's base model; the
-seed changes what is drawn: the order of the data and what is sampled. Prints the tables of docs/alignment.md and draws its
-figure into --figures. Finished runs and their models stay in --out.
+seed changes what is drawn: the order of the data and what is sampled. Prints the tables of docs/alignment.md and draws
+its figure into --figures. Finished runs and their models stay in --out.
 """
 
 import argparse

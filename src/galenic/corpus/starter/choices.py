@@ -58,8 +58,10 @@ def _choice(tree: Tree, key: str, seed: int) -> dict[str, Any] | None:
         asked = (
             fact(tree, key, kind, seed) if kind not in ("name-definition", choice_kind(key, seed)) else None
         )
-        wrong = asked and distractors(tree, asked, allowed=lambda _: True, seed=seed, rank=rank)
-        if asked and wrong:
+        if asked is None:
+            continue
+        wrong = distractors(tree, asked, allowed=lambda _: True, seed=seed, rank=rank)
+        if wrong:
             options = stable_shuffle([asked.answer, *wrong], str, seed, key, DOMAIN)
             return {
                 "id": f"{DOMAIN}/{key}",
