@@ -11,8 +11,9 @@ or two steps and of `--chains` longer ones. Then, on other long questions of whi
     elo          the gradient as printed (eq. 3)
     elo + term   and the answer's own term
 
-Held out are 120 long questions that nobody saw: accuracy of greedy answers, and log p(A | Q, chain). Settings were chosen
-on seed 0, which is not in the table; fewer chains and steps make a start from which few chains are right.
+Held out are 120 long questions that nobody saw: accuracy of greedy answers, and log p(A | Q, chain). Settings were
+chosen on seed 0, which is not in the table; differences are taken seed by seed. Fewer chains and steps make a start
+from which few chains are right.
 """
 
 import argparse
@@ -68,7 +69,9 @@ def conversation(task: dict[str, Any], *, chain: bool = True) -> dict[str, Any]:
 
 
 def fresh(folder: Path, texts: list[str], seed: int) -> str:
-    """Writes a network that knows nothing."""
+    """Writes a network that knows nothing, unless it is there."""
+    if (folder / "model").exists():
+        return str(folder / "model")
     tokenizer = train_bpe(texts, vocab_size=512, character_coverage=1.0, max_characters=100)
     folder.mkdir(parents=True)
     save_tokenizer(tokenizer, folder / "tokenizer", "You are a helpful assistant.")
@@ -173,24 +176,25 @@ def main() -> None:
     for seed in range(1, arguments.seeds + 1):
         started = time.monotonic()
         root = arguments.out / f"seed-{seed}"
-        root.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)  # what is done there already is only read
         found.append(one_seed(root, seed, arguments))
         print(f"seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-    print(f"\n{'':12}{'accuracy':>18}{'log p(A|Q,chain)':>22}{'ended':>8}{'length':>8}")
+    print(f"\n{'':12}{'accuracy':>16}{'more than sft':>18}{'log p':>15}{'more than sft':>18}{'length':>8}")
     for arm in found[0]:
-        cells = {
-            name: [rows[arm][name] for rows in found]
-            for name in ("accuracy", "log_likelihood", "ended", "length")
-        }
-        width = {
-            name: T975[len(found)] * statistics.stdev(values) / len(found) ** 0.5 if len(found) > 1 else 0.0
-            for name, values in cells.items()
-        }
-        mean = {name: statistics.fmean(values) for name, values in cells.items()}
-        print(
-            f"{arm:12}{mean['accuracy']:9.3f} ± {width['accuracy']:.3f} {mean['log_likelihood']:12.3f} ± "
-            f"{width['log_likelihood']:.3f}{mean['ended']:8.2f}{mean['length']:8.1f}"
-        )
+        cells = [f"{arm:12}"]
+        for name in ("accuracy", "log_likelihood"):
+            values = [rows[arm][name] for rows in found]
+            more = [rows[arm][name] - rows["sft"][name] for rows in found]
+            cells += [
+                f"{interval(values)}  {interval(more)}" if arm != "sft" else f"{interval(values)}{'':18}"
+            ]
+        print("  ".join(cells), f"{statistics.fmean(rows[arm]['length'] for rows in found):7.1f}")
+
+
+def interval(values: list[float]) -> str:
+    """Writes a mean with its 95% interval (Student's t)."""
+    width = T975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):7.3f} ± {width:.3f}"
 
 
 if __name__ == "__main__":
