@@ -3,8 +3,8 @@
     python benchmarks/alignment.py --run runs/starter [--seeds 5] [--workers 2] [--out runs/alignment]
 
 Every stage is its verb with the starter's configuration (recipes/starter/55 to 59) on the starter's base model; the
-seed changes what is drawn: the order of the data and what is sampled. Prints the tables of docs/alignment.md and draws its
-figure into --figures. Finished runs and their models stay in --out.
+seed changes what is drawn: the order of the data and what is sampled. Prints the tables of docs/alignment.md and draws
+its figure into --figures. Finished runs and their models stay in --out.
 """
 
 import argparse
@@ -184,7 +184,9 @@ def rewards_table(results: Results) -> Iterator[str]:
     """Held-out accuracy and calibration of the reward models that PPO used."""
     ends = [unit["heldout"][-1] for unit in results[named(REWARD)]]
     names = [
-        name for name, value in ends[0].items() if isinstance(value, int | float) and name not in ("step", "time")
+        name
+        for name, value in ends[0].items()
+        if isinstance(value, int | float) and name not in ("step", "time")
     ]
     cells = [units.interval([end[name] for end in ends]).words(3) for name in names]
     return units.table(("reward model", *names), [("held-out pairs", *cells)])

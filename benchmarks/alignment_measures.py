@@ -179,9 +179,13 @@ def _choice(model: Any, tokenizer: Any, corpus: Path, kind: str) -> float:
 
 def _text(model: Any, tokenizer: Path) -> dict[str, float]:
     """Held-out bits per byte of documents, by group of sources: what alignment costs."""
-    sources = [name for name, facts in read_meta(tokenizer)["sources"].items() if facts["heldout"]["documents"]]
+    sources = [
+        name for name, facts in read_meta(tokenizer)["sources"].items() if facts["heldout"]["documents"]
+    ]
     documents = small.heldout(tokenizer, sources, HELDOUT)
-    scored = small.by_source(small.score(model, documents, tokenizer, int(model.config.max_position_embeddings)))
+    scored = small.by_source(
+        small.score(model, documents, tokenizer, int(model.config.max_position_embeddings))
+    )
     return small.by_group(scored, small.groups(tokenizer))
 
 

@@ -59,5 +59,9 @@ def test_chains_are_cut_out_of_answers(tmp_path):
 
 
 def test_curves_hold_what_every_step_tells():
-    rows = [{"kind": "train", "loss": 2.0, "reward": 1.0}, {"kind": "heldout"}, {"kind": "train", "loss": 1.0}]
+    rows = [
+        {"kind": "train", "loss": 2.0, "reward": 1.0},
+        {"kind": "heldout"},
+        {"kind": "train", "loss": 1.0},
+    ]
     assert alignment.curves(rows) == {"loss": [2.0, 1.0]}

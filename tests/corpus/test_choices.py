@@ -51,7 +51,9 @@ def test_held_out_entities_are_apart_and_a_fifth_at_most():
 
 def test_what_conversations_give_options_for_is_not_asked_again():
     rows = medical_conversations(entities(), [], forbidden=Mentions({}), count=2000, seed=1)
-    asked = {row["messages"][0]["content"].partition("\nChoose one")[0] for row in rows if "Choose one" in str(row)}
+    asked = {
+        row["messages"][0]["content"].partition("\nChoose one")[0] for row in rows if "Choose one" in str(row)
+    }
     assert len(asked) > 20
     assert not asked & {row["question"] for rows in make() for row in rows}
     assert len({choice_kind(e.id, 1) for e in entities()}) > 3

@@ -193,7 +193,10 @@ def test_writes_everything_the_contract_names(built):
         "preferences.heldout.jsonl",
         *(f"sft/{n}.{s}.jsonl" for n in CONVERSATIONS for s in ("train", "heldout")),
         *(f"tasks/{n}.{s}.jsonl" for n in ("chains", "rewarded") for s in ("train", "heldout")),
-        *(f"questions/{n}.jsonl" for n in ("recall", "transfer", "translation", "arithmetic", "code", "chains")),
+        *(
+            f"questions/{n}.jsonl"
+            for n in ("recall", "transfer", "translation", "arithmetic", "code", "chains")
+        ),
     }
     documents = parquet.read_table(out / "documents.parquet")
     assert documents.column_names == (

@@ -1,9 +1,9 @@
 """What the verbs of alignment read: conversations to begin with, tasks with right answers, preference pairs.
 
-    worked calculations + some of every kind of conversation --> sft/alignment.*.jsonl        sft
-    calculations of several steps                            --> tasks/chains.*.jsonl         elo
-    the same, and choices on entities                        --> tasks/rewarded.*.jsonl       ppo
-    siblings' answers, calculations that slip                --> preferences*.jsonl           tdpo, reward
+worked calculations + some of every kind of conversation --> sft/alignment.*.jsonl        sft
+calculations of several steps                            --> tasks/chains.*.jsonl         elo
+the same, and choices on entities                        --> tasks/rewarded.*.jsonl       ppo
+siblings' answers, calculations that slip                --> preferences*.jsonl           tdpo, reward
 """
 
 from collections.abc import Mapping

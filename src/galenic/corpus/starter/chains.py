@@ -47,19 +47,31 @@ KINDS = (
     Kind(
         "total",
         ((1, 1, 1), (1, 1, 1, 1)),
-        ("Find the dose of one day: {terms} mg.", "Doses given: {terms} mg. Find the sum.", "Add up: {terms} mg."),
+        (
+            "Find the dose of one day: {terms} mg.",
+            "Doses given: {terms} mg. Find the sum.",
+            "Add up: {terms} mg.",
+        ),
         "mg",
     ),
     Kind(
         "balance",
         ((1, 1, -1), (1, -1, 1)),
-        ("Find the balance: {terms} mL.", "In and out: {terms} mL. What is left?", "Fluids: {terms} mL. Find the rest."),
+        (
+            "Find the balance: {terms} mL.",
+            "In and out: {terms} mL. What is left?",
+            "Fluids: {terms} mL. Find the rest.",
+        ),
         "mL",
     ),
     Kind(
         "stock",
         ((1, -1, 1, -1), (1, 1, -1, -1), (1, 1, -1, 1)),
-        ("Find what is left: {terms} tablets.", "A box: {terms} tablets. Count.", "Stock: {terms} tablets. Find it."),
+        (
+            "Find what is left: {terms} tablets.",
+            "A box: {terms} tablets. Count.",
+            "Stock: {terms} tablets. Find it.",
+        ),
         "tablets",
     ),
 )

@@ -320,7 +320,9 @@ def _training_texts(documents: Iterable[tuple[str, str]], made: Made) -> Iterato
     for name, splits in made.tasks.items():
         for split, rows in zip(("train", "heldout"), splits, strict=True):
             for number, row in enumerate(rows, start=1):
-                texts = [row["question"], *row["options"]] if "options" in row else [row["prompt"], row["answer"]]
+                texts = (
+                    [row["question"], *row["options"]] if "options" in row else [row["prompt"], row["answer"]]
+                )
                 yield f"tasks/{name}.{split}.jsonl:{number}", "\n".join(texts)
     for name, rows in zip(("preferences", "preferences.heldout"), made.preferences, strict=True):
         for number, row in enumerate(rows, start=1):
