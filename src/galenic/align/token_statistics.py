@@ -133,7 +133,9 @@ class _Statistics(torch.autograd.Function):
             slope = (slope / ctx.temperature).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = slope if weight is None else slope @ weight
-            if grad_head is not None:
+            if grad_head is not None and grad_head.dtype == slope.dtype:
+                grad_head.addmm_(slope.T, hidden[part])  # a second one as large is not made
+            elif grad_head is not None:
                 grad_head += slope.T @ hidden[part]
         grad_head = None if grad_head is None else grad_head.to(head.dtype)
         return grad_hidden, grad_head, *(None,) * 5
