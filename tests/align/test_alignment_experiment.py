@@ -65,3 +65,46 @@ def test_curves_hold_what_every_step_tells():
         {"kind": "train", "loss": 1.0},
     ]
     assert alignment.curves(rows) == {"loss": [2.0, 1.0]}
+
+
+@pytest.fixture
+def results():
+    """Two seeds of every chain; each stage adds one to every measure, the second seed a little more."""
+    found = {}
+    for chains in alignment.rounds():
+        for chain in chains:
+            units = []
+            for seed in range(2):
+                measures = {name: len(chain) * (1 + 0.01 * seed) for name, *_ in alignment.COLUMNS}
+                curves = {"reward": [-2.0 + seed, -1.0], "accuracy": [0.1, 0.2 + seed / 10]}
+                heldout = [{"kind": "heldout", "step": 5, "accuracy": 0.7 + seed / 10, "loss": 0.6}]
+                units.append({"measures": measures, "curves": curves, "heldout": heldout, "seconds": 1.0})
+            found[alignment.named(chain)] = units
+    return found
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_tables_tell_means_and_paired_differences(results):
+    lines = list(alignment.arms_table(results))
+    assert len(lines) == 2 + len(alignment.ARMS)
+    base, sft = cells(lines[2]), cells(lines[3])
+    assert base[:2] == ["base", "0.0"] and sft[0] == "sft" and sft[1].startswith("100.5 \u00b1 ")
+    lines = list(alignment.differences_table(results))
+    assert len(lines) == 2 + len(alignment.COMPARED)
+    first = cells(lines[2])
+    assert first[0] == "sft against base" and first[1].startswith("**+100.5 \u00b1 ")
+    same = cells(lines[2 + alignment.COMPARED.index((("sft",), ("direct",)))])
+    assert same[1] == "+0.0 \u00b1 0.0"  # as long, so no difference, which is not bold
+    (row,) = list(alignment.rewards_table(results))[2:]
+    assert cells(row)[1].startswith("0.750 \u00b1 ")
+
+
+def test_the_figure_is_drawn_and_the_same_again(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("a.svg", "b.svg"):
+        alignment.draw(results, tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn == (tmp_path / "b.svg").read_text() and "sft &gt; elo" in drawn

@@ -122,4 +122,4 @@ def test_questions_have_one_right_result_at_every_place():
     for row in rows:
         values = [int(option.split(" ")[0]) for option in row["options"]]
         ranks.append(sorted(values).index(values[row["answer"]]))
-    assert all(60 < ranks.count(rank) < 160 for rank in range(4))
+    assert all(40 < ranks.count(rank) < 180 for rank in range(4))

@@ -39,7 +39,7 @@ class Kind:
     signs: tuple[tuple[int, ...], ...]
     """+1 or -1 for each term; one of them is drawn."""
     prompts: tuple[str, ...]
-    """`{terms}` stands for all numbers, `{0}`, `{1}` ... for one."""
+    """`{terms}` stands for the sum: `8 + 5 - 3`."""
     unit: str
 
 
@@ -48,29 +48,29 @@ KINDS = (
         "total",
         ((1, 1, 1), (1, 1, 1, 1)),
         (
-            "A patient is given {terms} mg of a medicine. Find the whole dose.",
-            "Doses of one day: {terms} mg. Find the sum.",
-            "Find the sum of these doses: {terms} mg.",
+            "Find the dose of one day: {terms} mg.",
+            "Doses given: {terms} mg. Find the sum.",
+            "Add up: {terms} mg.",
         ),
         "mg",
     ),
     Kind(
         "balance",
-        ((1, 1, -1),),
+        ((1, 1, -1), (1, -1, 1)),
         (
-            "In: {0} and {1} mL. Out: {2} mL. Find the balance.",
-            "A patient drinks {0} mL, is infused {1} mL and loses {2} mL. Find the balance.",
-            "Find the balance: {0} mL by mouth, {1} mL by vein, then {2} mL lost.",
+            "Find the balance: {terms} mL.",
+            "In and out: {terms} mL. What is left?",
+            "Fluids: {terms} mL. Find the rest.",
         ),
         "mL",
     ),
     Kind(
         "stock",
-        ((1, -1, 1), (1, -1, 1, -1)),
+        ((1, -1, 1, -1), (1, 1, -1, -1), (1, 1, -1, 1)),
         (
-            "A box of tablets: {signed}. Find what is left.",
-            "Tablets in a box, then changes: {signed}. Count.",
-            "Find how many tablets are left: {signed}.",
+            "Find what is left: {terms} tablets.",
+            "A box: {terms} tablets. Count.",
+            "Stock: {terms} tablets. Find it.",
         ),
         "tablets",
     ),
@@ -143,12 +143,8 @@ def _draw(kind: Kind, draw: random.Random) -> Chain | None:
     running = list(accumulate(terms))
     if min(running) < 1 or any(_asked(a, b) for a, b in zip(running, terms[1:], strict=False)):
         return None
-    numbers = [str(abs(term)) for term in terms]
-    prompt = draw.choice(kind.prompts).format(
-        *numbers,
-        terms=f"{', '.join(numbers[:-1])} and {numbers[-1]}",
-        signed=", ".join([numbers[0], *(f"{term:+d}" for term in terms[1:])]),
-    )
+    written = "".join(f" {'+' if term > 0 else '-'} {abs(term)}" for term in terms).removeprefix(" + ")
+    prompt = draw.choice(kind.prompts).format(terms=written)
     return Chain(kind.name, terms, prompt, kind.unit)
 
 

@@ -55,13 +55,13 @@ def _choice(tree: Tree, key: str, seed: int) -> dict[str, Any] | None:
     """Asks for the first of the entity's facts, in an order drawn for it, that has three wrong answers."""
     rank = stable_key(seed, key, DOMAIN, "rank") % 4
     for kind in stable_shuffle(KINDS, str, seed, key, DOMAIN, "kind"):
-        asked = (
-            fact(tree, key, kind, seed) if kind not in ("name-definition", choice_kind(key, seed)) else None
-        )
+        if kind in ("name-definition", choice_kind(key, seed)):
+            continue
+        asked = fact(tree, key, kind, seed)
         if asked is None:
             continue
         wrong = distractors(tree, asked, allowed=lambda _: True, seed=seed, rank=rank)
-        if wrong:
+        if wrong is not None:
             options = stable_shuffle([asked.answer, *wrong], str, seed, key, DOMAIN)
             return {
                 "id": f"{DOMAIN}/{key}",
