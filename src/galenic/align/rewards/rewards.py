@@ -71,8 +71,8 @@ class Rewards:
         """Looks whether all of these tasks can be rewarded, before anything is sampled.
 
         Raises:
-            UserError: a task has neither rule nor model nor judge; its true answer fails its own rule; code cannot be
-                isolated.
+            UserError: a task has neither rule nor model nor judge; its true answer fails its own rule; a model or judge
+                that is named counts nowhere; code cannot be isolated.
         """
         for task in tasks:
             weights = self.weights(task)
@@ -97,6 +97,13 @@ class Rewards:
                 )
             if "rule" in weights and (wrong := contradiction(task, self.config)):
                 raise UserError(f"task {task.id}: {wrong}")
+        counted = {part for task in tasks for part in self.weights(task)}
+        for part in ("model", "judge"):
+            if getattr(self.config, part) is not None and part not in counted:
+                raise UserError(
+                    f"rewards.{part}: is named, but no task's reward looks at it; say in rewards.weights what it counts "
+                    "(by default a task is rewarded by its rule, if it has one)"
+                )
         if any(task.rule == "code" and "rule" in self.weights(task) for task in tasks):
             from galenic.align.rewards.sandbox import require
 
