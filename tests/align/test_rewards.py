@@ -67,7 +67,7 @@ def test_tasks_that_cannot_be_rewarded_are_refused_before_the_run():
         Rewards(RewardsConfig(weights={"math": {"rule": 0.0}})).ready([task(domain="math", answer="a")])
     with pytest.raises(UserError, match="does not pass its rule 'numeric'"):
         Rewards(RewardsConfig()).ready([task(answer="many", rule="numeric")])
-    with pytest.raises(UserError, match="rewards.model: is named, but no task's reward looks at it"):
+    with pytest.raises(UserError, match=r"rewards\.model: is named, but no task's reward looks at it"):
         Rewards(RewardsConfig(model="there")).ready([task(answer="a")])
 
 

@@ -210,13 +210,13 @@ class SftConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(TrainingConfig):
-    """Train a reward model on preference pairs (Bradley-Terry)."""
+class PairsConfig(TrainingConfig):
+    """What the methods are told that learn from preference pairs."""
 
     pairs: str
     """JSON lines of {"prompt", "chosen", "rejected"}; prompt is text or messages, a line may have a "margin"."""
     heldout: str | None = None
-    """Pairs on which accuracy and calibration are measured before and after. Default: `heldout_share` of `pairs`."""
+    """Pairs that are measured before and after. Default: `heldout_share` of `pairs`."""
     heldout_share: float = 0.05
     """Share of the pairs that is set aside where no file is given."""
     heldout_pairs: int = 1000
@@ -227,22 +227,27 @@ class RewardConfig(TrainingConfig):
     """Pairs in a batch."""
     context: int = 512
     """Tokens at most in a prompt with its answer; longer ones are left out and counted."""
-    centre: float = 0.01
-    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244)."""
 
     def __post_init__(self) -> None:
-        _require(
-            "",
-            self,
-            above=("epochs",),
-            least=(("rows", 1), ("heldout_pairs", 1), ("context", 2), ("centre", 0)),
-        )
+        _require("", self, above=("epochs",), least=(("rows", 1), ("heldout_pairs", 1), ("context", 2)))
         if not 0 < self.heldout_share < 1:
             raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
         return [self.model, self.pairs, *([self.heldout] if self.heldout else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(PairsConfig):
+    """Train a reward model on preference pairs (Bradley-Terry)."""
+
+    centre: float = 0.01
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv 2312.09244)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("", self, least=(("centre", 0),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,44 +299,27 @@ class EloConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TdpoConfig(TrainingConfig):
+class TdpoConfig(PairsConfig):
     """Token-level direct preference optimization (arXiv 2404.11999)."""
 
-    pairs: str
-    """JSON lines of {"prompt", "chosen", "rejected"}; prompt is text or messages."""
-    heldout: str | None = None
-    """Pairs on which preference accuracy is measured before and after. Default: `heldout_share` of `pairs`."""
-    heldout_share: float = 0.05
-    """Share of the pairs that is set aside where no file is given."""
-    heldout_pairs: int = 1000
-    """Held-out pairs measured at most."""
     method: Literal["tdpo1", "tdpo2"] = "tdpo2"
     """Which of the two losses; the report does not say. `alpha: 0` with tdpo2 is DPO."""
     beta: float = 0.1
     """Scale of the implicit reward (the authors' code)."""
     alpha: float = 0.5
     """Weight of the difference of sequential KL divergences in tdpo2 (the authors' code)."""
-    epochs: float = 1.0
-    """Times that each pair is read."""
-    rows: int = 16
-    """Pairs in a batch."""
-    context: int = 512
-    """Tokens at most in a prompt with its answer; longer ones are left out and counted."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """What the policy is held against."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """When to stop."""
 
     def __post_init__(self) -> None:
-        least = (("alpha", 0), ("rows", 1), ("heldout_pairs", 1), ("context", 2))
-        _require("", self, above=("beta", "epochs"), least=least)
-        if not 0 < self.heldout_share < 1:
-            raise UserError(f"heldout_share: {self.heldout_share} is not in (0, 1)")
+        super().__post_init__()
+        _require("", self, above=("beta",), least=(("alpha", 0),))
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan."""
-        others = (self.heldout, self.reference.model)
-        return [self.model, self.pairs, *(path for path in others if path)]
+        return [*super().reads(), *([self.reference.model] if self.reference.model else [])]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galenic.align.config import EloConfig
-from galenic.align.training import opened
-from galenic.runtime import Plan, UserError, human, read_jsonl
+from galenic.align.training import opened, planned
+from galenic.runtime import Plan, human, read_jsonl
 
 if TYPE_CHECKING:
     import torch
@@ -165,24 +165,19 @@ def _deviations(rewards: "torch.Tensor") -> "torch.Tensor":
 
 def plan(config: EloConfig) -> Plan:
     """What the verb would do."""
-    for path in config.reads():
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder")
     count = sum(1 for _ in read_jsonl(config.tasks))
     answers = ", and answers from their own likelihood" if config.answer_term else ""
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/model"],
-        facts={
-            "questions": human(count),
-            "objective": f"ELO: chains are learnt from the {config.reduction} of the answer's log-likelihood{answers}"
-            + (f", KL held down with weight {config.kl:g}" if config.kl else ""),
-            "training": f"{config.steps} steps of {config.rows} questions x {config.samples} chains of at most "
-            f"{config.sampling.max_new_tokens} tokens, learning rate {config.optim.lr:g} to {config.final_lr:g} on a "
-            "cosine",
-            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
-        },
+    held = f", KL held down with weight {config.kl:g}" if config.kl else ""
+    facts = {
+        "questions": human(count),
+        "objective": f"ELO: chains are learnt from the {config.reduction} of the answer's log-likelihood"
+        f"{answers}{held}",
+    }
+    length = (
+        f"{config.steps} steps of {config.rows} questions x {config.samples} chains of at most "
+        f"{config.sampling.max_new_tokens} tokens"
     )
+    return planned(config, facts, length=length)
 
 
 def run(config: EloConfig) -> None:

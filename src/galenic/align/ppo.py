@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from galenic.align.config import PpoConfig
 from galenic.align.data.tasks import read_tasks
-from galenic.align.training import opened
-from galenic.runtime import Plan, UserError, human
+from galenic.align.training import opened, planned
+from galenic.runtime import Plan, human
 
 if TYPE_CHECKING:
     import torch
@@ -118,28 +118,22 @@ class PpoObjective:
 
 def plan(config: PpoConfig) -> Plan:
     """What the verb would do."""
-    for path in config.reads():
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder")
     tasks = read_tasks(config.tasks)
     steps = config.epochs * config.minibatches
     judge = config.rewards.judge
     held = f", adapted to {config.kl_target:g} nats an answer" if config.kl_target else ""
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/model"],
-        facts={
-            "tasks": human(len(tasks)),
-            "rewards": f"rules for {human(sum(task.rule is not None for task in tasks))} tasks"
-            + (f", reward model {config.rewards.model}" if config.rewards.model else "")
-            + (f", judge {judge.endpoint.model} at {judge.endpoint.base_url}" if judge else ""),
-            "training": f"{config.rollouts} rollouts of {config.rows} answers, {steps} steps on each "
-            f"({config.epochs} x {config.minibatches}), learning rate {config.optim.lr:g} to {config.final_lr:g} on a "
-            "cosine",
-            "objective": f"clip {config.clip:g}, KL penalty {config.kl:g}{held}",
-            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
-        },
+    facts = {
+        "tasks": human(len(tasks)),
+        "rewards": f"rules for {human(sum(task.rule is not None for task in tasks))} tasks"
+        + (f", reward model {config.rewards.model}" if config.rewards.model else "")
+        + (f", judge {judge.endpoint.model} at {judge.endpoint.base_url}" if judge else ""),
+        "objective": f"clip {config.clip:g}, KL penalty {config.kl:g}{held}",
+    }
+    length = (
+        f"{config.rollouts} rollouts of {config.rows} answers, {steps} steps on each "
+        f"({config.epochs} x {config.minibatches})"
     )
+    return planned(config, facts, length=length)
 
 
 def run(config: PpoConfig) -> None:

@@ -25,7 +25,7 @@ from galenic.align.data.pairs import (
     trained_and_heldout,
 )
 from galenic.align.data.tasks import Messages
-from galenic.align.training import opened
+from galenic.align.training import opened, planned
 from galenic.evaluate.config import model_parts
 from galenic.runtime import Plan, UserError, device, human
 
@@ -246,21 +246,10 @@ def heldout_score(run: Any, pairs: list[Pair], config: RewardConfig, pad: int) -
 
 def plan(config: RewardConfig) -> Plan:
     """What the verb would do."""
-    for path in config.reads():
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder")
     count, steps = steps_of(config)
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/model"],
-        facts={
-            "pairs": human(count),
-            "objective": f"Bradley-Terry, rewards kept around 0 with weight {config.centre:g}",
-            "training": f"about {steps} steps of {config.rows} pairs, learning rate {config.optim.lr:g} to "
-            f"{config.final_lr:g} on a cosine",
-            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
-        },
-    )
+    objective = f"Bradley-Terry, rewards kept around 0 with weight {config.centre:g}"
+    facts = {"pairs": human(count), "objective": objective}
+    return planned(config, facts, length=f"about {steps} steps of {config.rows} pairs")
 
 
 def run(config: RewardConfig) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from galenic.align.config import SftConfig, ShiftConfig
 from galenic.align.data.conversations import Encoded, Sample, count_categories, read_conversations
-from galenic.align.training import opened
+from galenic.align.training import opened, planned
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.pretrain.data.packing import best_fit
@@ -27,24 +27,16 @@ from galenic.runtime import Plan, UserError, human, write_jsonl
 
 def plan(config: SftConfig) -> Plan:
     """What the verb would do."""
-    for path in config.reads():
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder")
     count, categories = count_categories(config.conversations)
     size = f"{config.rows} x {config.context} tokens"
     steps = config.budget // (config.context * config.rows)
     length = f"{steps} steps of {size}" if config.rounds is None else f"{config.rounds} rounds, {size} a step"
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/model"],
-        facts={
-            "conversations": human(count),
-            **({"categories": categories} if categories else {}),
-            "training": f"{length}, learning rate {config.optim.lr:g} to {config.final_lr:g} on a cosine",
-            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
-            **({"shifts": _times(config.shift, steps)} if config.shift else {}),
-        },
-    )
+    facts = {"conversations": human(count)}
+    if categories:
+        facts["categories"] = categories
+    if config.shift:
+        facts["shifts"] = _times(config.shift, steps)
+    return planned(config, facts, length=length)
 
 
 def _times(shift: ShiftConfig, total: int) -> str:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from galenic.align.config import TdpoConfig
 from galenic.align.data.pairs import Pairs, collate_pairs, in_order, in_turn, steps_of, trained_and_heldout
-from galenic.align.training import opened
-from galenic.runtime import Plan, UserError, human
+from galenic.align.training import opened, planned
+from galenic.runtime import Plan, human
 
 if TYPE_CHECKING:
     import torch
@@ -139,22 +139,10 @@ class TdpoObjective:
 
 def plan(config: TdpoConfig) -> Plan:
     """What the verb would do."""
-    for path in config.reads():
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such file or folder")
     count, steps = steps_of(config)
     name = {"tdpo1": "TDPO1", "tdpo2": f"TDPO2, alpha {config.alpha:g}"}[config.method]
-    return Plan(
-        reads=config.reads(),
-        writes=[f"{config.out}/model"],
-        facts={
-            "pairs": human(count),
-            "objective": f"{name}, beta {config.beta:g}",
-            "training": f"about {steps} steps of {config.rows} pairs, learning rate {config.optim.lr:g} to "
-            f"{config.final_lr:g} on a cosine",
-            "trains": f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model",
-        },
-    )
+    facts = {"pairs": human(count), "objective": f"{name}, beta {config.beta:g}"}
+    return planned(config, facts, length=f"about {steps} steps of {config.rows} pairs")
 
 
 def run(config: TdpoConfig) -> None:

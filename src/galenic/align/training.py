@@ -15,10 +15,43 @@ from typing import Any
 
 from galenic.align.config import TrainingConfig
 from galenic.ranks import gathered, process_group, rank
-from galenic.runtime import Bar, UserError, device, folder_name, progress, read_json, torch_setup, write_json
+from galenic.runtime import (
+    Bar,
+    Plan,
+    UserError,
+    device,
+    folder_name,
+    progress,
+    read_json,
+    torch_setup,
+    write_json,
+)
 
 Score = Callable[[], Mapping[str, Any]]
 """Measures the model on what is held out."""
+
+
+def planned(config: TrainingConfig, facts: Mapping[str, str], *, length: str) -> Plan:
+    """What a verb of alignment would do.
+
+    Args:
+        config: of the verb.
+        facts: about its data and its objective.
+        length: of training, in words.
+
+    Raises:
+        UserError: an input does not exist.
+    """
+    for path in config.reads():
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such file or folder")
+    rates = f"learning rate {config.optim.lr:g} to {config.final_lr:g} on a cosine"
+    trains = f"a LoRA adapter of rank {config.lora.rank}" if config.lora else "the whole model"
+    return Plan(
+        reads=config.reads(),
+        writes=[f"{config.out}/model"],
+        facts={**facts, "training": f"{length}, {rates}", "trains": trains},
+    )
 
 
 class Run:

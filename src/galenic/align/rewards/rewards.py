@@ -101,8 +101,8 @@ class Rewards:
         for part in ("model", "judge"):
             if getattr(self.config, part) is not None and part not in counted:
                 raise UserError(
-                    f"rewards.{part}: is named, but no task's reward looks at it; say in rewards.weights what it counts "
-                    "(by default a task is rewarded by its rule, if it has one)"
+                    f"rewards.{part}: is named, but no task's reward looks at it; say in rewards.weights what it "
+                    "counts (by default a task is rewarded by its rule, if it has one)"
                 )
         if any(task.rule == "code" and "rule" in self.weights(task) for task in tasks):
             from galenic.align.rewards.sandbox import require
