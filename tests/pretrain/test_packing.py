@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from galenic.corpus.tokens.shards import Shard
 from galenic.pretrain.data.bins import fill_bins
+from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.pretrain.data.packing import (
-    IGNORE,
     Rows,
     best_fit,
-    collate,
     cut,
     cut_all,
     draw_documents,
