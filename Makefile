@@ -9,12 +9,12 @@ WORKERS ?= 2
 MODELS := data/models
 PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard tests/parity/peers/*.txt))
 
-.PHONY: help starter smollm2 smoke test test-slow parity peers lint types check env data clean
+.PHONY: help starter smollm2 smoke test test-slow test-long parity peers lint types check env data clean
 help:
-	@echo "make starter    train, merge, flatten, evaluate and report the starter model (about 25 minutes)"
+	@echo "make starter    train, merge, align, flatten, evaluate and report the starter model (about half an hour)"
 	@echo "make smollm2    three experts of an existing model, merged, flattened, evaluated (well over an hour)"
 	@echo "make smoke      the same steps with tiny budgets (about a minute)"
-	@echo "make test       the tests; make test-slow: the long ones"
+	@echo "make test       the tests; make test-slow: the long ones; make test-long: still longer ones"
 	@echo "make parity     other people's software against ours, in environments of its own (make peers)"
 	@echo "make check      ruff and types"
 	@echo "make clean      remove the environments and the downloaded data"
@@ -51,7 +51,11 @@ test: env
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not parity"
 
 test-slow: env data
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long"
+
+# More of what test-slow has one of each: kills of every verb, whole and with an adapter, on one process and on two.
+test-long: env
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long
 
 # The libraries clash with each other and with ours, so each list gets an environment. `torch` is pinned in each list
 # that needs it: a range would admit CUDA builds of gigabytes. A list NAME.no-deps is installed after NAME.txt, without

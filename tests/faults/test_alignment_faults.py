@@ -108,6 +108,8 @@ CASES = {
     "ppo-full": ("ppo", "ours", {"reference": {"offload": True}}),
     "ppo-lora": ("ppo", "llama", {"lora": {"rank": 4}}),
 }
+SAMPLE = (("sft-lora", 2), ("tdpo-full", 1), ("reward-lora", 2), ("elo-full", 1), ("ppo-full", 2))
+"""(case, processes) that CI runs: a verb each, `make test-long` all."""
 
 
 def words(inputs, case, out):
@@ -186,7 +188,13 @@ def test_killed_inside_saves_it_ends_with_the_same_bytes(ranks, inputs, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        pytest.param(case, count, marks=() if (case, count) in SAMPLE else pytest.mark.long)
+        for case in CASES
+        for count in (1, 2)
+    ],
+)
 def test_killed_many_times(ranks, inputs, tmp_path, case, count):
     survives(ranks, inputs, tmp_path, case, count, 6, seed=count)
