@@ -26,6 +26,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # Threads that wait for each other burn their core by default; on a shared machine that made training ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# oneDNN keeps a kernel for every shape of product it meets, 1,024 by default: texts of any length then take more memory
+# with each step. The shapes of a training step are a few dozen.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 class UserError(ValueError):
