@@ -25,8 +25,8 @@ def ours(vocab_size=512, seed=0, **changes):
     from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 
     torch.manual_seed(seed)
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    config = BaichuanM1Config(vocab_size=vocab_size, initializer_range=0.2, **{**OURS, **special, **changes})
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "initializer_range": 0.2}
+    config = BaichuanM1Config(vocab_size=vocab_size, **{**OURS, **special, **changes})
     return BaichuanM1ForCausalLM(config)
 
 
@@ -79,6 +79,29 @@ def foreign(kind, vocab_size=64, seed=0, **changes):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def sft_base(folder, tokenizer):
+    """A model folder of ours to fine-tune, with the library's own small weights."""
+    return our_folder(folder, tokenizer, initializer_range=0.02, max_position_embeddings=128)
+
+
+MODULES = (
+    *("galenic.cli", "galenic.align.sft", "galenic.align.tdpo", "galenic.align.rollouts.sampling"),
+    *("galenic.pretrain.loop", "peft"),
+)
+"""What processes that run every verb import."""
+
+
+def verbs_inputs(folder, tokenizer, llama_folder, conversations):
+    """Models and files that small runs of all verbs read."""
+    return {
+        "ours": str(our_folder(folder / "ours", tokenizer)),
+        "llama": str(llama_folder),
+        "pairs": write_lines(folder / "pairs.jsonl", pairs()),
+        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
+        "conversations": str(conversations),
+    }
 
 
 def write_lines(path, rows):

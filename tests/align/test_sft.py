@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align_helpers import sft_base
 from galenic.align import sft
 from galenic.align.config import LoraConfig, SftConfig
-from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
+from galenic.model import load, load_tokenizer
 from galenic.pretrain.config import OptimConfig
 from galenic.pretrain.data.collate import IGNORE, collate
 from galenic.runtime import UserError
@@ -16,28 +17,7 @@ from galenic.runtime import UserError
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer_step):
-    torch.manual_seed(0)
-    model = BaichuanM1ForCausalLM(
-        BaichuanM1Config(
-            vocab_size=512,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            num_swa_attention_heads=2,
-            num_swa_key_value_heads=1,
-            sliding_window=8,
-            sliding_window_layers=[1],
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-        )
-    )
-    folder = tmp_path_factory.mktemp("base") / "model"
-    save(model, folder, tokenizer=tokenizer_step, provenance={"verb": "test"})
-    return folder
+    return sft_base(tmp_path_factory.mktemp("base") / "model", tokenizer_step)
 
 
 def make_config(out, base, conversations, **changes):

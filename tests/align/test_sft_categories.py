@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from align_helpers import sft_base
 from galenic.align import sft
 from galenic.align.config import SftConfig, ShiftConfig
 from galenic.align.data.conversations import CATEGORIES, check_messages, read_conversations
-from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM, load, load_tokenizer, save
+from galenic.model import load, load_tokenizer
 from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.pretrain.data.collate import IGNORE
 from galenic.pretrain.loop import Trainer
@@ -21,28 +22,7 @@ from galenic.runtime import UserError, numbered_jsonl, read_json, read_jsonl
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tokenizer_step):
-    torch.manual_seed(0)
-    model = BaichuanM1ForCausalLM(
-        BaichuanM1Config(
-            vocab_size=512,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            num_swa_attention_heads=2,
-            num_swa_key_value_heads=1,
-            sliding_window=8,
-            sliding_window_layers=[1],
-            max_position_embeddings=128,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-        )
-    )
-    folder = tmp_path_factory.mktemp("base") / "model"
-    save(model, folder, tokenizer=tokenizer_step, provenance={"verb": "test"})
-    return folder
+    return sft_base(tmp_path_factory.mktemp("base") / "model", tokenizer_step)
 
 
 @pytest.fixture(scope="module")

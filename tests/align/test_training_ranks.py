@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from align_helpers import foreign, our_folder, pairs, rows, tasks, write_lines
+from align_helpers import MODULES, foreign, rows, verbs_inputs
 from galenic.model.foreign import copy_companions
 from rank_helpers import Ranks
 
@@ -23,15 +23,7 @@ CLOCK = ("tokens_per_second", "seconds", "memory_gb")
 
 @pytest.fixture(scope="module")
 def ranks():
-    started = Ranks(
-        "galenic.cli",
-        "galenic.align.sft",
-        "galenic.align.tdpo",
-        "galenic.align.rollouts.sampling",
-        "galenic.pretrain.loop",
-        "peft",
-        folder="align",
-    )
+    started = Ranks(*MODULES, folder="align")
     yield started
     started.close()
 
@@ -48,12 +40,8 @@ def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
         model.save_pretrained(folder / name)
         copy_companions(llama_folder, folder / name)
     return {
-        "ours": str(our_folder(folder / "ours", tokenizer_step)),
-        "llama": str(llama_folder),
+        **verbs_inputs(folder, tokenizer_step, llama_folder, conversations),
         **{name: str(folder / name) for name in ("untied", "capped", "gpt2")},
-        "pairs": write_lines(folder / "pairs.jsonl", pairs()),
-        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
-        "conversations": str(conversations),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align_helpers import files, our_folder, pairs, tasks, told, write_lines
+from align_helpers import MODULES, files, told, verbs_inputs
 from kill_helpers import steps
 from rank_helpers import Ranks
 
@@ -24,15 +24,7 @@ WHERE = ("step", "while writing", "before the rename", "model folder", "any time
 
 @pytest.fixture(scope="module")
 def ranks():
-    started = Ranks(
-        "galenic.cli",
-        "galenic.align.sft",
-        "galenic.align.tdpo",
-        "galenic.align.rollouts.sampling",
-        "galenic.pretrain.loop",
-        "peft",
-        folder="faults",
-    )
+    started = Ranks(*MODULES, folder="faults")
     yield started
     started.close()
 
@@ -40,13 +32,7 @@ def ranks():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tokenizer_step, llama_folder, conversations):
     folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "ours": str(our_folder(folder / "ours", tokenizer_step)),
-        "llama": str(llama_folder),
-        "pairs": write_lines(folder / "pairs.jsonl", pairs()),
-        "tasks": write_lines(folder / "tasks.jsonl", tasks()),
-        "conversations": str(conversations),
-    }
+    return verbs_inputs(folder, tokenizer_step, llama_folder, conversations)
 
 
 def sft(inputs):

@@ -97,18 +97,15 @@ class EloObjective:
         self, model: Any, part: Mapping[str, Any], units: float
     ) -> tuple["torch.Tensor", dict[str, tuple[float, float]]]:
         """Computes loss and measures of a part."""
-        from galenic.align.policy import per_row, states
+        from galenic.align.policy import before, per_row, states
         from galenic.align.token_statistics import token_statistics
 
         config, samples = self.config, self.config.samples
         inputs, chains = {"input_ids": part["input_ids"]}, part["chains"]
-        before = chains.roll(-1, 1)  # a token is predicted from the place before it
-        hidden, head = self.reference.states(inputs)
-        other = hidden[before], head
+        other = before(self.reference.states(inputs), chains)
         policy = states(model, inputs, product=self.product)
-        hidden, head = policy
         chain = token_statistics(
-            (hidden[before], head),
+            before(policy, chains),
             part["targets"][chains],
             reference=other,
             temperature=config.sampling.temperature,
@@ -150,11 +147,11 @@ def answer_log_probs(policy: Any, part: Mapping[str, Any]) -> "torch.Tensor":
         policy: hidden states (rows, length, width) of the part, and the head.
         part: what `collate_chains` made.
     """
+    from galenic.align.policy import before
     from galenic.align.token_statistics import token_statistics
 
-    hidden, head = policy
     answers = part["answers"]
-    return token_statistics((hidden[answers.roll(-1, 1)], head), part["input_ids"][answers]).log_probs
+    return token_statistics(before(policy, answers), part["input_ids"][answers]).log_probs
 
 
 def _deviations(rewards: "torch.Tensor") -> "torch.Tensor":
@@ -233,16 +230,17 @@ def answered(run: "Run", config: EloConfig, questions: "Sequence[Question]") -> 
     import torch
 
     from galenic.align.config import RewardsConfig
+    from galenic.align.data.order import own_share
     from galenic.align.policy import per_row, states
     from galenic.align.rewards.rules import check
     from galenic.align.rollouts.chains import chain_row, collate_chains
     from galenic.align.rollouts.sampling import Sampler
 
     parallel, device = run.parallel, run.trainer.device
-    turns = -(-len(questions) // parallel.data_ranks)
-    places = [turn * parallel.data_ranks + parallel.data_rank for turn in range(turns)]
-    own = [questions[min(place, len(questions) - 1)] for place in places]  # all take as many turns
-    counted = torch.tensor([place < len(questions) for place in places], dtype=torch.float64)
+    share = own_share(len(questions), parallel)
+    places, turns = [place for place, _ in share], len(share)
+    own = [questions[place] for place in places]
+    counted = torch.tensor([counts for _, counts in share], dtype=torch.float64)
 
     room = config.sampling.max_new_tokens  # of a chain; the answer has to follow
     most = room + max(len(question.marker) + len(question.answer) for question in questions)

@@ -191,14 +191,23 @@ def statistics(
     Returns:
         (wanted.sum(),) each, in the order of `wanted.nonzero()`.
     """
-    targets = inputs["input_ids"][wanted]
-    before = wanted.roll(-1, 1)  # the state that a token is predicted from is the one before it
-    other = None
-    if reference is not None:
-        hidden, head = reference.states(inputs)
-        other = hidden[before], head
-    hidden, head = states(policy, inputs, product=product)
-    return token_statistics((hidden[before], head), targets, reference=other, temperature=temperature)
+    other = None if reference is None else before(reference.states(inputs), wanted)
+    own = before(states(policy, inputs, product=product), wanted)
+    return token_statistics(own, inputs["input_ids"][wanted], reference=other, temperature=temperature)
+
+
+def before(found: States, wanted: torch.Tensor) -> States:
+    """Returns the states that tokens are predicted from: those of the places before them.
+
+    Args:
+        found: states (rows, length, width), and the head.
+        wanted: (rows, length) bool, the tokens; never a row's first.
+
+    Returns:
+        States (wanted.sum(), width) in the order of `wanted.nonzero()`, and the head.
+    """
+    hidden, head = found
+    return hidden[wanted.roll(-1, 1)], head
 
 
 def per_row(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -213,3 +222,17 @@ def padded(sequences: list[list[int]], pad: int) -> torch.Tensor:
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
     return ids
+
+
+def laid(sequences: list[list[int]], prompts: list[int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lays prompts with their answers into (rows, longest) int64; and tells which tokens are the answers', bool.
+
+    Args:
+        sequences: each a prompt and its answer.
+        prompts: tokens of each prompt.
+        pad: fills up on the right.
+    """
+    ids = padded(sequences, pad)
+    places, ends = torch.arange(ids.shape[1]), [len(sequence) for sequence in sequences]
+    first, last = (torch.tensor(numbers)[:, None] for numbers in (prompts, ends))
+    return ids, (places >= first) & (places < last)

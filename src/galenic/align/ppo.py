@@ -195,17 +195,18 @@ def measured(run: Any, sampler: Any, rewards: Any, questions: "Sequence[Question
     """
     import torch
 
-    first, every = run.parallel.data_rank, run.parallel.data_ranks
-    # All processes take as many: what some have over is taken again, and not counted.
-    places = range(first, -(-len(questions) // every) * every, every)
-    tasks = [questions[min(place, len(questions) - 1)].task for place in places]
-    found = sampler([task.messages for task in tasks], step=0, numbers=list(places), greedy=True)
+    from galenic.align.data.order import own_share
+    from galenic.align.rollouts.sampling import health
+
+    share = own_share(len(questions), run.parallel)
+    places = [place for place, _ in share]
+    tasks = [questions[place].task for place in places]
+    found = sampler([task.messages for task in tasks], step=0, numbers=places, greedy=True)
     replies = [copies[0] for copies in found]
     texts = [sampler.text(reply) for reply in replies]
     worth = rewards(tasks, texts, [reply.ended for reply in replies])
-    sums = torch.zeros(3, dtype=torch.float64)
-    for place, reward, reply in zip(places, worth, replies, strict=True):
-        if place < len(questions):
-            sums += torch.tensor([reward, len(reply.ids), reply.ended], dtype=torch.float64)
-    means = (run.parallel.added(sums) / len(questions)).tolist()
-    return dict(zip(("reward", "length", "ended"), means, strict=True))
+    counted = [place for place, (_, counts) in enumerate(share) if counts]
+    told = health([replies[place] for place in counted])
+    sums = [sum(worth[place] for place in counted), *(total for total, _ in told.values())]
+    means = run.parallel.added(torch.tensor(sums, dtype=torch.float64)) / len(questions)
+    return dict(zip(("reward", *told), means.tolist(), strict=True))

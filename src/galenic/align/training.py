@@ -21,7 +21,6 @@ from galenic.runtime import (
     UserError,
     device,
     folder_name,
-    progress,
     read_json,
     torch_setup,
     write_json,
@@ -150,7 +149,7 @@ class Run:
             UserError: the rows of a batch do not divide among the processes, or a step went wrong.
         """
         from galenic.pretrain.checkpoints.checkpoints import Checkpoints
-        from galenic.pretrain.loop import Trainer
+        from galenic.pretrain.loop import Trainer, shown
         from galenic.pretrain.schedules import cosine_decay, warmup
         from galenic.pretrain.watching.watch import Watch
 
@@ -191,7 +190,8 @@ class Run:
                 warm = config.optim.lr * warmup(step, config.optim.warmup_steps)
                 return min(warm, cosine_decay((step + 1) / steps, start=config.optim.lr, end=config.final_lr))
 
-            with _bar(steps, self.out.name) as bar:
+            with shown(steps, self.out.name, "steps") as shown_bar:
+                bar = _Steps(shown_bar)
                 bar.update(self.trainer.step)
                 self.trainer.train(
                     batches, first=0, last=steps, lr=lr, bar=bar, after=follow, check=check, together=together
@@ -301,18 +301,6 @@ def _without_dropout(model: Any) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-@contextmanager
-def _bar(steps: int, label: str) -> Iterator[Bar]:
-    """Shows progress in steps, on one process."""
-    from galenic.pretrain.loop import Silent
-
-    if rank() > 0:
-        yield Silent()
-        return
-    with progress(steps, label, "steps") as bar:
-        yield _Steps(bar)
 
 
 class _Steps:

@@ -9,7 +9,8 @@ resumed run repeats the uninterrupted one bit for bit.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,8 @@ from galenic.pretrain.guard import GradientGuard
 from galenic.pretrain.optimizers import make_optimizer
 from galenic.pretrain.parallelism.parallel import Parallel
 from galenic.pretrain.watching.watch import Watch
-from galenic.runtime import Bar, UserError, device
+from galenic.ranks import rank
+from galenic.runtime import Bar, UserError, device, progress
 
 NAMED = 8
 """Documents that an error names; the metrics row names all."""
@@ -400,3 +402,13 @@ class Silent:
 
     def update(self, n: float = 1, note: str = "") -> None:
         """Shows nothing."""
+
+
+@contextmanager
+def shown(total: float, label: str, unit: str) -> Iterator[Bar]:
+    """Shows the progress of a run, on one of its processes."""
+    if rank() > 0:
+        yield Silent()
+        return
+    with progress(total, label, unit) as bar:
+        yield bar

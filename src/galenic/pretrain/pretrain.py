@@ -5,8 +5,7 @@ state, warm-up then constant learning rate, cosine decay, longer context and a l
 AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, Algorithm 1's gradient guard. `plan` tells what `run` would do.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,8 @@ from galenic.corpus.tokens.shards import read_meta, special_tokens
 from galenic.pretrain.config import ArchitectureConfig, PhaseConfig, PretrainConfig
 from galenic.pretrain.planning.plan import plan as plan
 from galenic.pretrain.planning.plan import preview as preview
-from galenic.ranks import gathered, process_group, rank, ranks
-from galenic.runtime import Bar, device, progress, sha256_file, torch_setup
+from galenic.ranks import gathered, process_group, ranks
+from galenic.runtime import device, sha256_file, torch_setup
 
 if TYPE_CHECKING:
     from galenic.pretrain.data.curriculum import PhaseBatches
@@ -144,6 +143,7 @@ def _phases(
         data: digest of the shards, for the models' provenance.
     """
     from galenic.pretrain.checkpoints.export import export_model
+    from galenic.pretrain.loop import shown
     from galenic.pretrain.schedules import rate
     from galenic.pretrain.watching.heldout import scorer
 
@@ -160,7 +160,7 @@ def _phases(
         score = scorer(trainer.model, config, phase, last, trainer.watch, trainer.parallel)
         if trainer.step < last:
             batches.restore(trainer.reader)
-            with _bar(batches, phase.name) as bar:
+            with shown(batches.steps * batches.rows * batches.context, phase.name, "tokens") as bar:
                 bar.update((trainer.step - first) * batches.rows * batches.context)
                 trainer.train(
                     batches,
@@ -197,15 +197,3 @@ def _identity(config: PretrainConfig, data: str) -> dict[str, Any]:
     for name in (*config.incidental, "out", "tokenizer"):
         del values[name]
     return {**values, "data": data}
-
-
-@contextmanager
-def _bar(batches: Any, label: str) -> Iterator[Bar]:
-    """Shows the progress of a phase, on one process."""
-    from galenic.pretrain.loop import Silent
-
-    if rank() > 0:
-        yield Silent()
-        return
-    with progress(batches.steps * batches.rows * batches.context, label, "tokens") as bar:
-        yield bar

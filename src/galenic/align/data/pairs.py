@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from galenic.align.data.order import Epochs, own_share
 from galenic.align.data.tasks import Messages, messages_of
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
@@ -161,29 +160,24 @@ class Pairs:
     def __init__(
         self, pairs: list[Pair], *, rows: int, epochs: float, context: int, seed: int, pad: int = PAD
     ) -> None:
-        self.pairs, self.rows, self.context, self.seed, self.pad = pairs, rows, context, seed, pad
+        self.pairs, self.rows, self.context, self.pad = pairs, rows, context, pad
         self.steps = int(epochs * len(pairs)) // rows
         if not self.steps:
             raise UserError(
                 f"rows: {len(pairs)} pairs, read {epochs:g} times, are fewer than a batch of {rows}"
             )
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = Epochs(len(pairs), seed=seed, name="pairs")
 
-    def _number(self, place: int) -> int:
-        """Which pair stands at a place in the order of training."""
-        epoch, within = divmod(place, len(self.pairs))
-        if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, stable_hash(f"pairs/{epoch}")]))
-            self._order = epoch, generator.permutation(len(self.pairs)).tolist()
-        return self._order[1][within]
+    def _chosen(self, step: int, rows: Sequence[int]) -> list[Pair]:
+        return [self.pairs[self._order[step * self.rows + row]] for row in rows]
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, Any]:
         """Returns these pairs of a batch."""
-        return collate_pairs([self.pairs[self._number(step * self.rows + row)] for row in rows], self.pad)
+        return collate_pairs(self._chosen(step, rows), self.pad)
 
     def documents(self, step: int) -> list[str]:
         """Names the pairs of a batch."""
-        return [self.pairs[self._number(step * self.rows + row)].id for row in range(self.rows)]
+        return [pair.id for pair in self._chosen(step, range(self.rows))]
 
     def state(self, step: int) -> dict[str, Any]:
         """Where the reader stands before a step."""
@@ -194,16 +188,13 @@ def collate_pairs(pairs: Sequence[Pair], pad: int = PAD) -> dict[str, Any]:
     """Lays pairs into tensors; see `Pairs`."""
     import torch
 
-    from galenic.align.policy import padded
+    from galenic.align.policy import laid
 
     sequences = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    ids = padded(sequences, pad)
-    places = torch.arange(ids.shape[1])[None]
-    prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(2)[:, None]
-    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    ids, answers = laid(sequences, [pair.prompt for pair in pairs for _ in range(2)], pad)
     return {
         "input_ids": ids,
-        "answers": (places >= prompts) & (places < lengths),
+        "answers": answers,
         "margins": torch.tensor([pair.margin for pair in pairs]),
     }
 
@@ -214,13 +205,7 @@ def in_order(margins: Any) -> float:
 
 
 def in_turn(pairs: Sequence[Pair], rows: int, parallel: Any) -> Iterator[tuple[slice, bool]]:
-    """Shares pairs among processes, so many at a time: yields which ones, and whether they count here.
-
-    All processes take as many turns, as each of them has to take part in every pass: what some have over is taken once
-    more, and does not count.
-    """
+    """Shares pairs among processes, so many at a time: yields which ones, and whether they count here (`own_share`)."""
     starts = range(0, len(pairs), rows)
-    for turn in range(-(-len(starts) // parallel.data_ranks)):
-        place = turn * parallel.data_ranks + parallel.data_rank
-        start = starts[min(place, len(starts) - 1)]
-        yield slice(start, start + rows), place < len(starts)
+    for place, counts in own_share(len(starts), parallel):
+        yield slice(starts[place], starts[place] + rows), counts

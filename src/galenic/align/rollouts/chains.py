@@ -18,13 +18,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from galenic.align.config import EloConfig
+from galenic.align.data.order import Epochs
 from galenic.align.data.tasks import Task, read_tasks
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
-from galenic.pretrain.data.drawing import stable_hash
 from galenic.runtime import UserError
 
 if TYPE_CHECKING:
@@ -222,16 +220,11 @@ class Questions:
     ) -> None:
         self.questions, self.sampler, self.config, self.own = questions, sampler, config, own
         self.steps, self.rows, self.context = config.steps, config.rows, config.context
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = Epochs(len(questions), seed=config.seed, name="questions")
         self._sampled: tuple[int, dict[int, list[Chain]]] = (-1, {})
 
     def _question(self, place: int) -> Question:
-        epoch, within = divmod(place, len(self.questions))
-        if self._order[0] != epoch:
-            key = [self.config.seed, stable_hash(f"questions/{epoch}")]
-            order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.questions))
-            self._order = epoch, order.tolist()
-        return self.questions[self._order[1][within]]
+        return self.questions[self._order[place]]
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, Any]:
         """Returns the chains of these rows, sampled from the policy as it is when the step is first asked for."""

@@ -17,18 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from galenic.align.config import PpoConfig
+from galenic.align.data.order import Epochs
 from galenic.align.data.tasks import Task
-from galenic.align.policy import Reference, padded
+from galenic.align.policy import Reference, laid
 from galenic.align.rollouts.advantages import adapted_kl, gae, whiten
 from galenic.align.rollouts.sampling import stale
 from galenic.align.rollouts.values import with_values
 from galenic.corpus.tokens.chat_format import PAD
 from galenic.corpus.tokens.chat_template import encode_chat
-from galenic.pretrain.data.drawing import stable_hash
 from galenic.ranks import gathered
 from galenic.runtime import UserError
 
@@ -165,13 +164,6 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
     )
 
 
-def _laid(sequences: list[list[int]], prompts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lays sequences into (rows, longest) int64; returns them and which of their tokens follow the prompt, bool."""
-    ids, places = padded(sequences, PAD), torch.arange(max(map(len, sequences)))
-    first, last = (torch.tensor(numbers)[:, None] for numbers in (prompts, [len(own) for own in sequences]))
-    return ids, (places >= first) & (places < last)
-
-
 def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch.Tensor]:
     """Lays answers into a part of a batch.
 
@@ -180,7 +172,7 @@ def collate_answers(found: Experience, chosen: Sequence[int]) -> dict[str, torch
         `COLUMNS`, of the same shape, float32; `told` (rows, len(TOLD)) float64, all rows alike.
     """
     answers = [found.answers[number] for number in chosen]
-    ids, wanted = _laid([answer.ids for answer in answers], [answer.prompt for answer in answers])
+    ids, wanted = laid([answer.ids for answer in answers], [answer.prompt for answer in answers], PAD)
     part = {"input_ids": ids, "answers": wanted}
     for name in COLUMNS:
         part[name] = torch.zeros(ids.shape)
@@ -233,6 +225,8 @@ class Experiences:
         self.steps = config.rollouts * self.together
         self.kl_weight = config.kl
         """Of the next rollout."""
+        self._tasks = Epochs(len(questions), seed=config.seed, name="ppo/tasks")
+        self._answers = Epochs(config.rows, seed=config.seed, name="ppo/answers")
         self._rollout = -1
         self._found: Experience
 
@@ -254,22 +248,11 @@ class Experiences:
 
     def _chosen(self, step: int) -> list[int]:
         """Which answers of a rollout are in a minibatch; each is in one of an epoch."""
-        epoch, number = divmod(step, self.config.minibatches)
-        order = self._permutation(f"answers/{epoch}", self.config.rows)
-        return order[number * self.rows : (number + 1) * self.rows]
+        return [self._answers[step * self.rows + row] for row in range(self.rows)]
 
     def _questions(self, rollout: int, rows: Sequence[int]) -> list[Question]:
-        """The questions of some rows of a rollout; all are read before one is read again, each time in a new order."""
-        places = [divmod(rollout * self.config.rows + row, len(self.questions)) for row in rows]
-        orders = {
-            epoch: self._permutation(f"tasks/{epoch}", len(self.questions))
-            for epoch in {e for e, _ in places}
-        }
-        return [self.questions[orders[epoch][within]] for epoch, within in places]
-
-    def _permutation(self, name: str, count: int) -> list[int]:
-        generator = np.random.Generator(np.random.Philox(key=[self.config.seed, stable_hash(f"ppo/{name}")]))
-        return generator.permutation(count).tolist()
+        """The questions of some rows of a rollout."""
+        return [self.questions[self._tasks[rollout * self.config.rows + row]] for row in rows]
 
     def _sampled(self, rollout: int) -> Experience:
         """Samples answers, each process its share, and tells everyone of all of them."""
@@ -321,7 +304,7 @@ class Experiences:
     @torch.no_grad()
     def _numbers(self, sequences: list[list[int]], prompts: list[int]) -> list[Mapping[str, list[float]]]:
         """What policy, reference and value head say of each token that follows its prompt."""
-        ids, answers = _laid(sequences, prompts)
+        ids, answers = laid(sequences, prompts, PAD)
         device = self.run.trainer.device
         found, values = with_values(
             self.run.model,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from galenic.align.policy import Reference, hidden_and_states
+from galenic.align.policy import Reference, before, hidden_and_states
 from galenic.align.token_statistics import TokenStatistics, token_statistics
 from galenic.model.foreign import plain
 
@@ -53,11 +53,9 @@ def with_values(
     Returns:
         The statistics and (tokens,) values, in the order of `answers.nonzero()`.
     """
-    inputs, before = {"input_ids": ids}, answers.roll(-1, 1)
-    other = None
-    if reference is not None:
-        states, head = reference.states(inputs)
-        other = states[before], head
-    hidden, (states, head) = hidden_and_states(model, inputs, product=product)
-    found = token_statistics((states[before], head), ids[answers], reference=other, temperature=temperature)
-    return found, model.value_head(hidden[before])
+    inputs = {"input_ids": ids}
+    other = None if reference is None else before(reference.states(inputs), answers)
+    hidden, states = hidden_and_states(model, inputs, product=product)
+    own = before(states, answers)
+    found = token_statistics(own, ids[answers], reference=other, temperature=temperature)
+    return found, model.value_head(before((hidden, None), answers)[0])

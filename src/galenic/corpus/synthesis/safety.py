@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from galenic.corpus.duplicates.dedup import deduplicate
 from galenic.corpus.records import Document
 from galenic.corpus.starter.holdout import stable_key, stable_shuffle, tokens
+from galenic.corpus.starter.questions import take_in_turn
 from galenic.corpus.synthesis.outcome import Outcome, conversation_row, dropped
 from galenic.corpus.synthesis.steps import fill
 from galenic.corpus.synthesis.synthesise_config import PipelineConfig
@@ -216,19 +217,8 @@ def evenly(items: Iterable[Item], limit: int, seed: int) -> list[Item]:
     for side in ("False", "True"):
         keys = stable_shuffle((key for key in groups if key[0] == side), str, seed, "safety")
         streams = [iter(stable_shuffle(groups[key], lambda item: item.id, seed)) for key in keys]
-        sides.append(iter(list(_in_turn(streams))))
-    return [item for item, _ in zip(_in_turn(sides), range(limit), strict=False)]
-
-
-def _in_turn(streams: list[Iterator[Item]]) -> Iterator[Item]:
-    """Yields one of each until none has any."""
-    live = list(streams)
-    while live:
-        for stream in list(live):
-            if (item := next(stream, None)) is None:
-                live.remove(stream)
-            else:
-                yield item
+        sides.append(iter(take_in_turn(streams, sum(len(groups[key]) for key in keys))))
+    return take_in_turn(sides, limit)
 
 
 # ---------------------------------------------------------------------------- files
