@@ -25,8 +25,8 @@ from galenic.corpus.starter.chains import MARKER
 from galenic.runtime import read_jsonl, write_jsonl
 
 Unit = dict[str, Any]
-Results = dict[str, list[Unit]]
-"""Arm -> a unit for each seed."""
+Results = dict[str, dict[str, list[Unit]]]
+"""Arm -> `train` and `measure` -> a unit for each seed."""
 
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("55-sft-alignment", {}),
@@ -66,39 +66,37 @@ def configuration(stage: str, recipes: Path, run: Path, changes: dict[str, Any])
     return verb, parse_config(verb, {**yaml.safe_load(text), **variant, **changes})[0]
 
 
-def train(stages: list[str], seed: int, run: str, recipes: str, models: str) -> Unit:
-    """Trains the last of the stages on what the others gave, and measures it if it is compared.
+def unit(task: str, stages: list[str], seed: int, run: str, recipes: str, models: str) -> Unit:
+    """Trains the last of the stages on what the others gave, or measures what it gave.
 
     Args:
-        stages: none: the base model itself.
+        task: `train` or `measure`.
+        stages: none: the base model itself, which is only measured.
         seed: of the stage.
         run: the starter run.
         recipes: the starter's recipe.
         models: folder of models, one for each chain of stages and seed.
     """
-    base = str(Path(run) / "30-pretrain" / "phase-3-medical-advanced")
 
     def place(some: Sequence[str]) -> str:
+        base = str(Path(run) / "30-pretrain" / "phase-3-medical-advanced")
         return str(Path(models) / f"{'-'.join(some)}-{seed}" / "model") if some else base
 
-    rows: list[dict[str, Any]] = []
-    if stages:
-        out = Path(place(stages)).parent
-        changes: dict[str, Any] = {"model": place(stages[:-1]), "out": str(out), "seed": seed}
-        if stages[-1] == "direct":
-            changes["conversations"] = str(_without_chains(Path(run), Path(models)))
-        if stages[-1] == "ppo":
-            text = yaml.safe_load((Path(recipes) / "59-ppo.yaml").read_text(encoding="utf-8"))
-            changes["rewards"] = text["rewards"] | {"model": place(REWARD)}
-        verb, config = configuration(stages[-1], Path(recipes), Path(run), changes)
-        out.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress
-            importlib.import_module(VERBS[verb][1]).run(config)
-        rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] in ("train", "heldout")]
-    found: Unit = {"curves": curves(rows), "heldout": [row for row in rows if row["kind"] == "heldout"]}
-    if tuple(stages) in ARMS:
-        found["measures"] = measure(place(stages), place(["sft"]), Path(run))
-    return found
+    if task == "measure":
+        return measure(place(stages), place(["sft"]), Path(run))
+    out = Path(place(stages)).parent
+    changes: dict[str, Any] = {"model": place(stages[:-1]), "out": str(out), "seed": seed}
+    if stages[-1] == "direct":
+        changes["conversations"] = str(_without_chains(Path(run), out))
+    if stages[-1] == "ppo":
+        text = yaml.safe_load((Path(recipes) / "59-ppo.yaml").read_text(encoding="utf-8"))
+        changes["rewards"] = text["rewards"] | {"model": place(REWARD)}
+    verb, config = configuration(stages[-1], Path(recipes), Path(run), changes)
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress
+        importlib.import_module(VERBS[verb][1]).run(config)
+    rows = [row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] in ("train", "heldout")]
+    return {"curves": curves(rows), "heldout": [row for row in rows if row["kind"] == "heldout"]}
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -108,9 +106,10 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in steps] for name in names if all(name in row for row in steps)}
 
 
-def _without_chains(run: Path, models: Path) -> Path:
+def _without_chains(run: Path, out: Path) -> Path:
     """Writes the conversations that alignment begins with, with answers in place of chains and answers."""
-    path = models / "direct.train.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "direct.train.jsonl"
     rows = []
     for row in read_jsonl(run / "10-corpus" / "sft" / "alignment.train.jsonl"):
         messages = [
@@ -142,7 +141,7 @@ COLUMNS = (
 
 
 def values(results: Results, arm: Sequence[str], name: str) -> list[float]:
-    return [unit["measures"][name] for unit in results[named(arm)]]
+    return [told[name] for told in results[named(arm)]["measure"]]
 
 
 def arms_table(results: Results) -> Iterator[str]:
@@ -172,8 +171,10 @@ def differences_table(results: Results) -> Iterator[str]:
     for arm, other in COMPARED:
         cells = []
         for name, _, factor, digits in COLUMNS:
-            pairs = zip(values(results, arm, name), values(results, other, name), strict=True)
-            found = units.interval([factor * (a - b) for a, b in pairs])
+            some, others = values(results, arm, name), values(results, other, name)
+            if not other:  # there is one base
+                others = others * len(some)
+            found = units.paired([factor * value for value in some], [factor * value for value in others])
             words = found.words(digits, sign=True)
             cells.append(f"**{words}**" if found.decided else words)
         rows.append((f"{named(arm)} against {named(other)}", *cells))
@@ -182,7 +183,7 @@ def differences_table(results: Results) -> Iterator[str]:
 
 def rewards_table(results: Results) -> Iterator[str]:
     """Held-out accuracy and calibration of the reward models that PPO used."""
-    ends = [unit["heldout"][-1] for unit in results[named(REWARD)]]
+    ends = [told["heldout"][-1] for told in results[named(REWARD)]["train"]]
     names = [
         name
         for name, value in ends[0].items()
@@ -202,7 +203,7 @@ def draw(results: Results, path: Path) -> None:
     with units.figure(path, panels=len(panels)) as every:
         for axes, (_, name, title, arms) in zip(every, panels, strict=True):
             for k, arm in enumerate(arms):
-                lines = [unit["curves"][name] for unit in results[named(arm)]]
+                lines = [told["curves"][name] for told in results[named(arm)]["train"]]
                 units.draw_band(axes, k, named(arm), range(1, len(lines[0]) + 1), lines)
             axes.set_xlabel("step")
             axes.set_title(title, fontsize=9)
@@ -231,13 +232,41 @@ def arguments() -> argparse.Namespace:
     return found
 
 
-def rounds() -> Iterator[list[tuple[str, ...]]]:
-    """Yields chains of stages so that each goes on from one of an earlier round; SFT, the yardstick, comes first."""
-    needed = {chain[:count] for chain in (*ARMS, REWARD) for count in range(1, len(chain) + 1)}
-    yield [("sft",)]
-    for length in range(1, 5):
-        yield sorted(chain for chain in needed if len(chain) == length and chain != ("sft",))
-    yield [()]
+def plan_units(seeds: int) -> Iterator[tuple[str, str, list[str], int, list[str]]]:
+    """Yields (name, task, stages, seed, names of what it needs) of all units, what most others wait for first."""
+    chains = {chain[:count] for chain in (*ARMS, REWARD) for count in range(1, len(chain) + 1)}
+
+    def left(chain: tuple[str, ...]) -> int:  # the most stages that still follow
+        follow = max(len(other) for other in chains if other[: len(chain)] == chain)
+        return (len(CHAIN) if chain == REWARD else follow) - len(chain)
+
+    trained = sorted(chains, key=lambda chain: (-left(chain), -len(chain), chain))
+    for stages in trained:
+        for seed in range(seeds):
+            before = [stages[:-1]] if stages[1:] else []
+            needed = before + ([REWARD] if stages[-1] == "ppo" else [])
+            yield (
+                named_unit("train", stages, seed),
+                "train",
+                list(stages),
+                seed,
+                [named_unit("train", some, seed) for some in needed],
+            )
+    for stages in ARMS:
+        for seed in range(seeds if stages else 1):
+            needed = [some for some in (stages, ("sft",)) if some]
+            yield (
+                named_unit("measure", stages, seed),
+                "measure",
+                list(stages),
+                seed,
+                [named_unit("train", some, seed) for some in needed],
+            )
+
+
+def named_unit(task: str, stages: Sequence[str], seed: int) -> str:
+    """`train-sft-elo-0`."""
+    return f"{task}-{'-'.join(stages) or 'base'}-{seed}"
 
 
 def main() -> None:
@@ -247,25 +276,23 @@ def main() -> None:
     settings = [texts, {name: changes for name, (_, changes) in STAGES.items()}, ROOM]
     models = given.out / f"models-{units.fingerprint(settings)}"
     models.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Unit] = {}
-    for chains in rounds():
-        work = {
-            f"{'-'.join(chain) or 'base'}-{seed}": {
-                "stages": list(chain),
-                "seed": seed,
-                "run": str(given.run),
-                "recipes": str(given.recipes),
-                "models": str(models),
-            }
-            for chain in chains
-            for seed in range(given.seeds)
-        }
-        found |= units.run_units(train, work, given.out, workers=given.workers, settings=settings)
-    results = {
-        named(chain): [found[f"{'-'.join(chain) or 'base'}-{seed}"] for seed in range(given.seeds)]
-        for chains in rounds()
-        for chain in chains
-    }
+    places = {"run": str(given.run), "recipes": str(given.recipes), "models": str(models)}
+    every = list(plan_units(given.seeds))
+    found = units.run_units(
+        unit,
+        {
+            name: {"task": task, "stages": stages, "seed": seed, **places}
+            for name, task, stages, seed, _ in every
+        },
+        given.out,
+        workers=given.workers,
+        settings=settings,
+        needs={name: needed for name, *_, needed in every},
+    )
+    results: Results = {}
+    for name, task, stages, *_ in every:
+        told = results.setdefault(named(stages), {}).setdefault(task, [])
+        told.append(found[name])
     seconds = sum(unit["seconds"] for unit in found.values())
     print(f"{conditions}; {len(found)} runs, {given.seeds} seeds, {seconds:.0f} s of one thread in all")
     for title, lines in (

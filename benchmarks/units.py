@@ -12,8 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +33,18 @@ def run_units(
     *,
     workers: int,
     settings: Any = None,
+    needs: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Computes `work(**arguments)` of every unit whose result is not on disk yet, in processes of one thread each.
 
     Args:
         work: a function of a module; its result is written as JSON.
-        units: name -> keyword arguments; begun in this order.
+        units: name -> keyword arguments; begun in this order, as far as `needs` allows.
         folder: holds `<name>.json`, each with a fingerprint of the unit's arguments and `settings`: a file made with
             others is made again.
         workers: processes at a time.
         settings: what else the results depend on, as JSON.
+        needs: name -> units that have to be done before it begins.
 
     Returns:
         Name -> result, in the order of `units`.
@@ -55,21 +57,28 @@ def run_units(
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
         started = time.monotonic()
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        waiting, running, done = list(missing), dict[Future[None], str](), 0
         try:
-            running = {
-                pool.submit(_one, work, units[name], folder / f"{name}.json", keys[name]): name
-                for name in missing
-            }
-            for done, future in enumerate(as_completed(running), start=1):
-                future.result()
-                elapsed = time.monotonic() - started
-                left = elapsed / done * (len(missing) - done)
-                print(
-                    f"  {done} of {len(missing)} units: {running[future]}; {duration(elapsed)}, "
-                    f"about {duration(left)} left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            while waiting or running:
+                open_units = {*waiting, *running.values()}
+                for name in list(waiting):
+                    if len(running) < workers and open_units.isdisjoint((needs or {}).get(name, ())):
+                        waiting.remove(name)
+                        submitted = pool.submit(_one, work, units[name], folder / f"{name}.json", keys[name])
+                        running[submitted] = name
+                if not running:
+                    raise ValueError(f"units that need each other: {waiting}")
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    name, done = running.pop(future), done + 1
+                    future.result()
+                    elapsed = time.monotonic() - started
+                    left = elapsed / done * (len(missing) - done)
+                    print(
+                        f"  {done} of {len(missing)} units: {name}; {duration(elapsed)}, "
+                        f"about {duration(left)} left",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         finally:
             pool.shutdown(cancel_futures=True)  # where one failed, those not begun would fail as well
     return {name: read_json(folder / f"{name}.json")["result"] for name in units}
