@@ -22,13 +22,13 @@ from galenic.evaluate.inputs import read_questions as read_choices
 from galenic.evaluate.multiple_choice import PromptFormat
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
+from galenic.runtime import read_jsonl
 
 MARKER = "\nAnswer:"
-TASKS = 150
+TASKS = 200
 """Held-out tasks of each kind that are answered."""
 SAMPLED = 60
 """Of each, those whose answers are sampled, for the divergence."""
-PAIRS = 150
 QUESTIONS = {"recall": 160, "transfer": 160}
 """Multiple-choice questions of each kind; their wordings are in no training text."""
 ROOM = 48
@@ -60,7 +60,7 @@ def measure(folder: str, yardstick: str, run: Path) -> dict[str, float]:
             **_answers(model, tokenizer, tasks),
             **_likelihoods(model, tokenizer, corpus / "tasks" / "chains.heldout.jsonl", product),
             **_divergence(model, tokenizer, folder, yardstick, [*tasks["chains"], *tasks["choices"]]),
-            "preference": _preference(model, tokenizer, corpus / "preferences.heldout.jsonl", product),
+            **_preference(model, tokenizer, corpus / "preferences.heldout.jsonl", product),
             **{kind: _choice(model, tokenizer, corpus, kind) for kind in QUESTIONS},
             **_text(model, run / "20-tokenizer"),
         }
@@ -141,16 +141,23 @@ def _divergence(
     return {"kl": kl, "entropy": entropy}
 
 
-def _preference(model: Any, tokenizer: Any, path: Path, product: bool) -> float:
-    """Share of held-out pairs whose chosen answer is likelier than the rejected one."""
-    pairs = read_pairs(str(path), tokenizer, CONTEXT)[0][:PAIRS]
+def _preference(model: Any, tokenizer: Any, path: Path, product: bool) -> dict[str, float]:
+    """Share of held-out pairs whose chosen answer is the likelier one: of calculations, and of facts."""
+    rows = list(read_jsonl(path))
+    pairs, dropped = read_pairs(str(path), tokenizer, CONTEXT)
+    if len(pairs) != len(rows):
+        raise ValueError(f"{path}: pairs that cannot be measured: {dropped}")
     right: list[bool] = []
     for start in range(0, len(pairs), BATCH):
         part = collate_pairs(pairs[start : start + BATCH])
         told = statistics(model, {"input_ids": part["input_ids"]}, part["answers"], product=product)
         chosen, rejected = per_row(told.log_probs, part["answers"]).view(-1, 2).unbind(1)
         right += (chosen > rejected).tolist()
-    return _mean(right)
+    calculations = [row["source"] == "chains" for row in rows]
+    return {
+        "pairs of calculations": _mean([r for r, is_one in zip(right, calculations, strict=True) if is_one]),
+        "pairs of facts": _mean([r for r, is_one in zip(right, calculations, strict=True) if not is_one]),
+    }
 
 
 def _choice(model: Any, tokenizer: Any, corpus: Path, kind: str) -> float:
