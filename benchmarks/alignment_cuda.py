@@ -9,6 +9,10 @@ not a step is left out: the model is drawn in memory instead of read, nothing is
 that of recipes/m1-1.5b/30-pretrain.yaml with random weights, which hardly ever end a text: what is sampled has the most
 tokens it may have. Products are in bfloat16, weights, gradients and moments in float32 (the verbs' default on CUDA).
 
+A step of ppo is a rollout: answers are sampled, scored (policy, reference, values) and learnt from in 2 x 2
+minibatches. Its rewards are rules', there is no reward model beside it. Tokens learnt from are places of the batches,
+padding included, as often as they are learnt from.
+
 A case that does not fit is taken again with whole layers recomputed, one that fails again with `sdpa` attention.
 Seconds include everything from asking for a batch to the optimizer's end, the GPU's work too: median (least to most).
 `peak GB` is the most that tensors took in these steps, `reserved GB` what torch's allocator held for them.
@@ -30,7 +34,7 @@ from unittest.mock import patch
 
 import cuda_runs
 import yaml
-from cuda_runs import UNCONNECTED, Cases, Peak, short, timed
+from cuda_runs import UNCONNECTED, UNTRIED, Cases, Peak, short, timed
 
 import galenic.runtime  # before torch
 
@@ -491,9 +495,10 @@ def conditions(weights: Weights) -> dict[str, Any]:
 
     place = galenic.runtime.device()
     Parallel(ParallelConfig(), precision="bfloat16", device=place)
-    one = torch.ones(1, device=place)
-    torch.distributed.all_reduce(one)
-    assert float(one) == 1.0
+    if UNTRIED not in os.environ:
+        one = torch.ones(1, device=place)
+        torch.distributed.all_reduce(one)
+        assert float(one) == 1.0
     name, total = "CPU", 0.0
     if place == "cuda":
         name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory

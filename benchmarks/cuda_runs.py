@@ -19,8 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+START = 90.0
+"""Seconds that a worker may take to its first case."""
 AGAIN, UNCONNECTED = 75, 76
 """What a worker exits with: to be started anew; because process groups do not work."""
+UNTRIED = "GALENIC_CUDA_UNTRIED"
+"""Set: the worker does not try its process group, one process may do without."""
 LEFT_OVER = 2e9
 """Bytes on the GPU that a case may leave behind, before the worker is started anew."""
 
@@ -37,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=float, default=150, help="seconds of one case, after which it is given up"
     )
     parser.add_argument("--seconds", type=float, default=300, help="no case begins after so long")
-    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # when the parent began
+    parser.add_argument("--worker", type=float, help=argparse.SUPPRESS)  # the time when the parent began
 
 
 def supervise(given: argparse.Namespace) -> int:
@@ -46,26 +50,38 @@ def supervise(given: argparse.Namespace) -> int:
     for name in ("results.json", "results.md", "errors.txt"):
         (given.out / name).unlink(missing_ok=True)
     began, variables, starts = time.time(), dict(os.environ), 0
+    remedies = [{"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}, {UNTRIED: "1"}]
     while starts < 12:
         starts += 1
         words = [sys.executable, "-u", *sys.argv, "--worker", str(began)]
-        worker = subprocess.Popen(words, env=variables)
+        worker, last, running = subprocess.Popen(words, env=variables), time.time(), None
         while worker.poll() is None:
             time.sleep(0.5)
             running = next((row for row in read(given.out) if row["status"] == "running"), None)
-            if running is None or time.time() - running["began"] < given.limit:
+            last = running["began"] if running else max(last, written(given.out))
+            if time.time() - last < (given.limit if running else min(given.limit, START)):
                 continue
             worker.send_signal(signal.SIGUSR1)  # tells where it stands
             time.sleep(2)
             worker.kill()
-        if worker.returncode == UNCONNECTED and "NCCL_SOCKET_IFNAME" not in variables:
-            variables |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
-            print("once more, with process groups on the loopback interface", flush=True)
-        elif worker.returncode in (0, UNCONNECTED):
+            worker.wait()
+        if worker.returncode == 0:
             break
+        hung = worker.returncode < 0 and running is None  # before its first case, or between two
+        if worker.returncode == UNCONNECTED or hung:
+            if not remedies:
+                break
+            variables |= (remedy := remedies.pop(0))
+            print(f"once more with {remedy}", flush=True)
         failed(given.out, f"the process ended with code {worker.returncode}")
     print(tables(read(given.out)), flush=True)
     return 0
+
+
+def written(out: Path) -> float:
+    """When rows were last written."""
+    path = out / "results.json"
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def failed(out: Path, why: str) -> None:
