@@ -351,20 +351,18 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(
 @pytest.mark.parametrize("how", ["it fails", "it is too dear"])
 def test_a_judge_that_never_repeats_itself_does_not_change_a_run_that_was_cut(base, tmp_path, how):
     rows = [{"prompt": f"What follows {word}?"} for word in WORDS[:8]]  # nothing but a judge can tell
-    tasks, dice, judged = write_lines(tmp_path / "tasks.jsonl", rows), random.Random(0), []
+    tasks, dice, asked = write_lines(tmp_path / "tasks.jsonl", rows), random.Random(0), []
 
     def answer(prompt):
         if not prompt.startswith("Judge"):
             return " ".join(dice.choice(WORDS) for _ in range(2))
-        judged.append(prompt)
         return json.dumps({"points": dice.randrange(11), "reason": "so"})
 
     def fails(number, body):
-        return (
-            ("status", 500)
-            if body["messages"][0]["content"].startswith("Judge") and len(judged) > 12
-            else None
-        )
+        if not body["messages"][0]["content"].startswith("Judge"):
+            return None
+        asked.append(number)  # as it comes in: those of a rollout come together, before any is answered
+        return ("status", 500) if len(asked) > 12 else None
 
     with serving() as server:
         server.answer = answer
