@@ -161,7 +161,7 @@ def test_answers_of_the_models_own_have_no_chance_level_and_say_what_is_unanswer
     fake_run.write(path, results)
     told = words(report.render(config, read_run(config)))
     (label,) = [label for label in labels if "transfer questions" in label]
-    assert "base 0.0%" in label and "chance" not in label
+    assert "dare 0.0%" in label and "chance" not in label
     assert all(f"{30 + number} unanswered" in told for number in range(len(fake_run.MODELS)))
     assert "Answers to transfer are written by the models" in told
     assert "answers 0.0% right (95% interval 0.0 to 10.0%)" in told
