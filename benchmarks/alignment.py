@@ -35,18 +35,22 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("59-ppo", {}),
     "reward": ("58-reward", {}),
     "direct": ("55-sft-alignment", {}),  # the same conversations, their chains cut out
-    "elo+": ("56-elo", {"answer_term": True}),
+    "elo-30": (
+        "56-elo",
+        {"steps": 30},
+    ),  # of a model that writes no chains, whose samples have all their tokens
 }
 """Stage -> (step of the recipe, what is changed in it)."""
 CHAIN = ("sft", "elo", "tdpo", "ppo")
 ARMS: tuple[tuple[str, ...], ...] = (
     (),
     *(CHAIN[:count] for count in range(1, 5)),
-    *(tuple(stage for stage in CHAIN if stage != left_out) for left_out in CHAIN[:3]),
+    ("elo-30", "tdpo", "ppo"),
+    ("sft", "tdpo", "ppo"),
+    ("sft", "elo", "ppo"),
     ("direct",),
-    ("sft", "elo+"),
 )
-"""What is compared; a chain without its last stage is the one before it."""
+"""What is compared: the chain stage by stage, without one of its first three, and without chains of thought."""
 REWARD = ("sft", "reward")
 
 
@@ -159,9 +163,8 @@ def arms_table(results: Results) -> Iterator[str]:
 
 COMPARED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     *((CHAIN[:count], CHAIN[: count - 1]) for count in range(1, 5)),
-    *((CHAIN, tuple(stage for stage in CHAIN if stage != left_out)) for left_out in CHAIN[:3]),
+    *((CHAIN, arm) for arm in ARMS[5:8]),
     (("sft",), ("direct",)),
-    (("sft", "elo+"), ("sft", "elo")),
 )
 """(one arm, the other)."""
 
@@ -197,12 +200,12 @@ def rewards_table(results: Results) -> Iterator[str]:
 def draw(results: Results, path: Path) -> None:
     """ELO's and PPO's steps: the mean over seeds with its interval."""
     panels = (
-        ("elo", "reward", "ELO: log p(A given Q, chain), nats", (("sft", "elo"), ("sft", "elo+"))),
-        ("elo", "accuracy", "ELO: mean p(A given Q, chain)", (("sft", "elo"), ("sft", "elo+"))),
-        ("ppo", "reward", "PPO: reward", (CHAIN, ("sft", "tdpo", "ppo"), ("sft", "elo", "ppo"))),
+        ("reward", "ELO: log p(A given Q, chain), nats", (("sft", "elo"),)),
+        ("accuracy", "ELO: mean p(A given Q, chain)", (("sft", "elo"),)),
+        ("reward", "PPO: reward", (CHAIN, ("sft", "tdpo", "ppo"), ("sft", "elo", "ppo"))),
     )
     with units.figure(path, panels=len(panels)) as every:
-        for axes, (_, name, title, arms) in zip(every, panels, strict=True):
+        for axes, (name, title, arms) in zip(every, panels, strict=True):
             for k, arm in enumerate(arms):
                 lines = [told["curves"][name] for told in results[named(arm)]["train"]]
                 units.draw_band(axes, k, named(arm), range(1, len(lines[0]) + 1), lines)
