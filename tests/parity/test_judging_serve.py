@@ -27,7 +27,7 @@ def test_noise_is_no_score_and_is_not_asked_for_twice(llama_folder, tmp_path):
         endpoint = EndpointConfig(
             base_url=url, model=str(llama_folder), max_tokens=24, concurrency=2, retries=1, backoff=0.1
         )
-        with pytest.raises(UserError, match="gave no usable verdict of any of 2 answers") as error:
+        with pytest.raises(UserError, match="gave no usable verdict of 2 answers") as error:
             Judge(JudgeConfig(endpoint=endpoint, swapped_share=0.0), tmp_path / "judged").judge(items)
         return str(error.value)
 

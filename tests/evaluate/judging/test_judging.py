@@ -338,15 +338,29 @@ def test_where_nothing_works_the_run_ends_with_a_name(server, tmp_path):
     dead = {"base_url": "http://127.0.0.1:9/v1"}
     with pytest.raises(UserError, match=r"m at http://127\.0\.0\.1:9/v1 failed \(no connection, 2 times\)"):
         judge(server, tmp_path, json="find-out", endpoint=dead).judge(mcq("x"))
-    with pytest.raises(UserError, match=r"of any of 2 answers, at last: request failed: no connection"):
+    with pytest.raises(
+        UserError, match=r"no usable verdict of 2 answers, .* at last: request failed: no connection"
+    ):
         judge(server, tmp_path, endpoint=dead).judge(mcq("x", "y"))
     server.fault = lambda number, body: ("status", 401)
     with pytest.raises(UserError, match="401, the endpoint does not let us in; set api_key_env"):
         judge(server, tmp_path).judge(mcq("x"))
     server.fault = lambda number, body: ("text", "Splendid!")
-    with pytest.raises(UserError, match=r"any of 2 answers, at last: not JSON \('Splendid!'\)") as error:
+    with pytest.raises(
+        UserError, match=r"no usable verdict of 2 answers, .* not JSON \('Splendid!'\)"
+    ) as error:
         judge(server, tmp_path).judge(mcq("x", "y"))
     assert "\n" not in str(error.value) and "another judge or prompt" in str(error.value)
+
+
+def test_a_judge_of_no_use_is_not_asked_to_the_end(server, tmp_path):
+    server.fault = lambda number, body: ("text", "Splendid!")
+    items = mcq(*(f"I choose A {n}" for n in range(100)), "")
+    with pytest.raises(UserError, match="no usable verdict of 10 answers, all there were so far"):
+        judge(server, tmp_path, failed_minimum=10, endpoint={"concurrency": 2}).judge(items)
+    assert 20 <= len(server.bodies) < 40
+    with pytest.raises(UserError, match="no usable verdict of 1 answers"):
+        judge(server, tmp_path).judge([items[0], items[-1]])  # an empty answer is no verdict
 
 
 def test_an_endpoint_that_fails_most_of_it_is_not_asked_to_the_end(server, tmp_path):

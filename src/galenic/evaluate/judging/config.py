@@ -29,7 +29,7 @@ class JudgeConfig:
     failed_share: float = 0.5
     """Stop when requests about more than this share of the items have failed for good ..."""
     failed_minimum: int = 20
-    """... and at least so many items are over."""
+    """... and at least so many items are over; or when the first so many replies are of no use."""
     seed: int = 0
     """Of which items are asked about twice, and which of two answers comes first."""
 

@@ -113,14 +113,18 @@ class Judge:
         outcomes = asyncio.run(self._all(asked, done)) if asked else {}
         verdicts = [_verdict(one, outcomes) for one in cases]
         self._keep_unusable(cases, verdicts)
-        if verdicts and all(verdict.score is None for verdict in verdicts):
-            last = verdicts[-1]
-            raise UserError(
-                f"{self._who} gave no usable verdict of any of {len(items)} answers, at last: {last.reason} "
-                f"({last.raw[:200]!r}); mend the endpoint, or give another judge or prompt"
-            )
+        self._require_any(outcomes)
         advance(len(items) - told)
         return verdicts
+
+    def _require_any(self, outcomes: dict[Question, _Outcome]) -> None:
+        if outcomes and all(outcome.said is None for outcome in outcomes.values()):
+            last = list(outcomes.values())[-1]
+            reason = " ".join(last.reason.split())
+            raise UserError(
+                f"{self._who} gave no usable verdict of {len(outcomes)} answers, all there were so far, at last: "
+                f"{reason} ({last.raw[:200]!r}); mend the endpoint, or give another judge or prompt"
+            )
 
     # ------------------------------------------------------------------------ asking
 
@@ -153,6 +157,8 @@ class Judge:
             async for outcome in results:
                 outcomes[asked[len(outcomes)]] = outcome
                 watch.note(outcome.failed)
+                if len(outcomes) == self.config.failed_minimum:
+                    self._require_any(outcomes)
                 done(len(outcomes))
         return outcomes
 
