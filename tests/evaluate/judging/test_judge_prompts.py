@@ -222,6 +222,11 @@ def test_a_range_a_date_and_a_number():
     assert "from 03/21/2024 to 03/21/2024" in dated
 
 
+def test_several_truths_are_each_right():
+    found = case(config(), item("diagnosis", truth=["gout", "pseudogout"])).first.text
+    assert "<right_diagnosis>\ngout | pseudogout\n</right_diagnosis>" in found
+
+
 def test_options_stand_in_another_order_with_their_own_letters():
     found = case(config(swapped_share=1.0), item())
     assert "<options>\nC. warfarin\nB. heparin\nA. aspirin\n</options>" in found.again.text
@@ -251,6 +256,7 @@ def test_a_share_of_the_items_is_asked_twice_and_half_of_the_pairs_turned():
         (item(truth=3), "truth is 3, not one of A, B, C"),
         (item(truth="none"), "truth is 'none'"),
         (item(truth=None), "truth is None"),
+        (item(truth=True), "truth is True"),
         (item("nli", truth="maybe"), "truth is 'maybe', not one of entailment, contradiction, neutral$"),
         (item("cmb-clin", truth=""), "lacks 'truth', which prompt 'cmb-clin' shows"),
         (item("correct", truth=None), "lacks 'truth'"),

@@ -211,6 +211,8 @@ def test_a_server_that_knows_no_schema(server, tmp_path, refused, status, expect
     server.fault = fault
     (verdict,) = judge(server, tmp_path, json="find-out").judge(mcq("I choose A"))
     assert verdict.score == 1 and forms(server) == expected
+    judge(server, tmp_path, json="find-out").judge(mcq("I choose B"))
+    assert forms(server) == [*expected, expected[-1]], "found out once"
 
 
 def test_a_form_that_spoils_replies_is_not_taken(server, tmp_path):

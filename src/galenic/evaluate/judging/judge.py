@@ -90,10 +90,10 @@ class Judge:
         """Returns a verdict of each item.
 
         Args:
-            items: `id`, `prompt` (name of a judge prompt), `question`, `answer`, `truth`; `options` where the prompt
-                shows them, truth being a letter or the place of one; `lower` and `upper` where they are not the truth;
-                `other`, the second answer where two are compared; `language` (`en`, `zh`) where it is not that of the
-                question.
+            items: `id`, `prompt` (name of a judge prompt), `question`, `answer`, `truth` (one, or a list of which each
+                is right); `options` where the prompt shows them, truth being a letter or its place, from 0; `lower` and
+                `upper` where they are not the truth; `other`, the second answer where two are compared; `language`
+                (`en`, `zh`) where it is not that of the question.
             advance: told how many items more are done.
 
         Raises:

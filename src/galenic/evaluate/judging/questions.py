@@ -52,48 +52,36 @@ def case(config: JudgeConfig, item: Item) -> Case:
     Raises:
         UserError: the prompt cannot be used, or the item lacks what it shows.
     """
-    who = f"judge: item {item.get('id', '(without id)')}"
-    for key in ("id", "prompt", "question", "answer"):
-        if key not in item:
-            raise UserError(f"{who} lacks '{key}'")
-    prompt = load(item["prompt"], item.get("language") or language_of(item["question"]), config.prompts)
+    prompt = _prompt(config, item)
     options = list(item.get("options") or ())
-    if not prompt.values and not 2 <= len(options) <= len(LETTERS):
-        raise UserError(
-            f"{who} has {len(options)} options; prompt '{item['prompt']}' shows 2 to {len(LETTERS)}"
-        )
     values = prompt.values or (*LETTERS[: len(options)], NONE)
-    truth = _truth(item, prompt, values, who)
-    given = {key: str(item.get(key) or "") for key in ("answer", "other")}
-    answers = {key: shorten(text, config.answer_characters) for key, text in given.items()}
+    truth = _truth(item, prompt, values)
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    told = "" if item.get("truth") is None else str(item["truth"])
-    if truth is not None and not prompt.values:
-        told = lines[LETTERS.index(str(truth))]
-    known = {
-        "question": str(item["question"]),
-        "truth": told,
-        "lower": str(item.get("lower", told)),
-        "upper": str(item.get("upper", told)),
-        "answer": answers["answer"],
-    }
+    told = _told(item) if truth is None or prompt.values else lines[LETTERS.index(str(truth))]
+    given = [str(item.get(key) or "") for key in ("answer", "other")]
+    answers = [shorten(text, config.answer_characters) for text in given]
     dice = random.Random(f"{config.seed}/{item['prompt']}/{item['id']}")
-    turned = dice.random() < 0.5 if prompt.pair else False
+    turned = prompt.pair and dice.random() < 0.5
     twice = prompt.ordered and dice.random() < config.swapped_share
 
     def question(other_order: bool) -> Question:
-        sides = [answers["answer"], answers["other"]]
-        first, second = sides[::-1] if turned != other_order else sides
-        shown = lines[::-1] if other_order else lines
-        filled = {**known, "options": "\n".join(shown), "first": first, "second": second}
-        for place in prompt.places - {"answer", "first", "second"}:
-            if not filled[place].strip():
-                raise UserError(f"{who} lacks '{place}', which prompt '{item['prompt']}' shows")
-        return Question(prompt=prompt, text=framed(prompt.text, filled), values=values)
+        first, second = answers[::-1] if turned != other_order else answers
+        values_of = {
+            "question": str(item["question"]),
+            "options": "\n".join(lines[::-1] if other_order else lines),
+            "truth": told,
+            "lower": str(item.get("lower", told)),
+            "upper": str(item.get("upper", told)),
+            "answer": answers[0],
+            "first": first,
+            "second": second,
+        }
+        for place in sorted(prompt.places - {"answer", "first", "second"}):
+            if not values_of[place].strip():
+                raise UserError(f"{_who(item)} lacks '{place}', which prompt '{item['prompt']}' shows")
+        return Question(prompt=prompt, text=framed(prompt.text, values_of), values=values)
 
-    if prompt.pair and "other" not in item:
-        raise UserError(f"{who} lacks 'other', the answer that prompt '{item['prompt']}' compares with")
-    asked = prompt.pair or bool(given["answer"].strip())
+    asked = prompt.pair or bool(given[0].strip())
     return Case(
         item=item,
         first=question(False) if asked else None,
@@ -104,17 +92,43 @@ def case(config: JudgeConfig, item: Item) -> Case:
     )
 
 
-def _truth(item: Item, prompt: Prompt, values: tuple[Value, ...], who: str) -> Value | None:
+def _who(item: Item) -> str:
+    return f"judge: item {item.get('id', '(without id)')}"
+
+
+def _prompt(config: JudgeConfig, item: Item) -> Prompt:
+    """Returns the prompt of an item that has all it needs."""
+    for key in ("id", "prompt", "question", "answer"):
+        if key not in item:
+            raise UserError(f"{_who(item)} lacks '{key}'")
+    name, count = item["prompt"], len(item.get("options") or ())
+    prompt = load(name, item.get("language") or language_of(str(item["question"])), config.prompts)
+    if not prompt.values and not 2 <= count <= len(LETTERS):
+        raise UserError(f"{_who(item)} has {count} options; prompt '{name}' shows 2 to {len(LETTERS)}")
+    if prompt.pair and "other" not in item:
+        raise UserError(f"{_who(item)} lacks 'other', the answer that prompt '{name}' compares with")
+    return prompt
+
+
+def _truth(item: Item, prompt: Prompt, values: tuple[Value, ...]) -> Value | None:
     """Returns the verdict that is right, if it has to be one of the values."""
     if prompt.pair or isinstance(values[0], int):
         return None
     truth, words = item.get("truth"), [value for value in values if value != NONE]
-    if not prompt.values and isinstance(truth, int) and 0 <= truth < len(words):
+    if not prompt.values and type(truth) is int and 0 <= truth < len(words):
         return words[truth]
     if truth not in words:
         shown = ", ".join(str(word) for word in words)
-        raise UserError(f"{who}: its truth is {truth!r}, not one of {shown}")
+        raise UserError(f"{_who(item)}: its truth is {truth!r}, not one of {shown}")
     return truth
+
+
+def _told(item: Item) -> str:
+    """Writes a truth: nothing, one, or several that are each right."""
+    truth = item.get("truth")
+    if isinstance(truth, list | tuple):
+        return " | ".join(str(one) for one in truth)
+    return "" if truth is None else str(truth)
 
 
 def shorten(text: str, characters: int) -> str:
