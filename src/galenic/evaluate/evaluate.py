@@ -213,7 +213,8 @@ def _answer(
             for scoring, pick in picks.items():
                 right[scoring] += pick == row["answer"]
             rounded = {scoring: [round(value, 6) for value in values] for scoring, values in scores.items()}
-            rows.append({"kind": kind, "id": row["id"], "answer": row["answer"], "picks": picks, **rounded})
+            found = {"right": float(picks[config.scoring] == row["answer"]), "answer": row["answer"]}
+            rows.append({"kind": kind, "id": row["id"], **found, "picks": picks, **rounded})
         accuracy[kind] = _accuracy(right, len(questions), config.scoring)
         accuracy[kind]["truncated"] = sum(prompt.truncated for prompt in prompted[kind])
     return rows, accuracy
