@@ -255,7 +255,7 @@ def _normalised(
     ]
     if not all((drawn[:, 2] > 0).all() for drawn in means):
         return "an expert has next to nothing right, so that a ratio to it has no meaning"
-    drawn = sum(part[:, :2] / part[:, 2:] for part in means) / np.float64(len(means))
+    drawn = np.mean([part[:, :2] / part[:, 2:] for part in means], axis=0)
     scores = [{kind: float(part[:, i].mean()) for kind, part in columns.items()} for i in range(3)]
     first, second = (normalised_average(scores[i], scores[2]) or 0.0 for i in (0, 1))
 
