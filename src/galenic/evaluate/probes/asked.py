@@ -11,7 +11,6 @@ from galenic.evaluate import multiple_choice
 from galenic.evaluate.likelihood import Advance
 from galenic.evaluate.multiple_choice import PromptFormat
 from galenic.evaluate.statistics import summary
-from galenic.runtime import UserError
 
 Row = dict[str, Any]
 
@@ -55,6 +54,8 @@ class Answer:
     text: str
     ended: bool
     """By itself, and not at the most tokens it was given."""
+    too_long: bool = False
+    """The question left no room for an answer, and was not asked."""
 
 
 def tokens_of(tokenizer: Any, prompt: PromptFormat, text: str) -> list[int]:
@@ -77,41 +78,37 @@ def choose(
     return scores, sum(prompt.truncated for prompt in prompts)
 
 
-def write(subject: Subject, texts: Sequence[str], most: int, name: str) -> list[Answer]:
+def write(subject: Subject, texts: Sequence[str], most: int) -> list[Answer]:
     """Returns what the model itself answers, the likeliest token each time.
 
     Args:
         subject: the model.
         texts: what it is asked.
         most: tokens of an answer.
-        name: of the option that `most` comes from, for the message.
 
     Raises:
-        UserError: a prompt and an answer do not fit the model's context.
+        UserError: the model cannot be sampled from; see `sampling.sample`.
     """
     tokenizer = subject.tokenizer
     prompts = [tokens_of(tokenizer, subject.prompt, text) for text in texts]
-    longest = max(map(len, prompts), default=0)
-    if longest + most > subject.context:
-        raise UserError(
-            f"probes.{name}: {most} tokens after a prompt of {longest} are more than the {subject.context} that the "
-            "model reads"
-        )
+    fit = [number for number, ids in enumerate(prompts) if len(ids) + most <= subject.context]
+    longest = max((len(prompts[number]) for number in fit), default=1)
     ends = end_tokens(tokenizer, subject.model) if subject.prompt.name == "chat" else [tokenizer.eos_token_id]
     found = sample(
         subject.model,
-        prompts,
-        keys=[(number,) for number in range(len(prompts))],
+        [prompts[number] for number in fit],
+        keys=[(number,) for number in fit],
         max_new_tokens=most,
         end={end for end in ends if end is not None},
         temperature=0.0,
-        batch=max(1, subject.batch_tokens // max(1, longest)),
+        batch=max(1, subject.batch_tokens // longest),
     )
     subject.advance(len(texts))
-    return [
-        Answer(tokenizer.decode(rollout.ids, skip_special_tokens=True).strip(), rollout.ended)
-        for rollout in found
-    ]
+    answers = [Answer("", ended=False, too_long=True) for _ in texts]
+    for number, rollout in zip(fit, found, strict=True):
+        text = tokenizer.decode(rollout.ids, skip_special_tokens=True).strip()
+        answers[number] = Answer(text, rollout.ended)
+    return answers
 
 
 def first_named(text: str, options: Sequence[str]) -> int | None:
@@ -145,7 +142,7 @@ def answer(subject: Subject, items: Sequence[Item], kind: str, written_tokens: i
     }
     said: dict[str, Answer] = {}
     if written_tokens and fit:
-        answers = write(subject, [item.text for item in fit], written_tokens, f"{kind}.written_tokens")
+        answers = write(subject, [item.text for item in fit], written_tokens)
         said = {item.id: found for item, found in zip(fit, answers, strict=True)}
     rows = []
     for item in items:

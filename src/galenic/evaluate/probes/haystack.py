@@ -52,11 +52,14 @@ FILLER = {
 }
 """Sentences that tell nothing of what is asked; numbers in them have two digits at most."""
 
+TRIES = 20
+"""Sentences that are passed over in a row, as too long or as naming an option, before a text counts as full."""
+
 Source = Callable[[np.random.Generator, str], Iterator[str]]
 """Gives sentences without end, of a random state and a language."""
 
 
-def chance(*key: object) -> np.random.Generator:
+def random_of(*key: object) -> np.random.Generator:
     """Returns the random state of a key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16])))
@@ -186,17 +189,16 @@ def hide(
         return text, len(tokens_of(tokenizer, prompt, text)) + longest
 
     room, filled = context - lay([])[1], []
-    lost = 0
-    while lost < 1000:  # a haystack of nothing but long sentences, or of sentences that name the options
+    passed = 0
+    while passed < TRIES:
         sentence = next(filler)
-        size = len(encode_text(tokenizer, join + sentence))
-        if any(option in sentence for option in options):
-            lost += 1
+        named = any(option in sentence for option in options)
+        size = 0 if named else len(encode_text(tokenizer, join + sentence))
+        if named or size > room:
+            passed += 1
             continue
-        if size > room:
-            break
+        passed, room = 0, room - size
         filled.append(sentence)
-        room -= size
     text, tokens = lay(filled)
     while tokens > context and filled:  # tokens of sentences apart are fewer only in odd cases
         filled.pop()

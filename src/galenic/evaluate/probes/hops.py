@@ -14,7 +14,7 @@ from galenic.evaluate.multiple_choice import PromptFormat
 
 from .asked import Item, Row, Subject, answer, numbers
 from .config import HopsConfig
-from .haystack import Source, chance, item, some
+from .haystack import Source, item, random_of, some
 
 NAMES = {
     "patient": {
@@ -76,7 +76,7 @@ def make(config: HopsConfig, tokenizer: Any, prompt: PromptFormat, filler: Sourc
     made = []
     for context, hops, language, number in cells:
         key = f"{language}-{context}-{hops}-{number}"
-        random = chance(seed, "hops", key)
+        random = random_of(seed, "hops", key)
         chains = [some(random, NAMES[link][language], 4) for link in LINKS[: hops + 1]]
         right = int(random.integers(4))
         told = [

@@ -12,7 +12,7 @@ from galenic.evaluate.multiple_choice import PromptFormat
 
 from .asked import Item, Row, Subject, answer, numbers
 from .config import NeedleConfig
-from .haystack import Source, chance, item, some
+from .haystack import Source, item, random_of, some
 
 COLOURS = {
     "en": "red blue green white black brown yellow grey".split(),
@@ -38,7 +38,7 @@ def make(config: NeedleConfig, tokenizer: Any, prompt: PromptFormat, filler: Sou
     made = []
     for context, depth, language, number in cells:
         key = f"{language}-{context}-{depth:g}-{number}"
-        random = chance(seed, "needle", key)
+        random = random_of(seed, "needle", key)
         things = [
             f"{colour} {holder}" if language == "en" else colour + holder
             for colour, holder in itertools.product(COLOURS[language], HOLDERS[language])

@@ -26,9 +26,9 @@ Question = Mapping[str, Any]
 PROTOCOL = (
     "options behind letters, the likeliest letter is the pick; each question in all cyclic orders of its options; "
     "letters: share of picks a letter; accuracy_at: accuracy by the letter of the right option; spread: largest "
-    "accuracy_at minus smallest; bias: half the sum of |share - 1/options|, 0 without bias, highest if one letter is chosen "
-    "always; consistency: share of questions with one option picked in all orders; intervals over questions, of "
-    "spread and bias by bootstrap, which chance alone lifts above 0"
+    "accuracy_at minus smallest; bias: half the sum of |share - 1/options|, 0 without bias, highest if one letter "
+    "is always chosen; consistency: share of questions with one option picked in all orders; intervals over "
+    "questions, of spread and bias by bootstrap, which chance alone lifts above 0"
 )
 
 

@@ -81,7 +81,7 @@ def measure(
         scoring: of the headline accuracy.
 
     Raises:
-        UserError: a prompt and an answer do not fit the model's context, or the corpus cannot be searched.
+        UserError: the model cannot be sampled from, or the corpus cannot be searched.
     """
     subject = Subject(
         model=model, tokenizer=tokenizer, prompt=prompt, batch_tokens=batch_tokens, advance=advance
