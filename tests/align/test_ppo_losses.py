@@ -232,8 +232,9 @@ def test_a_reward_stands_on_the_last_token_and_the_penalty_on_each():
     assert found.told == {
         **{name: pytest.approx(number) for name, number in told.items()},
         "stale": found.told["stale"],
+        "unreadable": found.told["unreadable"],
     }
-    assert math.isnan(found.told["stale"])
+    assert math.isnan(found.told["stale"]) and math.isnan(found.told["unreadable"])
     assert set(found.told) == set(TOLD)
 
 

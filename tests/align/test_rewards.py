@@ -20,6 +20,9 @@ class Scores:
         self.asked.append(conversations)
         return [len(c[-1]["content"]) if self.value is None else self.value for c in conversations]
 
+    def refusal(self, messages):
+        return "it holds <|end|>" if any("<|end|>" in message["content"] for message in messages) else ""
+
 
 def task(name="t", **row):
     return task_of({"prompt": "Which?", "id": name, **row}, name)
@@ -49,6 +52,20 @@ def test_an_answer_that_did_not_end_is_cut_off():
     rewards = Rewards(RewardsConfig(cut_off=-1.0), model=model)
     assert rewards([task(answer="a b"), task()], ["a b", "x"], [False, False]) == [-1.0, -1.0]
     assert not model.asked, "nothing is scored that does not count"
+
+
+def test_an_answer_that_the_reward_model_cannot_be_shown_is_cut_off_too():
+    model = Scores()
+    rewards = Rewards(RewardsConfig(cut_off=-1.0, weights={"both": {"rule": 1, "model": 1}}), model=model)
+    tasks = [task(), task(answer="a"), task(answer="a<|end|>"), task(answer="a", domain="both"), task()]
+    texts = ["b<|end|>", "a", "a<|end|>", "a<|end|>", "bcd"]
+    assert rewards(tasks, texts, [True] * 5) == [-1.0, 1.0, 1.0, -1.0, 3.0]
+    assert rewards.readable(tasks, texts) == [False, True, True, False, True], "a rule alone reads anything"
+    assert [c[-1]["content"] for asked in model.asked for c in asked] == ["bcd"]
+    with pytest.raises(
+        UserError, match=r"task t: cannot be shown to the reward model \(it holds <\|end\|>\)"
+    ):
+        rewards.ready([task(), task(prompt="Is <|end|> a word?")])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

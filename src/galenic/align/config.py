@@ -352,7 +352,7 @@ class RewardsConfig:
     tolerance: float = 0.01
     """Relative error that a number may have, where a task does not say."""
     cut_off: float = 0.0
-    """Reward of an answer that did not end."""
+    """Reward of an answer that did not end, or that the reward model's chat format cannot hold."""
     code_seconds: float = 2.0
     """Processor time that the tests of an answer in code may take."""
     code_memory_mb: int = 512

@@ -187,11 +187,12 @@ def measured(run: Any, sampler: Any, rewards: Any, questions: "Sequence[Question
     Args:
         run: whose model is in `eval()`.
         sampler: of answers.
-        rewards: (tasks, texts, ended) -> what each is worth.
+        rewards: what each is worth (`galenic.align.rewards.rewards.Rewards`).
         questions: all of them.
 
     Returns:
-        Means of reward, length in tokens and whether the answer ended.
+        Means of reward, length in tokens and whether the answer ended; if there were any, the share of `unreadable`
+        ones.
     """
     import torch
 
@@ -206,7 +207,13 @@ def measured(run: Any, sampler: Any, rewards: Any, questions: "Sequence[Question
     texts = [sampler.text(reply) for reply in replies]
     worth = rewards(tasks, texts, [reply.ended for reply in replies])
     counted = [place for place, (_, counts) in enumerate(share) if counts]
+    readable = rewards.readable(tasks, texts)
     told = health([replies[place] for place in counted])
-    sums = [sum(worth[place] for place in counted), *(total for total, _ in told.values())]
-    means = run.parallel.added(torch.tensor(sums, dtype=torch.float64)) / len(questions)
-    return dict(zip(("reward", *told), means.tolist(), strict=True))
+    sums = {
+        "reward": sum(worth[place] for place in counted),
+        **{name: total for name, (total, _) in told.items()},
+        "unreadable": sum(replies[place].ended and not readable[place] for place in counted),
+    }
+    means = run.parallel.added(torch.tensor(list(sums.values()), dtype=torch.float64)) / len(questions)
+    found = dict(zip(sums, means.tolist(), strict=True))
+    return {name: mean for name, mean in found.items() if mean or name != "unreadable"}

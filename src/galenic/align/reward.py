@@ -168,6 +168,17 @@ class RewardModel:
                 scores[number] = score
         return scores
 
+    def refusal(self, messages: Messages) -> str:
+        """Says why a conversation cannot be written in the model's chat format; empty if it can.
+
+        What a policy samples may spell out one of the format's markers.
+        """
+        try:
+            encode_answered(self.tokenizer, messages)
+        except (IndexError, ValueError) as error:
+            return str(error)
+        return ""
+
     def _encode(self, messages: Messages, number: int) -> list[int]:
         try:
             ids = encode_answered(self.tokenizer, messages)

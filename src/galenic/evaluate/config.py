@@ -46,6 +46,9 @@ class EvaluateConfig:
     """At most about so many held-out tokens of each source (whole documents, sampled by the seed)."""
     conversations_per_set: int = 100
     """At most so many held-out conversations of each set."""
+    answer: dict[str, Literal["likelihood", "option", "numeric"]] = field(default_factory=dict)
+    """Question kind -> how it is answered: by the options' `likelihood` right after the question (the default), or in
+    at most `written_tokens` tokens of the model's own, of which the `option` named or the `numeric` result counts."""
     prompt: Literal["plain", "chat"] = "plain"
     """`plain`: <s>Question: ... Answer: and the option; `chat`: <B_SYS>...<C_Q>...<C_A> and the option, or the chat
     template of a tokenizer that is not ours."""
@@ -56,7 +59,8 @@ class EvaluateConfig:
     shown: int = 10
     """Questions kept in results.json with every model's pick, for the report."""
     written_tokens: int = 0
-    """Tokens at most that each model writes as its own answer to these, the likeliest each time. Default: nothing."""
+    """Tokens at most that each model writes as its own answer to these and to kinds whose `answer` is written, the
+    likeliest each time. Default: nothing."""
     probes: ProbesConfig | None = None
     """Measures of our own: long context, safety, calibration, position bias, contamination. Default: none."""
     batch_tokens: int = 2048
@@ -72,6 +76,11 @@ class EvaluateConfig:
         models = [part for model in self.models.values() for part in model_parts(model)]
         probed = self.probes.reads() if self.probes else []
         return list(dict.fromkeys([*models, *(path for path in optional if path is not None), *probed]))
+
+    def rule(self, kind: str) -> str | None:
+        """By which rule the written answers to a kind of questions are checked; none if nothing is written."""
+        found = self.answer.get(kind, "likelihood")
+        return None if found == "likelihood" else found
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -93,6 +102,14 @@ class EvaluateConfig:
             raise UserError(f"probes.{needy[0]} needs questions: it is measured on them")
         if self.experts and self.questions is None:
             raise UserError("experts needs questions: the normalised average is over their accuracies")
+        if self.answer and self.questions is None:
+            raise UserError("answer needs questions: it says how each kind of them is answered")
+        for kind in self.answer:
+            if self.rule(kind) and not self.written_tokens:
+                raise UserError(
+                    f"answer.{kind} is {self.answer[kind]}, which is written: say in written_tokens how many tokens an "
+                    "answer may have, such as 64"
+                )
         if self.system is not None and self.prompt != "chat":
             raise UserError(f"system is used by prompt=chat only; prompt is {self.prompt}")
         limits = {

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from galenic.align.rollouts.sampling import end_tokens, sample
-from galenic.corpus.tokens.chat_format import encode_text
 from galenic.model import load_tokenizer
 from galenic.runtime import (
     Bar,
@@ -28,13 +26,14 @@ from galenic.runtime import (
     write_jsonl,
 )
 
-from . import inputs, multiple_choice
+from . import inputs, multiple_choice, written
 from .bits_per_byte import Scored, bits_per_byte, conversation
 from .config import EvaluateConfig, model_parts
 from .models import open_model, weight_files
 from .multiple_choice import Prompted, PromptFormat
 from .probes import probes
 from .statistics import normalised_average, wilson
+from .written import Writer
 
 
 def plan(config: EvaluateConfig) -> Plan:
@@ -48,17 +47,17 @@ def plan(config: EvaluateConfig) -> Plan:
     sources = inputs.heldout_sources(config)
     heldout = sum(min(entry["heldout"]["tokens"], config.heldout_tokens) for entry in sources.values())
     weights = [weight_files(name, path) for name, path in config.models.items()]
-    count = sum(len(rows) for rows in questions.values())
+    scored = sum(len(rows) for kind, rows in questions.items() if config.rule(kind) is None)
+    answers = sum(len(rows) for kind, rows in questions.items() if config.rule(kind))
+    answers += sum(config.rule(kind) is None for kind, _ in _chosen(config, questions))
     facts = {
         "models": f"{len(config.models)} ({human_bytes(sum(f.stat().st_size for w in weights for f in w))} of weights)",
         "held-out text": f"about {human(heldout)} tokens of {len(sources)} sources, each model",
         "questions": ", ".join(f"{len(rows)} {kind}" for kind, rows in questions.items()) or "none",
         "conversations": ", ".join(f"{len(rows)} {name}" for name, rows in conversations.items()) or "none",
-        "options scored": human(4 * count * len(config.models)),
+        "options scored": human(4 * scored * len(config.models)),
         **(
-            {
-                "answers written": f"{min(count, config.shown)} of at most {config.written_tokens} tokens, each model"
-            }
+            {"answers written": f"{answers} of at most {config.written_tokens} tokens, each model"}
             if config.written_tokens
             else {}
         ),
@@ -186,11 +185,18 @@ def _evaluate(
         label: {"bits_per_byte": (found := measure(texts))["value"], "bytes": found["bytes"]}
         for label, texts in material.answers.items()
     }
-    rows, accuracy = _answer(config, model, material, context, bar, name)
-    written = _written(config, model, material, context)
+    writer = Writer(
+        model=model,
+        tokenizer=material.tokenizer,
+        prompt=PromptFormat(name=config.prompt, system=config.system),
+        context=context,
+        tokens=config.written_tokens,
+    )
+    rows, accuracy = _answer(config, model, writer, material, bar, name)
+    said = _said(config, writer, material)
     for row in rows:
-        if (row["kind"], row["id"]) in written:
-            row["said"] = written[row["kind"], row["id"]]
+        if (row["kind"], row["id"]) in said:
+            row["said"] = said[row["kind"], row["id"]]
     numbers = {
         "path": "+".join(map(folder_name, parts)),
         "group": config.groups.get(name, "other"),
@@ -219,17 +225,23 @@ def _evaluate(
 
 
 def _answer(
-    config: EvaluateConfig, model: Any, material: _Material, context: int, bar: Bar, name: str
+    config: EvaluateConfig, model: Any, writer: Writer, material: _Material, bar: Bar, name: str
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Returns the rows of all questions and the accuracy of each kind."""
     rows: list[dict[str, Any]] = []
     accuracy: dict[str, dict[str, Any]] = {}
-    prompted, bare_prompts = _prompts(config, material, context)
+    prompted, bare_prompts = _prompts(config, material, writer.context)
     priors = multiple_choice.option_log_probs(
         model, list(bare_prompts.values()), batch_tokens=config.batch_tokens
     )
     bare = {text: value for text, (value,) in zip(bare_prompts, priors, strict=True)}
     for kind, questions in material.questions.items():
+        if rule := config.rule(kind):
+            found, accuracy[kind] = written.answered(
+                writer, kind, questions, rule, advance=lambda n: bar.update(100 * n, name)
+            )
+            rows += found
+            continue
         totals = multiple_choice.option_log_probs(
             model,
             prompted[kind],
@@ -245,41 +257,23 @@ def _answer(
             for scoring, pick in picks.items():
                 right[scoring] += pick == row["answer"]
             rounded = {scoring: [round(value, 6) for value in values] for scoring, values in scores.items()}
-            found = {"right": float(picks[config.scoring] == row["answer"]), "answer": row["answer"]}
-            rows.append({"kind": kind, "id": row["id"], **found, "picks": picks, **rounded})
+            told = {"picks": picks, "right": float(picks[config.scoring] == row["answer"]), **rounded}
+            rows.append({"kind": kind, "id": row["id"], "answer": row["answer"], **told})
         accuracy[kind] = _accuracy(right, len(questions), config.scoring)
         accuracy[kind]["truncated"] = sum(prompt.truncated for prompt in prompted[kind])
     return rows, accuracy
 
 
-def _written(
-    config: EvaluateConfig, model: Any, material: _Material, context: int
-) -> dict[tuple[str, str], str]:
-    """Returns what a model itself answers to the questions that are shown: (kind, id) -> text."""
-    if not (config.written_tokens and material.shown):
+def _said(config: EvaluateConfig, writer: Writer, material: _Material) -> dict[tuple[str, str], str]:
+    """Returns what a model itself answers to the questions that are shown: (kind, id) -> text.
+
+    Those of kinds whose answers are written have theirs already.
+    """
+    if not config.written_tokens:
         return {}
-    prompt, tokenizer = PromptFormat(name=config.prompt, system=config.system), material.tokenizer
-    room = context - config.written_tokens
-    if room < 2:
-        raise UserError(
-            f"written_tokens: {config.written_tokens} leave no room for a question; the model reads {context} tokens"
-        )
-    prompts = []
-    for _, row in material.shown:
-        head, prefix = prompt.parts(tokenizer, row["question"])
-        ids = head + encode_text(tokenizer, prefix)
-        prompts.append(ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1 :])
-    ends = end_tokens(tokenizer, model) if config.prompt == "chat" else [tokenizer.eos_token_id]
-    found = sample(
-        model,
-        prompts,
-        keys=[(number,) for number in range(len(prompts))],
-        max_new_tokens=config.written_tokens,
-        end={end for end in ends if end is not None},
-        temperature=0.0,
-    )
-    texts = [tokenizer.decode(rollout.ids, skip_special_tokens=True).strip() for rollout in found]
-    return {(kind, row["id"]): text for (kind, row), text in zip(material.shown, texts, strict=True)}
+    shown = [(kind, row) for kind, row in material.shown if config.rule(kind) is None]
+    found = writer([row["question"] for _, row in shown])
+    return {(kind, row["id"]): answer.text for (kind, row), answer in zip(shown, found, strict=True)}
 
 
 def _prompts(
@@ -291,18 +285,16 @@ def _prompts(
     """
     if context not in material.prompted:
         prompt = PromptFormat(name=config.prompt, system=config.system)
-        tokenizer, everything = (
-            material.tokenizer,
-            [row for rows in material.questions.values() for row in rows],
-        )
-        texts = sorted({option for row in everything for option in row["options"]})
+        tokenizer = material.tokenizer
+        scored = {kind: rows for kind, rows in material.questions.items() if config.rule(kind) is None}
+        texts = sorted({option for rows in scored.values() for row in rows for option in row["options"]})
         material.prompted[context] = (
             {
                 kind: [
                     multiple_choice.tokenize(tokenizer, prompt, row["question"], row["options"], context)
                     for row in rows
                 ]
-                for kind, rows in material.questions.items()
+                for kind, rows in scored.items()
             },
             {text: multiple_choice.tokenize(tokenizer, prompt, None, [text], context) for text in texts},
         )
@@ -335,7 +327,11 @@ def _results(config: EvaluateConfig, material: _Material, items: Path) -> dict[s
     return {
         "models": models,
         "experts": config.experts,
-        "shared_words": {kind: _shared_words(rows) for kind, rows in material.questions.items()},
+        "shared_words": {
+            kind: _shared_words(rows)
+            for kind, rows in material.questions.items()
+            if config.rule(kind) != "numeric"  # whose options are not shown
+        },
         "shown": _shown(config, material, items),
         "protocol": _protocol(config, material),
     }
@@ -367,13 +363,13 @@ def _chosen(
 def _shown(config: EvaluateConfig, material: _Material, items: Path) -> list[dict[str, Any]]:
     """Returns the questions that are shown, with every model's pick and what it wrote."""
     keys = [(kind, row["id"]) for kind, row in material.shown]
-    picks: dict[tuple[str, str], dict[str, int]] = {key: {} for key in keys}
+    picks: dict[tuple[str, str], dict[str, int | None]] = {key: {} for key in keys}
     said: dict[tuple[str, str], dict[str, str]] = {key: {} for key in keys}
     for name in config.models:
         for row in read_jsonl(items / f"{name}.jsonl"):
             key = row["kind"], row["id"]
             if key in picks:
-                picks[key][name] = row["picks"][config.scoring]
+                picks[key][name] = row["picks"][config.scoring] if "picks" in row else row["pick"]
                 if "said" in row:
                     said[key][name] = row["said"]
     return [
@@ -402,9 +398,10 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         f"held-out documents, sampled by seed {config.seed} until {config.heldout_tokens} tokens a source"
     }
     put = show("{question}").removesuffix(prompt.join + "{option}")
-    written = (
+    said = (
         f"the likeliest token each time after {put!r}, at most {config.written_tokens}; no options are shown"
     )
+    rules = {kind: rule for kind in material.questions if (rule := config.rule(kind))}
     return {
         **(documents if material.heldout else {}),
         "answers": "bits per byte of the assistant's turns in the chat format, given all before them; the end-of-turn "
@@ -418,6 +415,10 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         "normalised_average": "mean over question kinds of the accuracy divided by the accuracy of that kind's expert "
         "(MetaGPT, arXiv 2406.11385, section 4)",
         "scoring": config.scoring,
-        **({"said": written} if config.written_tokens else {}),
+        **{
+            f"accuracy of {kind}": written.protocol(rule, put, config.written_tokens)
+            for kind, rule in rules.items()
+        },
+        **({"said": said} if config.written_tokens else {}),
         **(probes.protocol(config.probes) if config.probes else {}),
     }

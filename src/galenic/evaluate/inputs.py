@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from galenic.align.rewards.units import quantities
 from galenic.corpus.tokens.shards import read_meta, read_shard
 from galenic.runtime import UserError, nearest, read_jsonl
 
@@ -61,7 +62,11 @@ def load_questions(config: EvaluateConfig) -> dict[str, list[dict[str, Any]]]:
     if not files:
         raise UserError(f"questions: {config.questions} holds no <kind>.jsonl file")
     kinds = [file.stem for file in files]
-    for key, named in (("kind_limits", config.kind_limits), ("experts", config.experts)):
+    for key, named in (
+        ("kind_limits", config.kind_limits),
+        ("experts", config.experts),
+        ("answer", config.answer),
+    ):
         for kind in named:
             if kind not in kinds:
                 raise UserError(
@@ -69,14 +74,18 @@ def load_questions(config: EvaluateConfig) -> dict[str, list[dict[str, Any]]]:
                 )
     questions = {}
     for file in files:
-        rows = read_questions(file)
+        rows = read_questions(file, rule=config.rule(file.stem))
         limit = config.kind_limits.get(file.stem, config.questions_per_kind)
         questions[file.stem] = sample(rows, [row["id"] for row in rows], limit, config.seed)
     return questions
 
 
-def read_questions(file: Path) -> list[dict[str, Any]]:
+def read_questions(file: Path, *, rule: str | None = None) -> list[dict[str, Any]]:
     """Reads and checks one question file.
+
+    Args:
+        file: JSON lines.
+        rule: by which written answers to it are checked.
 
     Raises:
         UserError: naming file:line and what is wrong with it.
@@ -99,6 +108,19 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"{where}: 'answer' must be the index of the right option, 0 to 3, got {answer!r}"
             )
+        if rule == "numeric":
+            tolerance = row.get("tolerance", 0)
+            if (
+                not isinstance(tolerance, int | float)
+                or isinstance(tolerance, bool)
+                or not 0 <= tolerance < 1
+            ):
+                raise UserError(f"{where}: 'tolerance' must be a number from 0 to 1, got {tolerance!r}")
+            if not quantities(options[answer]):
+                raise UserError(
+                    f"{where}: the right option {options[answer]!r} holds no number; answer this kind by option or "
+                    "likelihood"
+                )
         for key in (row["id"], (row["question"], *options)):
             if key in seen:
                 what = "id" if isinstance(key, str) else "question"

@@ -357,14 +357,16 @@ Bar = tuple[str, str, float, float, float]
 """(name, group, value, low, high); low = value = high draws no whisker."""
 
 
-def bars(key: str, label: str, models: Sequence[Bar], *, mark: float, mark_name: str, x_title: str) -> Markup:
+def bars(
+    key: str, label: str, models: Sequence[Bar], *, mark: float | None, mark_name: str, x_title: str
+) -> Markup:
     """Draws one bar a model with its interval, and a line to compare with.
 
     Args:
         key: unique on the page.
         label: for those who cannot see it.
         models: from the top.
-        mark: where the line stands.
+        mark: where the line stands; none draws no line.
         mark_name: what the line means.
         x_title: axis title with its unit.
     """
@@ -379,17 +381,18 @@ def bars(key: str, label: str, models: Sequence[Bar], *, mark: float, mark_name:
             axes.errorbar(
                 values, places, xerr=whiskers, fmt="none", ecolor=colour("ink"), capsize=2.5, elinewidth=1.1
             )
-        right = 1.06 * max(mark, *(high for *_, high in models))
-        axes.axvline(mark, color=colour("ink"), linewidth=1.3, linestyle=(0, (4, 2)))
-        axes.annotate(
-            mark_name,
-            (mark, 1.0),
-            xycoords=("data", "axes fraction"),
-            ha="right" if mark > 0.7 * right else "center",
-            va="bottom",
-            color=colour("ink"),
-            fontsize=9,
-        )
+        right = 1.06 * max(mark or 0.0, *(high for *_, high in models)) or 1.0
+        if mark is not None:
+            axes.axvline(mark, color=colour("ink"), linewidth=1.3, linestyle=(0, (4, 2)))
+            axes.annotate(
+                mark_name,
+                (mark, 1.0),
+                xycoords=("data", "axes fraction"),
+                ha="right" if mark > 0.7 * right else "center",
+                va="bottom",
+                color=colour("ink"),
+                fontsize=9,
+            )
         _rows(axes, [name for name, *_ in models])
         axes.set_xlim(0, right)
         axes.set_xlabel(x_title)

@@ -122,7 +122,7 @@ def test_a_model_that_refuses_as_it_should(tokenizer):
     assert len({(row["kind"], row["id"]) for row in rows}) == 160
     low, high = wilson(40, 40)
     assert numbers["refusal"] == {
-        "value": 1.0, "low": low, "high": high, "n": 40, "unanswered": 0, "unended": 0, "too_long": 0,
+        "value": 1.0, "low": low, "high": high, "n": 40, "unanswered": 0, "unended": 0, "truncated": 0,
         "by": {"language": {name: {"value": 1.0, "low": low, "high": high, "n": 40} for name in ("en", "zh")}},
     }  # fmt: skip
     assert numbers["over_refusal"]["value"] == 0.0
@@ -153,5 +153,5 @@ def test_an_endless_model_and_one_that_reads_too_little(tokenizer):
     assert numbers["refusal"]["unended"] == 80 and not any(row["ended"] for row in rows)
     short = subject_of(taught(tokenizer, lambda *_: "Tea.", context=26), CHAT)
     numbers, rows = safety.measure(CONFIG, short)
-    assert numbers["refusal"]["too_long"] == numbers["refusal"]["unanswered"] == 80
-    assert not any(row["right"] for row in rows)
+    assert numbers["refusal"]["truncated"] > 40  # the model reads 26 tokens, 24 of them an answer
+    assert all(row["truncated"] for row in rows if row["said"] == "")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from galenic.align.config import RewardsConfig
-from galenic.align.data.tasks import Task
+from galenic.align.data.tasks import Messages, Task
 from galenic.align.rewards.rules import check, contradiction
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig
 from galenic.ranks import rank
@@ -21,14 +21,15 @@ class Rewards:
     reward = weights["rule"] * rule in {0, 1} + weights["model"] * score of the reward model
              + weights["judge"] * points of the judge / most points
 
-    An answer that did not end is worth `config.cut_off`, whatever it says.
+    An answer that did not end, or that cannot be shown to a reward model that counts (see `readable`), is worth
+    `config.cut_off`, whatever it says.
 
     Args:
         config: weights, limits, the reward model's folder and the judge.
         out: folder in which a judge's replies are kept, `judged-<process>.jsonl`.
         budget: what requests to the judge may cost. Default: no limit.
-        model: something else to score with (`score(conversations) -> list of numbers`). Default: the reward model of
-            `config.model`, opened when it is first needed.
+        model: something else to score with: `score(conversations) -> list of numbers`, `refusal(conversation) -> why
+            it cannot be scored, or ""`. Default: the reward model of `config.model`, opened when it is first needed.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Rewards:
         """Looks whether all of these tasks can be rewarded, before anything is sampled.
 
         Raises:
-            UserError: a task has neither rule nor model nor judge; its true answer fails its own rule; a model or judge
-                that is named counts nowhere; code cannot be isolated.
+            UserError: a task has neither rule nor model nor judge; its true answer fails its own rule; its prompt
+                cannot be shown to the reward model; a model or judge that is named counts nowhere; code cannot be
+                isolated.
         """
         for task in tasks:
             weights = self.weights(task)
@@ -89,6 +91,11 @@ class Rewards:
                 raise UserError(
                     f"task {task.id} has no rule that could reward it, or rewards.weights counts a model: name the "
                     "folder of a reward model in rewards.model (verb `reward`), or a judge in rewards.judge"
+                )
+            if "model" in weights and (wrong := self.model.refusal(_answered(task, "."))):
+                raise UserError(
+                    f"task {task.id}: cannot be shown to the reward model ({wrong}); change its prompt, or leave the "
+                    f"model out of domain '{task.domain}' in rewards.weights"
                 )
             if "judge" in weights and self._judge is None:
                 raise UserError(
@@ -109,6 +116,16 @@ class Rewards:
 
             require(seconds=self.config.code_seconds, memory_mb=self.config.code_memory_mb)
 
+    def readable(self, tasks: Sequence[Task], texts: Sequence[str]) -> list[bool]:
+        """Tells which answers can be shown to the reward model, where it counts.
+
+        An answer may spell out a marker of the reward model's chat format, which would forge a turn.
+        """
+        return [
+            "model" not in self.weights(task) or not self.model.refusal(_answered(task, text))
+            for task, text in zip(tasks, texts, strict=True)
+        ]
+
     def __call__(self, tasks: Sequence[Task], texts: Sequence[str], ended: Sequence[bool]) -> list[float]:
         """Rewards answers.
 
@@ -123,8 +140,9 @@ class Rewards:
         Raises:
             UserError: a reward is not a number, or the judge failed; the task is named.
         """
-        weights = [self.weights(task) if done else {} for task, done in zip(tasks, ended, strict=True)]
-        found = [0.0 if done else self.config.cut_off for done in ended]
+        valid = [done and shown for done, shown in zip(ended, self.readable(tasks, texts), strict=True)]
+        weights = [self.weights(task) if looked else {} for task, looked in zip(tasks, valid, strict=True)]
+        found = [0.0 if looked else self.config.cut_off for looked in valid]
         for part, values in (("rule", self._rules), ("model", self._scores), ("judge", self._judged)):
             rows = [row for row, counted in enumerate(weights) if part in counted]
             if not rows:
@@ -158,10 +176,7 @@ class Rewards:
         return [
             float(score)
             for score in self.model.score(
-                [
-                    [*task.messages, {"role": "assistant", "content": text}]
-                    for task, text in zip(tasks, texts, strict=True)
-                ]
+                [_answered(task, text) for task, text in zip(tasks, texts, strict=True)]
             )
         ]
 
@@ -170,3 +185,8 @@ class Rewards:
         if self._judge is None:
             raise UserError("rewards.judge: no endpoint of a judge is named")
         return self._judge(tasks, texts)
+
+
+def _answered(task: Task, text: str) -> Messages:
+    """A task's conversation with an answer."""
+    return [*task.messages, {"role": "assistant", "content": text}]

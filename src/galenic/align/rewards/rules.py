@@ -171,12 +171,17 @@ def same_numbers(answer: str, truth: str, tolerance: float) -> bool:
     Each may be off by `tolerance` relative to the true one. One without a unit is read in the true one's unit; where
     the truth has none, the answer's is not looked at. Of a calculation, what follows the last "=" counts.
     """
-    answer = unified(answer).rsplit("=", 1)[-1]
+    answer = result_of(answer)
     given, wanted = quantities(answer), quantities(truth)
     signs = [re.findall(r"[<>≤≥]", text) for text in (answer, unified(truth))]
     if not wanted or len(given) != len(wanted) or signs[0] != signs[1]:
         return False
     return all(_near(one, other, tolerance) for one, other in zip(given, wanted, strict=True))
+
+
+def result_of(answer: str) -> str:
+    """Returns what counts of an answer that calculates: what follows the last "="."""
+    return unified(answer).rsplit("=", 1)[-1]
 
 
 def _near(given: Quantity, wanted: Quantity, tolerance: float) -> bool:

@@ -9,11 +9,12 @@ before y_t:
     A_t                                                            generalised advantage estimation, `advantages.py`
     R_t = A_t + V_t                                                what V_t should have been
 
-An answer that was cut off ends where it was cut: `rewards.cut_off` says what it is worth.
+An answer that was cut off ends where it was cut: `rewards.cut_off` says what it is worth. One that cannot be shown to
+the reward model, as it spells out a marker of that model's chat format, is worth the same and counted as `unreadable`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,8 +32,8 @@ from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.ranks import gathered
 from galenic.runtime import UserError
 
-TOLD = ("reward", "reward_deviation", "kl", "kl_weight", "length", "ended", "stale")
-"""What is told of all answers that were sampled together; not a number where it is not known."""
+TOLD = ("reward", "reward_deviation", "kl", "kl_weight", "length", "ended", "unreadable", "stale")
+"""What is told of all answers that were sampled together; not a number where there is nothing to tell."""
 COLUMNS = ("log_probs", "values", "advantages", "returns")
 """Numbers of each token of an answer."""
 
@@ -93,6 +94,8 @@ class Answer:
     """V of each."""
     stale: tuple[float, int]
     """How far the server that sampled was from the policy; see `galenic.align.rollouts.sampling.stale`."""
+    unreadable: bool = False
+    """Whether it came to an end, but cannot be shown to the reward model."""
 
     @property
     def length(self) -> int:
@@ -146,6 +149,7 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
     # Where no answer is better than another, whitening would blow up what is left: the errors of values and penalties.
     advantages[wanted] = whiten(of_tokens) if differ else of_tokens - of_tokens.mean()
     compared = sum(answer.stale[1] for answer in answers)
+    unreadable = sum(answer.unreadable for answer in answers)
     return Experience(
         answers=answers,
         log_probs=laid("log_probs"),
@@ -159,6 +163,7 @@ def experience(answers: list[Answer], config: PpoConfig, kl_weight: float) -> Ex
             "kl_weight": kl_weight,
             "length": tokens / len(answers),
             "ended": sum(answer.ended for answer in answers) / len(answers),
+            "unreadable": unreadable / len(answers) if unreadable else math.nan,
             "stale": sum(answer.stale[0] for answer in answers) / compared if compared else math.nan,
         },
     )
@@ -202,7 +207,7 @@ class Experiences:
         config: of the verb.
         questions: to be answered.
         sampler: samples answers (`galenic.align.rollouts.sampling.Sampler`).
-        rewards: (tasks, texts, ended) -> what each is worth.
+        rewards: what each is worth (`galenic.align.rewards.rewards.Rewards`).
         reference: what the policy is held against.
     """
 
@@ -215,7 +220,7 @@ class Experiences:
         questions: Sequence[Question],
         *,
         sampler: Any,
-        rewards: Callable[[Sequence[Task], Sequence[str], Sequence[bool]], Sequence[float]],
+        rewards: Any,
         reference: Reference,
     ) -> None:
         self.run, self.config, self.questions = run, config, questions
@@ -278,6 +283,7 @@ class Experiences:
         replies = [copies[0] for copies in sampled]
         texts = [self.sampler.text(reply) for reply in replies]
         rewards = self.rewards(tasks, texts, [reply.ended for reply in replies])
+        readable = self.rewards.readable(tasks, texts)
         sequences = [[*question.ids, *reply.ids] for question, reply in zip(questions, replies, strict=True)]
         prompts = [len(question.ids) for question in questions]
         numbers: list[Mapping[str, list[float]]] = []
@@ -292,12 +298,13 @@ class Experiences:
                 prompt=len(question.ids),
                 ended=reply.ended,
                 reward=float(reward),
+                unreadable=reply.ended and not shown,
                 # Only a server's distribution may be another than the policy's.
                 stale=stale(reply, own["log_probs"]) if self.config.sampling.endpoint else (0.0, 0),
                 **own,
             )
-            for question, ids, reply, reward, own in zip(
-                questions, sequences, replies, rewards, numbers, strict=True
+            for question, ids, reply, reward, shown, own in zip(
+                questions, sequences, replies, rewards, readable, numbers, strict=True
             )
         ]
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from galenic.align.rollouts.sampling import end_tokens, sample
 from galenic.corpus.tokens.chat_format import encode_text
 from galenic.evaluate import multiple_choice
 from galenic.evaluate.likelihood import Advance
 from galenic.evaluate.multiple_choice import PromptFormat
 from galenic.evaluate.statistics import summary
+from galenic.evaluate.written import Writer, Written
 
 Row = dict[str, Any]
 
@@ -47,17 +47,6 @@ class Item:
     """What results are grouped by: context, depth, hops, language."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote."""
-
-    text: str
-    ended: bool
-    """By itself, and not at the most tokens it was given."""
-    too_long: bool = False
-    """The question left no room for an answer, and was not asked."""
-
-
 def tokens_of(tokenizer: Any, prompt: PromptFormat, text: str) -> list[int]:
     """Returns a prompt's tokens up to where the answer begins."""
     head, rest = prompt.parts(tokenizer, text)
@@ -78,37 +67,28 @@ def choose(
     return scores, sum(prompt.truncated for prompt in prompts)
 
 
-def write(subject: Subject, texts: Sequence[str], most: int) -> list[Answer]:
-    """Returns what the model itself answers, the likeliest token each time.
+def write(subject: Subject, texts: Sequence[str], most: int) -> list[Written]:
+    """Returns what the model itself answers, the likeliest token each time; see `written.Writer`.
 
     Args:
         subject: the model.
         texts: what it is asked.
         most: tokens of an answer.
-
-    Raises:
-        UserError: the model cannot be sampled from; see `sampling.sample`.
     """
-    tokenizer = subject.tokenizer
-    prompts = [tokens_of(tokenizer, subject.prompt, text) for text in texts]
-    fit = [number for number, ids in enumerate(prompts) if len(ids) + most <= subject.context]
-    longest = max((len(prompts[number]) for number in fit), default=1)
-    ends = end_tokens(tokenizer, subject.model) if subject.prompt.name == "chat" else [tokenizer.eos_token_id]
-    found = sample(
-        subject.model,
-        [prompts[number] for number in fit],
-        keys=[(number,) for number in fit],
-        max_new_tokens=most,
-        end={end for end in ends if end is not None},
-        temperature=0.0,
-        batch=max(1, subject.batch_tokens // longest),
+    longest = max((len(tokens_of(subject.tokenizer, subject.prompt, text)) for text in texts), default=0)
+    rows = max(1, subject.batch_tokens // (longest + most))
+    writer = Writer(
+        model=subject.model,
+        tokenizer=subject.tokenizer,
+        prompt=subject.prompt,
+        context=subject.context,
+        tokens=most,
     )
-    subject.advance(len(texts))
-    answers = [Answer("", ended=False, too_long=True) for _ in texts]
-    for number, rollout in zip(fit, found, strict=True):
-        text = tokenizer.decode(rollout.ids, skip_special_tokens=True).strip()
-        answers[number] = Answer(text, rollout.ended)
-    return answers
+    return [
+        found
+        for first in range(0, len(texts), rows)
+        for found in writer(texts[first : first + rows], subject.advance)
+    ]
 
 
 def first_named(text: str, options: Sequence[str]) -> int | None:
@@ -140,7 +120,7 @@ def answer(subject: Subject, items: Sequence[Item], kind: str, written_tokens: i
         item.id: multiple_choice.best(_per_byte(values, item.options))
         for item, values in zip(fit, scores, strict=True)
     }
-    said: dict[str, Answer] = {}
+    said: dict[str, Written] = {}
     if written_tokens and fit:
         answers = write(subject, [item.text for item in fit], written_tokens)
         said = {item.id: found for item, found in zip(fit, answers, strict=True)}
@@ -151,10 +131,10 @@ def answer(subject: Subject, items: Sequence[Item], kind: str, written_tokens: i
         if item.id not in picks:
             row["too_long"] = True
         if written_tokens:
-            told = said.get(item.id, Answer("", False))
-            named = first_named(told.text, item.options)
+            text = said[item.id].text if item.id in said else ""
+            named = first_named(text, item.options)
             row |= {
-                "said": told.text,
+                "said": text,
                 "said_right": float(named == item.answer),
                 "said_named": named is not None,
             }

@@ -26,7 +26,7 @@ from galenic.runtime import human, peak_memory_bytes, read_jsonl, write_jsonl
 
 WINDOW = 100
 """Steps over which the speed is averaged that the time left is told by."""
-HEALTH = ("reward", "accuracy", "kl", "entropy", "length", "clipped")
+HEALTH = ("reward", "accuracy", "kl", "entropy", "length", "clipped", "unreadable")
 """Measures of alignment that the progress bar shows, where a row has them."""
 
 
