@@ -102,6 +102,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.evaluate.evaluate",
         "bits per byte and multiple choice with 95% intervals",
     ),
+    "compare": (
+        "galenic.evaluate.compare_config:CompareConfig",
+        "galenic.evaluate.compare",
+        "hold two evaluated models against each other, item by item (also `evaluate --compare A B`)",
+    ),
     "report": (
         "galenic.report.config:ReportConfig",
         "galenic.report.report",
@@ -114,11 +119,14 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-PLACE = {"chat": "--model", "ledger": "--corpus"}
-"""Verb -> the option that a first word without dashes means."""
+PLACE = {"chat": "--model", "ledger": "--corpus", "compare": "--a --b"}
+"""Verb -> the options that its first words without dashes mean."""
 
-SPELLED = {("corpus", "fit-mixture"): "mixture"}
+SPELLED = {("corpus", "fit-mixture"): "mixture", ("evaluate", "--compare"): "compare"}
 """Two words -> the verb that they mean."""
+
+AFRESH = ("compare",)
+"""Verbs that are done again each time, as they take a moment; others find what they did in their folder."""
 
 OTHER_WORDS = {"merge": "galenic.merge.recipe:from_mergekit"}
 """Verb -> function that puts another program's words into ours, before a mapping or a YAML file is understood."""
@@ -138,6 +146,7 @@ EXTRAS = {
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
        galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
        galenic chat MODEL_FOLDER
+       galenic evaluate --compare EVALUATION_FOLDER:MODEL EVALUATION_FOLDER:MODEL
 
 Galenic compounds medical language models. Not medical advice.
 
@@ -286,8 +295,9 @@ def _run(argv: list[str]) -> int:
         return build.main(rest)
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, [*VERBS, 'build'])}; see galenic --help")
-    if verb in PLACE and rest and not rest[0].startswith("-"):
-        rest = [PLACE[verb], *rest]
+    for place, option in enumerate(PLACE.get(verb, "").split()):
+        if len(rest) > 2 * place and not rest[2 * place].startswith("-"):
+            rest = [*rest[: 2 * place], option, *rest[2 * place :]]
     if "-h" in rest or "--help" in rest:
         make_parser(verb).print_help()
         return 0
@@ -297,7 +307,7 @@ def _run(argv: list[str]) -> int:
         print_plan(f"galenic {verb}", module.plan(config))
         if hasattr(module, "preview"):
             print("\n".join(["", *module.preview(config)]))
-    elif hasattr(config, "out"):
+    elif hasattr(config, "out") and verb not in AFRESH:
         from galenic import build
 
         build.run_verb(verb, config)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from galenic.runtime import UserError, nearest
 
+from .probes.config import ProbesConfig
+
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -59,6 +61,8 @@ class EvaluateConfig:
     written_tokens: int = 0
     """Tokens at most that each model writes as its own answer to these and to kinds whose `answer` is written, the
     likeliest each time. Default: nothing."""
+    probes: ProbesConfig | None = None
+    """Measures of our own: long context, safety, calibration, position bias, contamination. Default: none."""
     batch_tokens: int = 2048
     """Tokens in one forward pass: bounds the memory of the logits."""
     threads: int | None = None
@@ -70,7 +74,8 @@ class EvaluateConfig:
         """Inputs, for the fingerprint and the plan."""
         optional = (self.tokens, self.questions, self.conversations)
         models = [part for model in self.models.values() for part in model_parts(model)]
-        return [*dict.fromkeys(models), *(path for path in optional if path is not None)]
+        probed = self.probes.reads() if self.probes else []
+        return list(dict.fromkeys([*models, *(path for path in optional if path is not None), *probed]))
 
     def rule(self, kind: str) -> str | None:
         """By which rule the written answers to a kind of questions are checked; none if nothing is written."""
@@ -91,8 +96,10 @@ class EvaluateConfig:
         for kind, name in self.experts.items():
             if name not in self.models:
                 raise UserError(f"experts.{kind}: no model is called '{name}'{nearest(name, self.models)}")
-        if self.tokens is None and self.questions is None and self.conversations is None:
-            raise UserError("nothing to evaluate on: name tokens, questions or conversations")
+        if self.tokens is None and self.questions is None and self.conversations is None and not self.probes:
+            raise UserError("nothing to evaluate on: name tokens, questions, conversations or probes")
+        if self.probes and self.questions is None and (needy := self.probes.need_questions()):
+            raise UserError(f"probes.{needy[0]} needs questions: it is measured on them")
         if self.experts and self.questions is None:
             raise UserError("experts needs questions: the normalised average is over their accuracies")
         if self.answer and self.questions is None:

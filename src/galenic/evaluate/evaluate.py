@@ -31,6 +31,7 @@ from .bits_per_byte import Scored, bits_per_byte, conversation
 from .config import EvaluateConfig, model_parts
 from .models import open_model, weight_files
 from .multiple_choice import Prompted, PromptFormat
+from .probes import probes
 from .statistics import normalised_average, wilson
 from .written import Writer
 
@@ -60,12 +61,22 @@ def plan(config: EvaluateConfig) -> Plan:
             if config.written_tokens
             else {}
         ),
+        **_probes_planned(config, questions),
     }
     return Plan(
         reads=config.reads(),
         writes=[f"{config.out}/results.json", f"{config.out}/items/"],
         facts=facts,
     )
+
+
+def _probes_planned(config: EvaluateConfig, questions: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Returns the plan's fact about probes."""
+    if config.probes is None:
+        return {}
+    probes.check(config.probes)
+    counts = probes.prompts(config.probes, questions)
+    return {"probes": ", ".join(f"{name} ({n} prompts)" if n else name for name, n in counts.items())}
 
 
 def run(config: EvaluateConfig) -> None:
@@ -105,15 +116,17 @@ class _Material:
     questions: dict[str, list[dict[str, Any]]]
     shown: list[tuple[str, dict[str, Any]]]
     """(kind, question) of those that the report shows."""
+    probed: int = 0
+    """Prompts that the probes put to a model."""
     prompted: dict[int, tuple[dict[str, list[Prompted]], dict[str, Prompted]]] = field(default_factory=dict)
     """Context -> what `_prompts` made for it; models of one context share it."""
 
     @property
     def work(self) -> int:
-        """Progress units of one model: tokens scored, a question counted as 100."""
+        """Progress units of one model: tokens scored, a question or prompt counted as 100."""
         texts = [*self.heldout.values(), *self.answers.values()]
-        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * sum(
-            len(rows) for rows in self.questions.values()
+        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * (
+            sum(len(rows) for rows in self.questions.values()) + self.probed
         )
 
 
@@ -121,6 +134,8 @@ def _load(config: EvaluateConfig) -> _Material:
     tokenizer = load_tokenizer(_tokenizer_place(config))
     conversations = inputs.load_conversations(config)
     questions = inputs.load_questions(config)
+    if config.probes is not None:
+        probes.check(config.probes)
     return _Material(
         tokenizer=tokenizer,
         heldout={source: inputs.load_heldout(config, source) for source in inputs.heldout_sources(config)},
@@ -130,6 +145,7 @@ def _load(config: EvaluateConfig) -> _Material:
         },
         questions=questions,
         shown=_chosen(config, questions),
+        probed=sum(probes.prompts(config.probes, questions).values()) if config.probes else 0,
     )
 
 
@@ -189,6 +205,22 @@ def _evaluate(
         "answers": answers,
         "accuracy": accuracy,
     }
+    if config.probes is not None:
+        numbers["probes"], more = probes.measure(
+            config.probes,
+            model,
+            material.tokenizer,
+            name,
+            Path(config.out),
+            lambda n: bar.update(100 * n, name),
+            prompt=PromptFormat(name=config.prompt, system=config.system),
+            batch_tokens=config.batch_tokens,
+            questions=material.questions,
+            files=inputs.question_files(config),
+            rows=rows,
+            scoring=config.scoring,
+        )
+        rows = [*rows, *more]
     return numbers, rows
 
 
@@ -388,4 +420,5 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
             for kind, rule in rules.items()
         },
         **({"said": said} if config.written_tokens else {}),
+        **(probes.protocol(config.probes) if config.probes else {}),
     }

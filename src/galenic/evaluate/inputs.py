@@ -43,6 +43,11 @@ def _numbered(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 # ---------------------------------------------------------------------------- questions
 
 
+def question_files(config: EvaluateConfig) -> list[Path]:
+    """Returns the question files, by name; none without a folder."""
+    return sorted(Path(config.questions).glob("*.jsonl")) if config.questions else []
+
+
 def load_questions(config: EvaluateConfig) -> dict[str, list[dict[str, Any]]]:
     """Returns the sampled questions of each kind, kinds in alphabetical order.
 
@@ -52,7 +57,8 @@ def load_questions(config: EvaluateConfig) -> dict[str, list[dict[str, Any]]]:
     """
     if config.questions is None:
         return {}
-    files = sorted(folder(config.questions, "questions").glob("*.jsonl"))
+    folder(config.questions, "questions")
+    files = question_files(config)
     if not files:
         raise UserError(f"questions: {config.questions} holds no <kind>.jsonl file")
     kinds = [file.stem for file in files]
