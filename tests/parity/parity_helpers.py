@@ -41,7 +41,7 @@ def surroundings(cache: Path) -> dict[str, str]:
     return {**kept, **offline, **silent, **walls, **open_doors, **threads, "HF_HOME": str(cache)}
 
 
-def drive(environment: str, driver: str, workspace: Path, **job) -> dict:
+def drive(environment: str, driver: str, workspace: Path, seconds: int = 280, **job) -> dict:
     """Runs drivers/DRIVER.py in .venvs/ENVIRONMENT with `job` as JSON; returns the arrays and values it saved."""
     workspace.mkdir(parents=True, exist_ok=True)
     out = workspace / "out.npz"
@@ -55,7 +55,7 @@ def drive(environment: str, driver: str, workspace: Path, **job) -> dict:
         cwd=workspace,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=seconds,
         stdin=subprocess.DEVNULL,
     )
     if done.returncode:

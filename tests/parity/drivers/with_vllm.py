@@ -1,37 +1,43 @@
-"""Greedy continuations by vLLM: prompts in, tokens and what the scheduler did out. Galenic is found as a plugin only."""
+"""Greedy continuations by vLLM in several set-ups, one after another. Galenic is found as a plugin, not imported."""
 
+import gc
 import json
 import os
 import sys
+from pathlib import Path
 
-os.environ["VLLM_NO_USAGE_STATS"] = os.environ["DO_NOT_TRACK"] = "1"
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 import numpy as np
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def main() -> None:
-    job = json.load(open(sys.argv[1]))
-    llm = LLM(
-        model=str(job["folder"]), dtype="float32", seed=0, disable_log_stats=False, **job["options"]
-    )
-    sampling = SamplingParams(temperature=0.0, max_tokens=job["new_tokens"], ignore_eos=True)
+def run(folder: str, new_tokens: int, rounds: list[list[list[int]]], options: dict) -> dict:
+    llm = LLM(model=folder, dtype="float32", seed=0, disable_log_stats=False, **options)
+    sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     tokens, cached = [], []
-    for prompts in job["rounds"]:
-        prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
-        for output in llm.generate(prompts, sampling, use_tqdm=False):
+    for prompts in rounds:
+        texts = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for output in llm.generate(texts, sampling, use_tqdm=False):
             tokens.append(output.outputs[0].token_ids)
             cached.append(output.num_cached_tokens or 0)
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    np.savez(
-        job["out"],
-        tokens=np.array(tokens),
-        cached=np.array(cached),
-        preemptions=counters.get("vllm:num_preemptions", -1),
-        chunks=job["options"].get("max_num_batched_tokens", 0),
-    )
+    found = {"tokens": tokens, "cached": cached, "preempted": counters["vllm:num_preemptions"]}
+    return {name: np.array(value) for name, value in found.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    found = {}
+    for name, setup in job["setups"].items():
+        for key, value in run(job["folder"], job["new_tokens"], setup["rounds"], setup["options"]).items():
+            found[f"{name}/{key}"] = value
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    np.savez(job["out"], **found)
+
+
+if __name__ == "__main__":  # worker processes import this file again
     main()
