@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 os.environ |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+# Without "nobind" every rank wants a NUMA node of its own.
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 import numpy as np
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
-def run(folder: str, new_tokens: int, rounds: list[list[list[int]]], options: dict) -> dict:
-    llm = LLM(model=folder, dtype="float32", seed=0, disable_log_stats=False, **options)
+def run(rounds: list[list[list[int]]], new_tokens: int, options: dict) -> dict:
+    llm = LLM(**{"dtype": "float32", "seed": 0, "disable_log_stats": False} | options)
     sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     tokens, cached = [], []
     for prompts in rounds:
@@ -32,7 +34,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     found = {}
     for name, setup in job["setups"].items():
-        for key, value in run(job["folder"], job["new_tokens"], setup["rounds"], setup["options"]).items():
+        for key, value in run(setup["rounds"], job["new_tokens"], setup["options"]).items():
             found[f"{name}/{key}"] = value
         gc.collect()
         cleanup_dist_env_and_memory()
