@@ -6,7 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from parity_helpers import ANSWERS, TOLERANCE, drive, executable, our_greedy, random_folder, random_tokens
+from parity_helpers import (
+    ANSWERS,
+    DRIVERS,
+    TOLERANCE,
+    drive,
+    executable,
+    our_greedy,
+    random_folder,
+    random_tokens,
+)
 from test_serve import server
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(1800)]
@@ -134,7 +143,8 @@ def test_other_configurations_and_ways_to_run(tmp_path):
 
 def vllm_serve(folder, **options):
     """Returns the command of a server with no more than it needs."""
-    command = [executable("vllm", "vllm"), "serve", folder, "--enforce-eager", "--dtype", "float32"]
+    command = [executable("vllm"), DRIVERS / "vllm_cli.py", "serve", folder, "--enforce-eager"]
+    command += ["--dtype", "float32"]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     return command
