@@ -59,13 +59,14 @@ test-long: env
 
 # The libraries clash with each other and with ours, so each list gets an environment. `torch` is pinned in each list
 # that needs it: a range would admit CUDA builds of gigabytes. A list NAME.no-deps is installed after NAME.txt, without
-# what it asks for.
+# what it asks for; what a list NAME.remove names is taken out again.
 peers: $(PEERS)
 .venvs/%/.installed: tests/parity/peers/%.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --prefer-binary -r $<
 	test ! -f $(<:.txt=.no-deps) || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 		--no-deps -r $(<:.txt=.no-deps)
+	test ! -f $(<:.txt=.remove) || $(@D)/bin/python -m pip uninstall --quiet --yes -r $(<:.txt=.remove)
 	@touch $@
 
 parity: env peers

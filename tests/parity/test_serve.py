@@ -15,13 +15,13 @@ pytestmark = pytest.mark.parity
 
 
 @contextmanager
-def server(folder, workspace):
+def server(folder, workspace, command=None, seconds=60):
     """Serves `folder` on a free port of this machine and ends the process whatever happens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [executable("newest"), "-m", "galenic.model.serve", folder]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = command or [executable("newest"), "-m", "galenic.model.serve", folder, "--device", "cpu"]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     log = workspace / "server.log"
     with open(log, "w") as output:
         process = subprocess.Popen(
@@ -33,7 +33,7 @@ def server(folder, workspace):
             stderr=subprocess.STDOUT,
         )
     try:
-        for _ in range(240):
+        for _ in range(4 * seconds):
             assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
