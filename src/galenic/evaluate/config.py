@@ -7,6 +7,8 @@ from typing import Literal
 
 from galenic.runtime import UserError, nearest
 
+from .benchmarks.config import BenchmarksConfig
+
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -61,6 +63,8 @@ class EvaluateConfig:
     likeliest each time. Default: nothing."""
     batch_tokens: int = 2048
     """Tokens in one forward pass: bounds the memory of the logits."""
+    benchmarks: BenchmarksConfig | None = None
+    """Rows of the report's table and tasks of lm-eval; see docs/evaluation-benchmarks.md."""
     threads: int | None = None
     """Torch threads; none leaves torch's choice."""
     seed: int = 0
@@ -70,7 +74,8 @@ class EvaluateConfig:
         """Inputs, for the fingerprint and the plan."""
         optional = (self.tokens, self.questions, self.conversations)
         models = [part for model in self.models.values() for part in model_parts(model)]
-        return [*dict.fromkeys(models), *(path for path in optional if path is not None)]
+        nested = [] if self.benchmarks is None else self.benchmarks.reads()
+        return [*dict.fromkeys(models), *(path for path in optional if path is not None), *nested]
 
     def rule(self, kind: str) -> str | None:
         """By which rule the written answers to a kind of questions are checked; none if nothing is written."""
@@ -91,8 +96,8 @@ class EvaluateConfig:
         for kind, name in self.experts.items():
             if name not in self.models:
                 raise UserError(f"experts.{kind}: no model is called '{name}'{nearest(name, self.models)}")
-        if self.tokens is None and self.questions is None and self.conversations is None:
-            raise UserError("nothing to evaluate on: name tokens, questions or conversations")
+        if all(part is None for part in (self.tokens, self.questions, self.conversations, self.benchmarks)):
+            raise UserError("nothing to evaluate on: name tokens, questions, conversations or benchmarks")
         if self.experts and self.questions is None:
             raise UserError("experts needs questions: the normalised average is over their accuracies")
         if self.answer and self.questions is None:

@@ -27,6 +27,7 @@ from galenic.runtime import (
 )
 
 from . import inputs, multiple_choice, written
+from .benchmarks import benchmarks
 from .bits_per_byte import Scored, bits_per_byte, conversation
 from .config import EvaluateConfig, model_parts
 from .models import open_model, weight_files
@@ -60,6 +61,7 @@ def plan(config: EvaluateConfig) -> Plan:
             if config.written_tokens
             else {}
         ),
+        **({"benchmarks": benchmarks.fact(config.benchmarks)} if config.benchmarks else {}),
     }
     return Plan(
         reads=config.reads(),
@@ -107,14 +109,14 @@ class _Material:
     """(kind, question) of those that the report shows."""
     prompted: dict[int, tuple[dict[str, list[Prompted]], dict[str, Prompted]]] = field(default_factory=dict)
     """Context -> what `_prompts` made for it; models of one context share it."""
+    benchmark_items: int = 0
 
     @property
     def work(self) -> int:
         """Progress units of one model: tokens scored, a question counted as 100."""
         texts = [*self.heldout.values(), *self.answers.values()]
-        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * sum(
-            len(rows) for rows in self.questions.values()
-        )
+        asked = sum(len(rows) for rows in self.questions.values()) + self.benchmark_items
+        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * asked
 
 
 def _load(config: EvaluateConfig) -> _Material:
@@ -130,6 +132,9 @@ def _load(config: EvaluateConfig) -> _Material:
         },
         questions=questions,
         shown=_chosen(config, questions),
+        benchmark_items=sum(map(len, benchmarks.load(config.benchmarks).values()))
+        if config.benchmarks
+        else 0,
     )
 
 
@@ -189,6 +194,16 @@ def _evaluate(
         "answers": answers,
         "accuracy": accuracy,
     }
+    if config.benchmarks:
+        numbers["benchmarks"], more = benchmarks.measure(
+            config.benchmarks,
+            model,
+            material.tokenizer,
+            name,
+            Path(config.out),
+            lambda n: bar.update(100 * n, name),
+        )
+        rows += more
     return numbers, rows
 
 
@@ -388,4 +403,5 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
             for kind, rule in rules.items()
         },
         **({"said": said} if config.written_tokens else {}),
+        **(benchmarks.protocol(config.benchmarks) if config.benchmarks else {}),
     }

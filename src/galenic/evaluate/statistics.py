@@ -6,7 +6,7 @@ from collections.abc import Mapping
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Returns the Wilson score interval of a proportion.
 
     The set of p whose normal approximation would not reject the observed share at level z: the roots of
