@@ -1,4 +1,4 @@
-"""Items of every row from its fixture, which is in the data set's own schema; what is wrong is told by file and line."""
+"""Items of every row from its fixture, in the data set's own schema; what is wrong is told by file and line."""
 
 import json
 import re

@@ -29,8 +29,6 @@ class BenchmarksConfig:
     """System message of the chat prompt; none takes the chat format's own."""
     new_tokens: int = 1024
     """Tokens of an answer at most."""
-    batch: int = 16
-    """Answers written at a time."""
     seed: int = 0
     """Fixes which items are sampled."""
 
@@ -48,11 +46,7 @@ class BenchmarksConfig:
                     f"benchmarks.rows: the report has no row '{row}'{nearest(row, ROWS)}; its rows are "
                     f"{', '.join(ROWS)}"
                 )
-        for name, value in (
-            ("samples", self.samples),
-            ("new_tokens", self.new_tokens),
-            ("batch", self.batch),
-        ):
+        for name, value in (("samples", self.samples), ("new_tokens", self.new_tokens)):
             if value < 1:
                 raise UserError(f"benchmarks.{name} is {value}; it must be at least 1")
         if self.fewshot is not None and self.fewshot < 0:

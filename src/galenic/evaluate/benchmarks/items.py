@@ -279,7 +279,7 @@ def _mmlu(docs: Sequence[Doc]) -> Iterator[Item]:
 
 
 def _chinese_exam(docs: Sequence[Doc]) -> Iterator[Item]:
-    """CMExam (Question, Options "A text\\nB text", Answer) or CMB-Exam (question, option {letter: text}, answer)."""
+    """CMExam (Question, Options: lines "A text", Answer) or CMB-Exam (question, option {letter: text}, answer)."""
     for number, doc in enumerate(docs):
         question = _text(doc, "Question", "question")
         given = _of(doc, "Options", "option", "options")

@@ -124,7 +124,9 @@ class GalenicLM(TemplateLM):
             fits = len(context) + longest <= self.max_length + 1
             for part in [numbers] if fits else [[number] for number in numbers]:
                 rows = [(list(context) + requests[n][2])[-(self.max_length + 1) :] for n in part]
-                cut = max(0, min(len(row) - len(requests[n][2]) for n, row in zip(part, rows, strict=True)) - 1)
+                cut = max(
+                    0, min(len(row) - len(requests[n][2]) for n, row in zip(part, rows, strict=True)) - 1
+                )
                 cut = cut // GRAIN * GRAIN
                 prompts.append(
                     Prompted(
@@ -231,7 +233,9 @@ def run_tasks(
     manager = TaskManager(include_path=config.task_folder)
     for name in config.tasks:
         if name not in manager.all_tasks and not Path(name).is_file():
-            raise UserError(f"benchmarks.tasks: lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}")
+            raise UserError(
+                f"benchmarks.tasks: lm-eval has no task '{name}'{nearest(name, manager.all_tasks)}"
+            )
     try:
         tasks = manager.load(list(config.tasks))["tasks"]
     except UserError:
@@ -248,7 +252,7 @@ def run_tasks(
         places = list(range(count))
         chosen[name] = inputs.sample(places, list(map(str, places)), config.samples, config.seed)
     results = simple_evaluate(
-        model=GalenicLM(model, tokenizer, batch=config.batch),
+        model=GalenicLM(model, tokenizer),
         tasks=list(tasks.values()),
         num_fewshot=config.fewshot,
         samples=chosen,
@@ -259,9 +263,7 @@ def run_tasks(
         log_samples=True,
     )
     assert results is not None
-    return {
-        name: (metrics[name], _lines(name, metrics[name], results["samples"][name])) for name in tasks
-    }
+    return {name: (metrics[name], _lines(name, metrics[name], results["samples"][name])) for name in tasks}
 
 
 def _metric(name: str, task: Any) -> str:
@@ -288,7 +290,9 @@ def _lines(name: str, metric: str, samples: Sequence[Mapping[str, Any]]) -> list
             continue
         right = float(sample_[metric])
         if not 0 <= right <= 1:
-            raise UserError(f"benchmarks.tasks: {name} scores {right:g} by {metric}, which is not between 0 and 1")
+            raise UserError(
+                f"benchmarks.tasks: {name} scores {right:g} by {metric}, which is not between 0 and 1"
+            )
         lines.append(
             {
                 "kind": name,

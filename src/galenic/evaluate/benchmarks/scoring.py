@@ -1,6 +1,6 @@
 r"""What an answer in free text says, and whether it is right: pure functions, English and Chinese.
 
-    option     the letter behind "the answer is", "答案", in \boxed{}, alone on a line, in bold, or the option's own text
+    option     the letter behind "the answer is", "答案", in \boxed{}, alone on a line, in bold, or the option's text
     label      one of a few words (yes / no / maybe, entailment ..., a department)
     number     behind "the final answer is"; inside [low, high]
     date       a day, in any usual writing; US order where only numbers stand there
