@@ -1,6 +1,7 @@
 """Our model for lm-evaluation-harness against its own `hf` model, and the report's rows as its tasks."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,17 +45,24 @@ def found(chat_folder, tmp_path_factory):
     no_mean |= {"task": "perplexity", "metric_list": [{"metric": "bits_per_byte"}]}
     shared.pop("doc_to_choice")
     (folder / "tasks" / "perplexity.yaml").write_text(yaml.safe_dump(shared | no_mean))
-    missing = shared | {"task": "missing", "dataset_kwargs": {"data_files": {"test": str(folder / "none.jsonl")}}}
+    missing = shared | {
+        "task": "missing",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "none.jsonl")}},
+    }
     (folder / "tasks" / "missing.yaml").write_text(yaml.safe_dump(missing))
     rows = [row for row in PLACES if ROWS[row].metric != "judge"]
     written = [[FRAME.format(question), {"until": ["."], "max_gen_toks": 24}] for question in ANSWERS]
     written += [[FRAME.format(question), {"until": [], "max_gen_toks": 5}] for question in ANSWERS]
+    model = folder / "model"  # as the chat model, but for a short context
+    shutil.copytree(chat_folder, model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 96}))
     out = drive(
         "newest",
         "with_galenic_lm",
         folder / "lm_eval",
         src=ROOT / "src",
-        folder=chat_folder,
+        folder=model,
         batch=4,
         loglikelihood=pairs(),
         loglikelihood_rolling=[[" ".join(WORDS)], ["fever " * 700], ["cough"]],
@@ -99,13 +107,17 @@ def test_tasks_run_through_measure(found):
     numbers, lines = json.loads(str(found["measured"]))
     assert set(numbers) == {"choices", "answers"}
     assert numbers["choices"]["n"] == 2 and numbers["choices"]["metric"] == "acc"
-    assert numbers["choices"]["value"] == sum(line["right"] for line in lines if line["kind"] == "choices") / 2
+    assert (
+        numbers["choices"]["value"] == sum(line["right"] for line in lines if line["kind"] == "choices") / 2
+    )
     assert 0 <= numbers["answers"]["low"] <= numbers["answers"]["value"] <= numbers["answers"]["high"] <= 1
     assert len({(line["kind"], line["id"]) for line in lines}) == 4
 
 
 def test_tasks_that_cannot_be_run_are_refused(found):
     unknown, no_mean, missing = found["refusals"].tolist()
-    assert unknown.startswith("UserError: benchmarks.tasks: lm-eval has no task 'choises' (did you mean 'choices'?)")
+    assert unknown.startswith(
+        "UserError: benchmarks.tasks: lm-eval has no task 'choises' (did you mean 'choices'?)"
+    )
     assert no_mean.startswith("UserError: benchmarks.tasks: perplexity has no score for each item")
     assert missing.startswith("UserError: benchmarks.tasks: missing cannot be loaded")

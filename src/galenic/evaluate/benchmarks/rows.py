@@ -50,7 +50,7 @@ ROWS: Mapping[str, Row] = {
         size=208,  # 832 = 4 x 208: points from 0 to 4
         source="CMB-Clin, github.com/FreedomIntelligence/CMB",
         licence="Apache-2.0",
-        judge="clinical",
+        judge="cmb-clin",
     ),
     "ClinicalBench-Diagnosis": Row(
         metric="diagnosis",
@@ -76,7 +76,7 @@ ROWS: Mapping[str, Row] = {
         size=None,
         source="ClinicalBench",
         licence="its own agreement",
-        judge="clinical",
+        judge="cmb-clin",
     ),
     "RareArena-rdc": Row(
         metric="diagnosis",

@@ -134,27 +134,33 @@ def score_option(text: str, options: Mapping[str, str], answer: Sequence[str]) -
 
 
 def named(text: str, labels: Sequence[str]) -> list[str]:
-    """Returns the labels that a text gives as its answer: behind its markers, else alone at its beginning or end."""
+    """Returns the labels that a text gives as its answer.
+
+    Those behind its markers; without any, those that it begins with or that are all of its last line; without any, and
+    without a marker, all that are in it.
+    """
     text = _plain(text)
     parts = [part for part in marked(text) if part]
     found = [label for part in parts for label in _labels(part, labels)]
     if not found:
         lines = [line for line in text.splitlines() if line.strip()]
-        ends = lines[:1] + lines[-1:]
-        found = [label for line in ends for label in labels if _begins(line, label, whole=line != lines[0])]
+        first, last = (
+            (_leading(normal(line), labels) for line in (lines[0], lines[-1])) if lines else ([""],) * 2
+        )
+        found = first[1:] + (last[1:] if not last[0] else [])
     if not found and not parts:
         found = _labels(text, labels)
     return list(dict.fromkeys(found))
 
 
 def _labels(text: str, labels: Sequence[str]) -> list[str]:
-    """Returns the labels in a text, none that stands in a longer one only, none if something is negated."""
+    """Returns the labels in a text, none that stands in a longer one only; what follows a first one explains it."""
     said = normal(text)
     if re.match(r"(?:not|isnt|neither)\b|不是|并非", said):
         return []
-    for label in sorted(labels, key=len, reverse=True):
-        if _begins(said, label):
-            return [label]  # what follows explains it
+    first = _leading(said, labels)[1:]
+    if first:
+        return first
     found, rest = [], said
     for label in sorted(labels, key=len, reverse=True):
         pattern = _word(label)
@@ -164,14 +170,20 @@ def _labels(text: str, labels: Sequence[str]) -> list[str]:
     return found
 
 
+def _leading(said: str, labels: Sequence[str]) -> list[str]:
+    """Returns what is left of a normal text behind the labels that it begins with, and these labels."""
+    found, rest = [], said
+    while True:
+        label = next((one for one in sorted(labels, key=len, reverse=True) if _word(one).match(rest)), None)
+        if label is None:
+            return [rest, *found]
+        found.append(label)
+        rest = re.sub(r"^\s*(?:(?:or|and)\b|或者?|和)?\s*", "", rest[len(normal(label)) :])
+
+
 def _word(label: str) -> re.Pattern[str]:
     name = re.escape(normal(label))
     return re.compile(rf"\b{name}\b" if label.isascii() else name)
-
-
-def _begins(text: str, label: str, *, whole: bool = False) -> bool:
-    match = _word(label).match(normal(text))
-    return match is not None and (not whole or match.end() == len(normal(text)))
 
 
 def score_label(text: str, labels: Sequence[str], answer: str) -> Verdict:
