@@ -143,11 +143,11 @@ def named(text: str, labels: Sequence[str]) -> list[str]:
     parts = [part for part in marked(text) if part]
     found = [label for part in parts for label in _labels(part, labels)]
     if not found:
-        lines = [line for line in text.splitlines() if line.strip()]
-        first, last = (
-            (_leading(normal(line), labels) for line in (lines[0], lines[-1])) if lines else ([""],) * 2
-        )
-        found = first[1:] + (last[1:] if not last[0] else [])
+        lines = [normal(line) for line in text.splitlines() if line.strip()]
+        if lines:
+            found = _leading(lines[0], labels)[0]
+            last, rest = _leading(lines[-1], labels)
+            found += [] if rest else last
     if not found and not parts:
         found = _labels(text, labels)
     return list(dict.fromkeys(found))
@@ -158,10 +158,9 @@ def _labels(text: str, labels: Sequence[str]) -> list[str]:
     said = normal(text)
     if re.match(r"(?:not|isnt|neither)\b|不是|并非", said):
         return []
-    first = _leading(said, labels)[1:]
-    if first:
-        return first
-    found, rest = [], said
+    found, rest = _leading(said, labels)
+    if found:
+        return found
     for label in sorted(labels, key=len, reverse=True):
         pattern = _word(label)
         if pattern.search(rest):
@@ -170,13 +169,13 @@ def _labels(text: str, labels: Sequence[str]) -> list[str]:
     return found
 
 
-def _leading(said: str, labels: Sequence[str]) -> list[str]:
-    """Returns what is left of a normal text behind the labels that it begins with, and these labels."""
+def _leading(said: str, labels: Sequence[str]) -> tuple[list[str], str]:
+    """Returns the labels that a normal text begins with, and what is left behind them."""
     found, rest = [], said
     while True:
         label = next((one for one in sorted(labels, key=len, reverse=True) if _word(one).match(rest)), None)
         if label is None:
-            return [rest, *found]
+            return found, rest
         found.append(label)
         rest = re.sub(r"^\s*(?:(?:or|and)\b|或者?|和)?\s*", "", rest[len(normal(label)) :])
 
