@@ -7,6 +7,7 @@ from typing import Literal
 
 from galenic.runtime import UserError, nearest
 
+from .benchmarks.config import BenchmarksConfig
 from .probes.config import ProbesConfig
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -65,6 +66,8 @@ class EvaluateConfig:
     """Measures of our own: long context, safety, calibration, position bias, contamination. Default: none."""
     batch_tokens: int = 2048
     """Tokens in one forward pass: bounds the memory of the logits."""
+    benchmarks: BenchmarksConfig | None = None
+    """Rows of the report's table and tasks of lm-eval; see docs/evaluation-benchmarks.md."""
     threads: int | None = None
     """Torch threads; none leaves torch's choice."""
     seed: int = 0
@@ -74,8 +77,9 @@ class EvaluateConfig:
         """Inputs, for the fingerprint and the plan."""
         optional = (self.tokens, self.questions, self.conversations)
         models = [part for model in self.models.values() for part in model_parts(model)]
-        probed = self.probes.reads() if self.probes else []
-        return list(dict.fromkeys([*models, *(path for path in optional if path is not None), *probed]))
+        nested = [*(part.reads() for part in (self.benchmarks, self.probes) if part is not None)]
+        named = [*models, *(path for path in optional if path is not None)]
+        return list(dict.fromkeys([*named, *(path for paths in nested for path in paths)]))
 
     def rule(self, kind: str) -> str | None:
         """By which rule the written answers to a kind of questions are checked; none if nothing is written."""
@@ -96,8 +100,11 @@ class EvaluateConfig:
         for kind, name in self.experts.items():
             if name not in self.models:
                 raise UserError(f"experts.{kind}: no model is called '{name}'{nearest(name, self.models)}")
-        if self.tokens is None and self.questions is None and self.conversations is None and not self.probes:
-            raise UserError("nothing to evaluate on: name tokens, questions, conversations or probes")
+        parts = (self.tokens, self.questions, self.conversations, self.benchmarks, self.probes)
+        if not any(parts):
+            raise UserError(
+                "nothing to evaluate on: name tokens, questions, conversations, benchmarks or probes"
+            )
         if self.probes and self.questions is None and (needy := self.probes.need_questions()):
             raise UserError(f"probes.{needy[0]} needs questions: it is measured on them")
         if self.experts and self.questions is None:

@@ -27,6 +27,7 @@ from galenic.runtime import (
 )
 
 from . import inputs, multiple_choice, written
+from .benchmarks import benchmarks
 from .bits_per_byte import Scored, bits_per_byte, conversation
 from .config import EvaluateConfig, model_parts
 from .models import open_model, weight_files
@@ -62,6 +63,7 @@ def plan(config: EvaluateConfig) -> Plan:
             else {}
         ),
         **_probes_planned(config, questions),
+        **({"benchmarks": benchmarks.fact(config.benchmarks)} if config.benchmarks else {}),
     }
     return Plan(
         reads=config.reads(),
@@ -120,14 +122,14 @@ class _Material:
     """Prompts that the probes put to a model."""
     prompted: dict[int, tuple[dict[str, list[Prompted]], dict[str, Prompted]]] = field(default_factory=dict)
     """Context -> what `_prompts` made for it; models of one context share it."""
+    benchmark_items: int = 0
 
     @property
     def work(self) -> int:
         """Progress units of one model: tokens scored, a question or prompt counted as 100."""
         texts = [*self.heldout.values(), *self.answers.values()]
-        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * (
-            sum(len(rows) for rows in self.questions.values()) + self.probed
-        )
+        asked = sum(len(rows) for rows in self.questions.values()) + self.benchmark_items + self.probed
+        return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * asked
 
 
 def _load(config: EvaluateConfig) -> _Material:
@@ -146,6 +148,9 @@ def _load(config: EvaluateConfig) -> _Material:
         questions=questions,
         shown=_chosen(config, questions),
         probed=sum(probes.prompts(config.probes, questions).values()) if config.probes else 0,
+        benchmark_items=sum(map(len, benchmarks.load(config.benchmarks).values()))
+        if config.benchmarks
+        else 0,
     )
 
 
@@ -205,6 +210,15 @@ def _evaluate(
         "answers": answers,
         "accuracy": accuracy,
     }
+
+    def advance(items: int) -> None:
+        bar.update(100 * items, name)
+
+    if config.benchmarks:
+        numbers["benchmarks"], more = benchmarks.measure(
+            config.benchmarks, model, material.tokenizer, name, Path(config.out), advance
+        )
+        rows += more
     if config.probes is not None:
         numbers["probes"], more = probes.measure(
             config.probes,
@@ -212,7 +226,7 @@ def _evaluate(
             material.tokenizer,
             name,
             Path(config.out),
-            lambda n: bar.update(100 * n, name),
+            advance,
             prompt=PromptFormat(name=config.prompt, system=config.system),
             batch_tokens=config.batch_tokens,
             questions=material.questions,
@@ -421,4 +435,5 @@ def _protocol(config: EvaluateConfig, material: _Material) -> dict[str, str]:
         },
         **({"said": said} if config.written_tokens else {}),
         **(probes.protocol(config.probes) if config.probes else {}),
+        **(benchmarks.protocol(config.benchmarks) if config.benchmarks else {}),
     }

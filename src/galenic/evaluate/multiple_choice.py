@@ -38,7 +38,7 @@ SCORINGS = ("total", "per_byte", "pmi")
 BARE = "Answer:"
 # Prompts are cut at a multiple of this and the rest is run with each option: prompts of nearly equal length share a
 # batch without any padding in the cache.
-_GRAIN = 4
+GRAIN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def tokenize(
     alone = head + encode_text(tokenizer, prefix)
     rows = [head + encode_text(tokenizer, prefix + prompt.join + option) for option in options]
     starts = [_common(alone, row) for row in rows]
-    cut = max(0, (min(starts) - 1) // _GRAIN * _GRAIN)
+    cut = max(0, (min(starts) - 1) // GRAIN * GRAIN)
     longest = max(len(row) for row in rows) - cut
     if longest > context:
         raise UserError(
@@ -119,7 +119,7 @@ def tokenize(
         )
     shared, truncated = alone[:cut], cut + longest > context
     if truncated:
-        room = (context - longest) // _GRAIN * _GRAIN
+        room = (context - longest) // GRAIN * GRAIN
         shared = shared[:1] + shared[cut - room + 1 :] if room else []
     return Prompted(
         shared=shared,
@@ -137,11 +137,19 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-@torch.inference_mode()
 def option_log_probs(
     model: torch.nn.Module, prompts: Sequence[Prompted], *, batch_tokens: int, advance: Advance | None = None
 ) -> list[list[float]]:
-    """Returns log p(option | prompt) in nats for every option of every prompt.
+    """Returns log p(option | prompt) in nats for every option of every prompt; see `option_scores`."""
+    found = option_scores(model, prompts, batch_tokens=batch_tokens, advance=advance)
+    return [[value for value, _ in values] for values in found]
+
+
+@torch.inference_mode()
+def option_scores(
+    model: torch.nn.Module, prompts: Sequence[Prompted], *, batch_tokens: int, advance: Advance | None = None
+) -> list[list[tuple[float, bool]]]:
+    """Returns for every option log p(option | prompt) in nats, and whether each of its tokens is the likeliest.
 
     Args:
         model: a Hugging Face causal language model with a cache.
@@ -149,7 +157,7 @@ def option_log_probs(
         batch_tokens: most tokens of one forward pass.
         advance: called with the number of prompts after each batch.
     """
-    scores: list[list[float]] = [[] for _ in prompts]
+    scores: list[list[tuple[float, bool]]] = [[] for _ in prompts]
 
     def shape(index: int) -> tuple[int, int]:
         return len(prompts[index].shared), len(prompts[index].rest)
@@ -174,7 +182,7 @@ def option_log_probs(
     return scores
 
 
-def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[float]]:
+def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[tuple[float, bool]]]:
     """Scores prompts whose shared parts are equally long and that have equally many options."""
     device = next(model.parameters()).device
     options = len(prompts[0].rest)
@@ -184,7 +192,7 @@ def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[float
         cache = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
     rows = [row for prompt in prompts for row in prompt.rest]
     lengths = [length for prompt in prompts for length in prompt.lengths]
-    sums = [0.0] * len(rows)
+    scores = [(0.0, True)] * len(rows)
     # Short and long options apart: together the short ones would be half padding.
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     middle = len(order) // 2
@@ -199,12 +207,15 @@ def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[float
         for place, index in enumerate(part):
             ids[place, : len(rows[index])] = torch.tensor(rows[index])
         ids = ids.to(device)
-        logits = model(input_ids=ids, past_key_values=past, use_cache=past is not None).logits
-        log_probs = target_log_probs(logits[:, :-1], ids[:, 1:]).double().cpu().numpy()
+        # What follows the last token is nobody's question.
+        logits = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None).logits
+        log_probs = target_log_probs(logits, ids[:, 1:]).double().cpu().numpy()
+        likeliest = (logits.argmax(-1) == ids[:, 1:]).cpu().numpy()
         for place, index in enumerate(part):
             end = len(rows[index]) - 1
-            sums[index] = float(log_probs[place, end - lengths[index] : end].sum())
-    return [sums[start : start + options] for start in range(0, len(sums), options)]
+            own = slice(end - lengths[index], end)
+            scores[index] = float(log_probs[place, own].sum()), bool(likeliest[place, own].all())
+    return [scores[start : start + options] for start in range(0, len(scores), options)]
 
 
 def scores(total: Sequence[float], bare: Sequence[float], options: Sequence[str]) -> dict[str, list[float]]:
