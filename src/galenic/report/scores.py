@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from markupsafe import Markup
-
-from . import charts
+from . import score_charts
+from .data import Chart
 from .inputs import Run
 from .sections import by_group, groups
 
@@ -69,7 +68,7 @@ def _kind(models: dict[str, Any], kind: str) -> dict[str, Any]:
         "name": kind,
         "words": KIND_WORDS.get(kind, ""),
         "n": first["n"],
-        "chart": charts.bars(
+        "chart": score_charts.bars(
             f"accuracy-{kind}",
             f"Accuracy on {first['n']} {kind} questions: {words}; chance {chance:g}%.",
             [
@@ -83,7 +82,7 @@ def _kind(models: dict[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
-def _averages(models: dict[str, Any]) -> Markup | None:
+def _averages(models: dict[str, Any]) -> Chart | None:
     """The chart of normalised averages."""
     found = [
         (name, model["group"], *[model["normalised_average"]] * 3)
@@ -93,7 +92,7 @@ def _averages(models: dict[str, Any]) -> Markup | None:
     if not found:
         return None
     words = ", ".join(f"{name} {value:.3f}" for name, _, value, *_ in found)
-    return charts.bars(
+    return score_charts.bars(
         "averages",
         f"Normalised average: {words}.",
         found,
