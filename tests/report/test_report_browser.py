@@ -86,7 +86,7 @@ def test_nothing_hangs_over_the_edge(page, width):
     assert over == []
 
 
-@pytest.mark.skipif(not WHEELS, reason="`make browser-data` fetches axe-core")
+@pytest.mark.skipif(not WHEELS, reason="`make test` fetches axe-core")
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_axe_finds_nothing_serious(page, width, scheme):
     page.size(width, 900)

@@ -17,20 +17,16 @@ def benchmarks(models: Results) -> dict[str, Any] | None:
     measured = {name: found for name, model in models.items() if (found := model.get("benchmarks"))}
     if not measured:
         return None
-    known = {published.key(row): row for row in published.ROWS}
-    others = sorted({row for found in measured.values() for row in found if published.key(row) not in known})
+    others = sorted({row for found in measured.values() for row in found if row not in published.ROWS})
     rows: list[dict[str, Any]] = []
     for row in (*published.ROWS, *others):
-        scores = {
-            name: next((s for key, s in found.items() if published.key(key) == published.key(row)), None)
-            for name, found in measured.items()
-        }
-        sure = [score for score in scores.values() if score]
+        scores = [found.get(row) for found in measured.values()]
+        sure = [score for score in scores if score]
         rows.append(
             {
                 "name": row,
                 "metric": sure[0].get("metric", "") if sure else "",
-                "scores": list(scores.values()),
+                "scores": scores,
                 "published": published.ROWS.get(row, (None,) * len(published.MODELS)),
             }
         )
@@ -45,10 +41,7 @@ def benchmarks(models: Results) -> dict[str, Any] | None:
         "averages": [
             sum(values) / len(values) if len(values) == len(published.ROWS) else None for values in whole
         ],
-        "published_averages": [
-            sum(row[i] for row in published.ROWS.values()) / len(published.ROWS)
-            for i in range(len(published.MODELS))
-        ],
+        "published_averages": published.AVERAGE,
         "measured": sum(any(row["scores"]) for row in rows[: len(published.ROWS)]),
     }
 

@@ -31,6 +31,8 @@ COLOURS = (
 """Names of the page's CSS variables `--<name>`."""
 MARKERS = ("o", "s", "D", "^", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+LONG = 18
+"""Letters of a name that fit on one line beside a drawing."""
 WIDTH = 4.8  # inches; with 9.5 point letters it reads well on a phone and beside another chart on a desk
 _STYLE = {
     "svg.hashsalt": "galenic",
@@ -306,6 +308,8 @@ def dots(
         columns: name -> a value for each row, or None.
         x_title: axis title with its unit.
     """
+    beside = min(len(columns), 3 if max(map(len, columns)) <= LONG else 1)
+    deep = -(-len(columns) // beside)
 
     def paint(axes: Axes) -> None:
         for row in range(len(rows)):
@@ -326,19 +330,29 @@ def dots(
             )
         rows_axis(axes, rows)
         axes.set_xlabel(x_title)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(3, len(columns)), columnspacing=1.0,
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=beside, columnspacing=1.0,
                     handletextpad=0.2)  # fmt: skip
 
     return Chart(
-        svg=draw(key, label, 1.3 + 0.23 * len(rows), paint),
+        svg=draw(key, label, 0.9 + row_height(rows) * len(rows) + 0.2 * deep, paint),
         columns=("", *(f"{name}: {x_title}" for name in columns)),
         rows=[(name, *(values[i] for values in columns.values())) for i, name in enumerate(rows)],
     )
 
 
+def fold(name: str) -> str:
+    """Breaks a long name of a run and a model after the run."""
+    return name.replace(": ", ":\n", 1) if len(name) > LONG else name
+
+
+def row_height(names: Sequence[str]) -> float:
+    """Inches that a row of a drawing needs, more where a name takes two lines."""
+    return 0.38 if any("\n" in fold(name) for name in names) else 0.24
+
+
 def rows_axis(axes: Axes, names: Sequence[str]) -> None:
     """Makes the upright axis a list of names, from the top."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [fold(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=colour("line"), linewidth=0.5, alpha=0.6)
@@ -368,7 +382,7 @@ def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
     return Chart(
-        svg=draw(key, label, 1.0 + 0.35 * len(values), paint),
+        svg=draw(key, label, 1.0 + max(0.35, row_height([name for name, *_ in values])) * len(values), paint),
         columns=("", x_title, "low", "high"),
         rows=[(name, mean, mean - half, mean + half) for name, mean, half in values],
     )

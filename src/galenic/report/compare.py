@@ -209,7 +209,7 @@ def bars(models: list[Model]) -> list[tuple[str, str, Chart]]:
             ],
             mark=chance,
             mark_name="" if chance is None else f"chance {chance:g}%",
-            x_title="right answers, % (whiskers: 95% interval)",
+            x_title="right answers, % (95% interval)",
         )
         note = " or ".join(f"{n:,}" for n in counts) + " questions"
         found.append((kind, note + (f": {KIND_WORDS[kind]}" if kind in KIND_WORDS else ""), chart))

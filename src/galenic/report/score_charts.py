@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import charts
-from .charts import DASHES, MARKERS, colour, rows_axis
+from .charts import DASHES, MARKERS, colour, row_height, rows_axis
 from .data import Chart
 from .svg import SERIES
 
@@ -58,7 +58,7 @@ def bars(
         axes.set_xlabel(x_title)
 
     return Chart(
-        svg=charts.draw(key, label, 1.0 + 0.24 * len(models), paint),
+        svg=charts.draw(key, label, 1.0 + row_height([name for name, *_ in models]) * len(models), paint),
         columns=("model", x_title.split(" (")[0], "low", "high"),
         rows=[(name, *numbers) for name, _, *numbers in models],
     )

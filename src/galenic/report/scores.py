@@ -77,7 +77,7 @@ def _kind(models: dict[str, Any], kind: str) -> dict[str, Any]:
             ],
             mark=chance,
             mark_name=f"chance {chance:g}%",
-            x_title="right answers, % (whiskers: 95% interval)",
+            x_title="right answers, % (95% interval)",
         ),
     }
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from galenic.runtime import UserError
 
 from . import score_charts
 from .failures import Item, right
@@ -139,18 +142,25 @@ def _asked(run: Run, item: Item) -> tuple[Any, Any]:
 
 
 def comparison(found: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of one `compare.json`: a row a kind, in points."""
-    a, b = found["models"]
-    return {
-        "title": f"{b} less {a}",
-        "rows": [
+    """What the page shows of one `compare.json`: a row a kind, in points.
+
+    Raises:
+        UserError: it is another file than `galenic evaluate --compare` writes.
+    """
+    try:
+        a, b = (Path(found[side]).name for side in ("a", "b"))  # not where on this machine they lie
+        rows = [
             {
                 "kind": kind,
                 "n": entry["n"],
                 "measure": tuple(100 * entry["difference"][key] for key in ("value", "low", "high")),
-                "p": entry.get("p"),
+                "p": entry["p_holm"],
                 "verdict": entry["verdict"],
             }
             for kind, entry in found["kinds"].items()
-        ],
-    }
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"comparisons: a compare.json is not what `galenic evaluate --compare` writes ({error!r})"
+        ) from None
+    return {"title": f"{b} less {a}", "rows": rows}
