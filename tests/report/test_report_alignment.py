@@ -9,7 +9,7 @@ import pytest
 from balanced import Balanced
 from markupsafe import Markup
 
-from galenic.report import report
+from galenic.report import report, score_charts
 from galenic.report.inputs import read_run
 from galenic.runtime import UserError
 
@@ -136,3 +136,39 @@ def test_a_stage_under_way_or_gone_astray_says_so(undrawn, built, tmp_path):
 def test_a_broken_stage_is_named(undrawn, built, tmp_path):
     with pytest.raises(UserError, match="alignment: not what its step writes"):
         rewritten(built, tmp_path, "56-elo/metrics.jsonl", lambda rows: [{"kind": "train"}])
+
+
+def test_answers_of_the_models_own_have_no_chance_level_and_say_what_is_unanswered(
+    built, tmp_path, monkeypatch
+):
+    labels = []
+
+    def drawn(key, label, *_):
+        labels.append(label)
+        return Markup("<svg></svg>")
+
+    monkeypatch.setattr("galenic.report.charts.draw_figure", drawn)
+    copy = tmp_path / "copy"
+    shutil.copytree(built[0], copy)
+    config, path = fake_run.build(copy), copy / "70-evaluate/results.json"
+    results = json.loads(path.read_text())
+    for number, model in enumerate(results["models"].values()):
+        own = {"value": 0.0, "low": 0.0, "high": 0.1, "n": 40, "chance": None, "unanswered": 30 + number}
+        model["accuracy"]["transfer"] = own
+    results["shared_words"] = {kind: 0.25 for kind in fake_run.KINDS if kind != "transfer"}
+    for question in results["shown"]:
+        question["picks"] = dict.fromkeys(question["picks"])  # none named an option
+    fake_run.write(path, results)
+    told = words(report.render(config, read_run(config)))
+    (label,) = [label for label in labels if "transfer questions" in label]
+    assert "dare 0.0%" in label and "chance" not in label
+    assert all(f"{30 + number} unanswered" in told for number in range(len(fake_run.MODELS)))
+    assert "Answers to transfer are written by the models" in told
+    assert "answers 0.0% right (95% interval 0.0 to 10.0%)" in told
+    assert f"0 of {len(fake_run.MODELS)} models right" in told
+
+
+def test_bars_need_no_level_to_compare_with():
+    bar = ("a", "base", 0, 0, 0)
+    drawn = score_charts.bars("k", "label", [bar], mark=None, mark_name="", x_title="right, %").svg
+    assert "<svg" in drawn and "label" in drawn

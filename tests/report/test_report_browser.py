@@ -9,13 +9,19 @@ import chromium
 import compare_run
 import fake_run
 import pytest
+import test_report_flatten_page as flattened
+import test_report_merge_page as merged
 
 from galenic.report import report
 from galenic.report.config import ReportConfig
+from galenic.report.flatten_page import write_flatten_page
 from galenic.report.inputs import read_run
+from galenic.report.merge_page import write_merge_page
 
 WHEELS = sorted((Path(__file__).parents[2] / "data/browser").glob("axe_playwright_python-*.whl"))
 WIDTHS = (1280, 390)
+ALL = ("single", "comparison", "merge", "flattening")
+REPORTS = pytest.mark.parametrize("page", ALL[:2], indirect=True)
 
 pytestmark = [
     pytest.mark.skipif(chromium.CHROMIUM is None, reason="there is no Chromium"),
@@ -25,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A page of one run, and one of two runs side by side, with words that would do harm."""
+    """A page of one run, one of two runs side by side, with words that would do harm, and those beside models."""
     root = tmp_path_factory.mktemp("pages")
     runs = [str(compare_run.build(root / name, seed)) for seed, name in enumerate(("one", "two"))]
     results = Path(runs[0]) / "70-evaluate/results.json"
@@ -44,7 +50,11 @@ def pages(tmp_path_factory):
     }
     for name, html in made.items():
         (root / f"{name}.html").write_text(html, encoding="utf-8")
-    return {name: root / f"{name}.html" for name in made}
+    names = [f"expert-{i}" for i in range(3)]
+    recipe = "".join(f"{name}: {'long ' * 60}\n" for name in names)
+    write_merge_page(root / "merge.html", merged.summary_of(names, scope="layer"), recipe, merged.INPUTS)
+    write_flatten_page(root / "flattening.html", flattened.summary_of(), recipe)
+    return {name: root / f"{name}.html" for name in ALL}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def browser(tmp_path_factory):
         yield opened
 
 
-@pytest.fixture(params=["single", "comparison"])
+@pytest.fixture(params=ALL)
 def page(request, browser, pages):
     browser.size(1280, 900)
     browser.scheme("light")
@@ -118,6 +128,7 @@ def test_is_used_without_a_mouse(page):
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
+@REPORTS
 def test_says_what_each_chart_shows_and_gives_its_numbers(page):
     charts = page.run(
         """[...document.querySelectorAll('svg.chart')].map(svg => ({
@@ -130,6 +141,7 @@ def test_says_what_each_chart_shows_and_gives_its_numbers(page):
     assert all(re.fullmatch(r"[a-z0-9-]+\.csv", chart["link"]) for chart in charts)
 
 
+@REPORTS
 def test_a_download_is_a_file(page, tmp_path):
     page.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     page.run(
@@ -141,6 +153,7 @@ def test_a_download_is_a_file(page, tmp_path):
     assert len(file.read_text(encoding="utf-8").splitlines()) > 3
 
 
+@REPORTS
 def test_colours_follow_the_reader(page):
     light = page.run("getComputedStyle(document.body).backgroundColor")
     page.scheme("dark")
@@ -149,6 +162,7 @@ def test_colours_follow_the_reader(page):
     assert brightness[0] > 600 and brightness[1] < 150
 
 
+@REPORTS
 def test_prints(page):
     page.scheme("dark")  # paper is white all the same
     pdf = page.pdf()

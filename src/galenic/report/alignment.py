@@ -27,6 +27,7 @@ MEASURES = {
     "entropy": "entropy, nats a token",
     "length": "length, tokens",
     "ended": "ended, share",
+    "unreadable": "unreadable, share",
     "clipped": "clipped, share",
     "loss": "loss",
 }

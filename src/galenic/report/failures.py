@@ -6,6 +6,8 @@ from typing import Any
 
 from .inputs import Rows, Run
 
+LONGEST = 600
+"""Letters shown of what a model wrote."""
 Item = tuple[str, str]
 """(kind, id)."""
 
@@ -57,7 +59,7 @@ def failures(run: Run, name: str, most: int) -> dict[str, Any] | None:
 
     def tell(item: Item) -> dict[str, Any]:
         question, row = run.questions[item], mine[item]
-        pick = row.get("picks", {}).get(scoring)
+        pick = row.get("picks", {}).get(scoring, row.get("pick"))
         return {
             "kind": item[0],
             "source": question.get("source", ""),
@@ -66,7 +68,7 @@ def failures(run: Run, name: str, most: int) -> dict[str, Any] | None:
                 {"letter": chr(65 + i), "text": text, "right": i == question["answer"], "picked": i == pick}
                 for i, text in enumerate(question["options"])
             ],
-            "said": row.get("said"),
+            "said": (row.get("said") or "")[:LONGEST],
             "others": (sum(others[item]), len(others[item])) if others[item] else None,
             "sure": sure.get(item),
         }

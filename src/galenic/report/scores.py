@@ -42,6 +42,11 @@ def evaluation(run: Run) -> dict[str, Any] | None:
         if kinds
         else 0,
         "kinds": [_kind(models, kind) for kind in kinds],
+        "written": [
+            kind
+            for kind in kinds
+            if any("unanswered" in m["accuracy"].get(kind, {}) for m in models.values())
+        ],
         "averages": _averages(models),
         "shared_words": results.get("shared_words", {}),
         "best": {kind: max(model["accuracy"][kind]["value"] for model in models.values()) for kind in kinds},
@@ -63,20 +68,21 @@ def _kind(models: dict[str, Any], kind: str) -> dict[str, Any]:
     found = {name: model["accuracy"][kind] for name, model in models.items() if kind in model["accuracy"]}
     first = next(iter(found.values()))
     words = ", ".join(f"{name} {100 * score['value']:.1f}%" for name, score in found.items())
-    chance = 100 * first["chance"]
+    chance = None if first["chance"] is None else 100 * first["chance"]
+    written = ["answers written by the model"] if "unanswered" in first else []
     return {
         "name": kind,
-        "words": KIND_WORDS.get(kind, ""),
+        "words": ", ".join([*filter(None, [KIND_WORDS.get(kind)]), *written]),
         "n": first["n"],
         "chart": score_charts.bars(
             f"accuracy-{kind}",
-            f"Accuracy on {first['n']} {kind} questions: {words}; chance {chance:g}%.",
+            f"Accuracy on {first['n']} {kind} questions: {words}{'' if chance is None else f'; chance {chance:g}%'}.",
             [
                 (name, models[name]["group"], 100 * score["value"], 100 * score["low"], 100 * score["high"])
                 for name, score in found.items()
             ],
             mark=chance,
-            mark_name=f"chance {chance:g}%",
+            mark_name="" if chance is None else f"chance {chance:g}%",
             x_title="right answers, % (95% interval)",
         ),
     }

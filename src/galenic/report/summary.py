@@ -22,7 +22,9 @@ def tiles(run: Run, content: Content) -> list[tuple[str, str, str]]:
         found.insert(0, ("model", f"{human(model['parameters'])}", "parameters"))
         for kind in ("recall", "transfer"):
             if score := model["accuracy"].get(kind):
-                note = f"{100 * score['low']:.1f}\u2013{100 * score['high']:.1f}; chance {100 * score['chance']:g}%"
+                note = f"{100 * score['low']:.1f}\u2013{100 * score['high']:.1f}"
+                if score["chance"] is not None:
+                    note += f"; chance {100 * score['chance']:g}%"
                 found.append((f"{kind} questions", f"{100 * score['value']:.1f}%", note))
         if model["normalised_average"] is not None:
             found.append(
@@ -79,18 +81,20 @@ def _accuracies(results: Content, product: str, base: str) -> list[str]:
         score = models[product]["accuracy"].get(kind)
         if score is None:
             continue
-        sense = "not distinguishable from"
-        if score["low"] > score["chance"]:
-            sense = "above"
+        sense = ", not distinguishable from chance"
+        if score["chance"] is None:
+            sense = ""
+        elif score["low"] > score["chance"]:
+            sense = ", above chance"
         elif score["high"] < score["chance"]:
-            sense = "below"
+            sense = ", below chance"
         reference = models[base]["accuracy"].get(kind)
         compared = (
             f"; {base} answers {100 * reference['value']:.1f}%" if reference and base != product else ""
         )
         lines.append(
             f"Of {score['n']} {what}, the model '{product}' answers {100 * score['value']:.1f}% right "
-            f"(95% interval {100 * score['low']:.1f} to {100 * score['high']:.1f}%, {sense} chance){compared}."
+            f"(95% interval {100 * score['low']:.1f} to {100 * score['high']:.1f}%{sense}){compared}."
         )
     average = models[product]["normalised_average"]
     if average is not None:
