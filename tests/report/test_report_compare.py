@@ -371,7 +371,51 @@ def test_long_tables_are_thinned_with_both_ends():
     assert len(long.shown) == data.MOST_SHOWN and (long.shown[0][0], long.shown[-1][0]) == ("0", "99,999")
     lines = unquote(long.uri).splitlines()
     assert len(lines) == data.MOST_ROWS + 1 and lines[-1] == "99999,99999"
-    assert len(long.uri) < 60_000
+    assert len(long.uri) < 30_000 and long.note == "1,000 of 100,000 rows"
+    assert chart([("a", 1)]).note == ""
+
+
+def test_a_long_run_with_many_sources_and_stages_stays_small(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    file = run / "30-pretrain/metrics.jsonl"
+    rows = [json.loads(line) for line in file.open()]
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    for step in range(last["step"] + 1, last["step"] + 12_000):
+        losses = {f"source-{i}": 2.345678 + i / 7 for i in range(24)}
+        rows.append(last | {"step": step, "tokens": step * 4096, "domains": losses})
+    fake_run.write(file, rows)
+    stage = run / "59-ppo/metrics.jsonl"
+    rows = [json.loads(line) for line in stage.open()]
+    rows += [rows[5] | {"step": 1000 + i, "kl": 0.01234567 * i} for i in range(12_000)]
+    for number in range(60, 66):
+        shutil.copytree(run / "59-ppo", run / f"{number}-ppo-again")
+        fake_run.write(run / f"{number}-ppo-again/metrics.jsonl", rows)
+    config = ReportConfig(runs=[str(run)])
+    html = report.render(config, read_run(config))
+    assert "1,000 of 12" in html
+    assert len(html.encode()) < 1_800_000  # drawings take about half a megabyte more, of any number of steps
+
+
+def test_an_evaluation_without_multiple_choice_has_its_pages(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    file = run / "70-evaluate/results.json"
+    results = json.loads(file.read_text()) | {"experts": {}, "shown": []}
+    for model in results["models"].values():
+        model |= {"accuracy": {}, "bits_per_byte": {}, "answers": {}, "normalised_average": None}
+        model["benchmarks"] = {"CMExam": score(0.4)}
+    fake_run.write(file, results)
+    for name in results["models"]:
+        rows = [{"kind": "CMExam", "id": str(i), "right": float(i % 3 == 0)} for i in range(30)]
+        fake_run.write(run / f"70-evaluate/items/{name}.jsonl", rows)
+    config = ReportConfig(runs=[str(run)])
+    for html in (
+        report.render(config, read_run(config)),
+        report.render_comparison(ReportConfig(runs=[str(run)], compare=True)),
+    ):
+        assert "1 of the report's 22 benchmarks was measured" in html
+    assert "not told apart at any of 1 kind of questions" in html
 
 
 def test_every_chart_can_be_taken_along(runs):

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-MOST_ROWS, MOST_SHOWN = 2000, 24
+MOST_ROWS, MOST_SHOWN = 1000, 24
 """Of a file inside the page, and of a table on it."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A spreadsheet takes words that begin with these for a formula."""
@@ -32,6 +32,11 @@ class Chart:
     def shown(self) -> list[list[str]]:
         """Rows of the table: all, or some spread evenly with both ends."""
         return [[cell(value) for value in row] for row in spread(self.rows, MOST_SHOWN)]
+
+    @property
+    def note(self) -> str:
+        """How much of it the file holds, where that is not all."""
+        return f"{MOST_ROWS:,} of {len(self.rows):,} rows" if len(self.rows) > MOST_ROWS else ""
 
     @property
     def uri(self) -> str:

@@ -109,7 +109,8 @@ def told(pairs: dict[str, Any] | None) -> list[str]:
         ]
         undecided = sum(row["verdict"] == "undecided" for row in own)
         if undecided == len(own):
-            parts = [f"not told apart at any of {undecided} kinds of questions"]
+            kinds = "kind" if undecided == 1 else "kinds"
+            parts = [f"not told apart at any of {undecided} {kinds} of questions"]
         elif undecided:
             parts.append(f"undecided at {undecided} of {len(own)} kinds")
         lines.append(f"{name} against {pairs['against']}: {'; '.join(parts)}.")
