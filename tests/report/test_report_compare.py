@@ -19,7 +19,7 @@ from markupsafe import Markup
 from galenic import cli
 from galenic.report import benchmarks, cost, data, failures, published, report, steps
 from galenic.report.config import ReportConfig
-from galenic.report.inputs import Step, read_run, read_runs, resolve
+from galenic.report.inputs import read_run, read_runs, resolve
 from galenic.report.paired import holm, paired_difference, verdict
 from galenic.runtime import UserError
 
@@ -56,6 +56,19 @@ def test_steps_are_found_by_their_names(runs):
     config = resolve(ReportConfig(runs=[runs[0]]))
     assert config.title == "Galenic starter" and config.pretrain == found.pretrain
     assert resolve(ReportConfig(runs=[runs[0]], flatten="/mine")).flatten == "/mine"
+
+
+def test_steps_without_a_part_of_their_own_are_counted_in_the_cost(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    fake_run.done(run / "05-scorer", 90.0)
+    fake_run.done(run / "80-report", 7.0)  # an earlier page is none of it
+    config = ReportConfig(runs=[str(run)])
+    before = cost.cost(read_run(ReportConfig(runs=[runs[0]])), 100.0)
+    after = cost.cost(read_run(config), 100.0)
+    assert after["total"]["seconds"] == pytest.approx(before["total"]["seconds"] + 90.0)
+    assert [row["steps"] for row in after["rows"] if row["name"] == "other steps"] == [1]
+    assert "05-scorer" in report.render(config, read_run(config))
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty"])
@@ -341,13 +354,13 @@ def test_energy_is_seconds_times_stated_watts(runs):
     seconds = sum(step.done["seconds"] for step in run.steps())
     assert found["total"]["seconds"] == pytest.approx(seconds)
     assert found["total"]["energy"] == f"{1000 * 250 * seconds / 3.6e6:.3g} Wh"
+    assert "other steps" not in [row["name"] for row in found["rows"]]
     html = report.render(config := ReportConfig(runs=[runs[0]], watts=250.0), run)
     assert "energy is an estimate: time &#215; 250 W" in html
     assert config.watts == 250.0
     with pytest.raises(UserError, match="watts is 0"):
         ReportConfig(runs=[runs[0]], watts=0.0)
-    assert cost.cost(run.__class__(**{**vars(run), **dict.fromkeys(vars(run), Step(name="", state="not run")),
-                                      "experts": {}, "merges": {}, "alignment": {}}), 1.0) is None  # fmt: skip
+    assert cost.cost(read_run(ReportConfig(recipe="/nowhere")), 1.0) is None
 
 
 # ---------------------------------------------------------------------------- the numbers of charts

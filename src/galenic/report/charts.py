@@ -208,7 +208,7 @@ def curves(
             axes.legend(loc="best")
 
     columns, rows = _joined("training tokens", lines)
-    names = (columns[0], y_title) if len(lines) == 1 else columns
+    names = (columns[0], y_title.split(" (")[0]) if len(lines) == 1 else columns
     return Chart(svg=draw(key, label, 2.7, paint), columns=names, rows=rows)
 
 

@@ -49,6 +49,8 @@ class ReportConfig:
     """Flattening step folder."""
     evaluate: str | None = None
     """Evaluation step folder."""
+    others: list[str] = field(default_factory=list)
+    """Other step folders, such as `scorer`'s: only what they took is told."""
     recipe: str | None = None
     """Recipe folder, whose YAML files are shown."""
     watts: float = 100.0
@@ -69,7 +71,8 @@ class ReportConfig:
         found = [file for run in self.runs for file in read_files(run)]
         folder = Path(self.card) if self.card else None
         card = [str(file) for file in sorted(folder.glob("*.*")) if file.name in OF_CARDS] if folder else []
-        return [*(path for path in single if path is not None), *paths, *self.comparisons, *found, *card]
+        listed = [*self.others, *self.comparisons]
+        return [*(path for path in single if path is not None), *paths, *listed, *found, *card]
 
     def __post_init__(self) -> None:
         if not self.title.strip():

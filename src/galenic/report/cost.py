@@ -17,6 +17,7 @@ def parts(run: Run) -> dict[str, list[Step]]:
         "alignment": list(run.alignment.values()),
         "flattening": [run.flatten],
         "evaluation": [run.evaluate],
+        "other steps": run.others,
     }
     return {
         name: kept for name, steps in found.items() if (kept := [s for s in steps if s.state != "not run"])

@@ -67,6 +67,8 @@ class Run:
     evaluate: Step
     recipe: list[tuple[str, str]]
     """(file name, text) of the recipe, in order."""
+    others: list[Step] = field(default_factory=list)
+    """Steps of which only the cost is told."""
     items: dict[str, Rows] = field(default_factory=dict)
     """Model -> what it answered to each question, where the evaluation kept it."""
     questions: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -78,7 +80,7 @@ class Run:
         """All steps that left something, in the pipeline's order."""
         steps = [
             *(self.corpus, self.tokenizer, self.pretrain, *self.experts.values(), *self.merges.values()),
-            *(*self.alignment.values(), self.flatten, self.evaluate),
+            *(*self.alignment.values(), self.flatten, self.evaluate, *self.others),
         ]
         return [step for step in steps if step.state != "not run"]
 
@@ -120,6 +122,7 @@ def read_run(config: ReportConfig) -> Run:
         flatten=read_step(config.flatten, ("flatten.json",)),
         evaluate=evaluate,
         recipe=_recipe(config.recipe) or [row for run in config.runs for row in _settings(run)],
+        others=[read_step(path) for path in config.others],
         items=items,
         questions=_questions(config) if items else {},
         comparisons=[read_json(Path(folder) / "compare.json") for folder in config.comparisons],

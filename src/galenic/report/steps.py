@@ -30,6 +30,7 @@ class Found:
     alignment: dict[str, str] = field(default_factory=dict)
     flatten: str | None = None
     evaluate: str | None = None
+    others: list[str] = field(default_factory=list)
     comparisons: list[str] = field(default_factory=list)
 
 
@@ -41,7 +42,7 @@ def find(run: str) -> Found:
     """
     steps = step_folders(run)
     read = {name for _, verb, folder in steps if verb == "merge" for name in _inputs(folder)}
-    found: dict[str, Any] = {"experts": {}, "merges": {}, "alignment": {}, "comparisons": []}
+    found: dict[str, Any] = {"experts": {}, "merges": {}, "alignment": {}, "others": [], "comparisons": []}
     for label, verb, folder in steps:
         if verb in ("corpus", "tokenizer", "pretrain", "flatten", "evaluate"):
             found[verb] = str(folder)
@@ -53,6 +54,8 @@ def find(run: str) -> Found:
             found["alignment"][verb if label == verb else f"{verb}-{label}"] = str(folder)
         elif verb == "compare":
             found["comparisons"].append(str(folder))
+        elif verb != "report":
+            found["others"].append(str(folder))
     return Found(**found)
 
 
