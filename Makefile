@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 WHEELS := data/wheels
 WORKERS ?= 2
 MODELS := data/models
+BROWSER := data/browser
 PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard tests/parity/peers/*.txt))
 
 .PHONY: help starter smollm2 smoke test test-slow test-long parity peers lint types check env data clean
@@ -47,7 +48,13 @@ smollm2: env data $(MODELS)/.fetched
 smoke: env data
 	$(BIN)/galenic build recipes/smoke --run-dir runs/smoke
 
-test: env
+# What looks at the pages in a browser; without it, or without a Chromium, those tests are skipped.
+$(BROWSER)/.fetched: tests/report/wheels.txt $(STAMP)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+		-r tests/report/wheels.txt -d $(BROWSER)
+	@touch $@
+
+test: env $(BROWSER)/.fetched
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not parity"
 
 test-slow: env data

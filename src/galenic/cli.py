@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import importlib
 import io
+import json
 import re
 import sys
 import traceback
@@ -145,6 +146,7 @@ EXTRAS = {
 
 USAGE = """usage: galenic VERB --config FILE.yaml [--section.key value ...] [--plan]
        galenic build RECIPE_FOLDER [--run-dir DIR] [--plan]
+       galenic report RUN_FOLDER... [--compare]
        galenic chat MODEL_FOLDER
        galenic evaluate --compare EVALUATION_FOLDER:MODEL EVALUATION_FOLDER:MODEL
 
@@ -295,6 +297,8 @@ def _run(argv: list[str]) -> int:
         return build.main(rest)
     if verb not in VERBS:
         raise UserError(f"unknown verb '{verb}'{nearest(verb, [*VERBS, 'build'])}; see galenic --help")
+    if verb == "report":
+        rest = _report_words(rest)
     for place, option in enumerate(PLACE.get(verb, "").split()):
         if len(rest) > 2 * place and not rest[2 * place].startswith("-"):
             rest = [*rest[: 2 * place], option, *rest[2 * place :]]
@@ -314,6 +318,17 @@ def _run(argv: list[str]) -> int:
     else:
         module.run(config)
     return 0
+
+
+def _report_words(words: list[str]) -> list[str]:
+    """`RUN... [--compare]`: first words without dashes are run folders, and `--compare` may stand alone."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    runs = ["--runs", json.dumps(words[:count])] if count else []
+    values = [*words[count + 1 :], "-"]
+    return runs + [
+        "--compare=true" if word == "--compare" and value.startswith("-") else word
+        for word, value in zip(words[count:], values, strict=False)
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

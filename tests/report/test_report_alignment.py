@@ -9,7 +9,7 @@ import pytest
 from balanced import Balanced
 from markupsafe import Markup
 
-from galenic.report import charts, report
+from galenic.report import report, score_charts
 from galenic.report.inputs import read_run
 from galenic.runtime import UserError
 
@@ -169,5 +169,6 @@ def test_answers_of_the_models_own_have_no_chance_level_and_say_what_is_unanswer
 
 
 def test_bars_need_no_level_to_compare_with():
-    drawn = charts.bars("k", "label", [("a", "base", 0, 0, 0)], mark=None, mark_name="", x_title="right, %")
+    bar = ("a", "base", 0, 0, 0)
+    drawn = score_charts.bars("k", "label", [bar], mark=None, mark_name="", x_title="right, %").svg
     assert "<svg" in drawn and "label" in drawn

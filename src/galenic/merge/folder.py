@@ -12,6 +12,7 @@ from galenic import __version__
 from galenic.merge.config import TAKES, MergeConfig, folder_label
 from galenic.merge.io import is_there
 from galenic.merge.vocabulary import difference, read_tokens
+from galenic.report.model_card import Card, listed, render, split
 from galenic.runtime import UserError, folder_name, read_json
 
 COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
@@ -220,32 +221,32 @@ def parents(config: MergeConfig) -> list[str]:
 
 def _card(config: MergeConfig, base: Path, recipe: str, summary: dict[str, Any]) -> str:
     """Writes the model card: parents, coefficients, recipe, warnings."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    licence = _licence(base)
-    if licence:
-        front["license"] = licence
     # The Hub links parents by their ids, which have no revision.
     ids = [name if Path(name).exists() else name.split("@")[0] for name in parents(config)]
-    front |= {"base_model": ids, "base_model_relation": "merge", "tags": ["merge", "galenic"]}
     rows = [
         f"| {name} | {summary['norms'][name]:.4g} | {summary['coefficients'][name]:.4f} |"
         for name in config.names()
     ]
-    warnings = _bullets("Warnings", summary["warnings"])
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"# Merge of {', '.join(config.names())}\n\n"
-        f"Made by galenic {__version__} with `{config.merge_method}` from the base "
-        f"`{folder_label(config.base_model)}`. Its config and tokenizer are the base's.\n\n"
-        "| expert | norm of task vector | coefficient |\n|---|--:|--:|\n" + "\n".join(rows) + "\n\n"
-        f"{warnings}"
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n"
-        "Not a medical device; nothing it writes is medical advice.\n"
+    return render(
+        Card(
+            title=f"Merge of {', '.join(config.names())}",
+            description=f"Made by galenic {__version__} with `{config.merge_method}` from the base "
+            f"`{folder_label(config.base_model)}`. Its config and tokenizer are the base's.",
+            licence=_licence(base),
+            pipeline="text-generation",
+            parents=ids,
+            relation="merge",
+            tags=["merge", "galenic"],
+            sections=[
+                (
+                    "Experts",
+                    "\n".join(["| expert | norm of task vector | coefficient |", "|---|--:|--:|", *rows]),
+                ),
+                ("Warnings", listed(summary["warnings"])),
+                ("Recipe", f"```yaml\n{recipe}```"),
+            ],
+        )
     )
-
-
-def _bullets(title: str, lines: Sequence[str]) -> str:
-    return f"## {title}\n\n" + "".join(f"- {line}\n" for line in lines) + "\n" if lines else ""
 
 
 def _licence(folder: Path) -> str | None:
@@ -253,12 +254,5 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None
-    licence = front.get("license") if isinstance(front, dict) else None
+    licence = split(card.read_text(encoding="utf-8", errors="replace"))[0].get("license")
     return licence if isinstance(licence, str) else None

@@ -5,7 +5,6 @@ tokenizer.json  tokenizer_config.json  special_tokens_map.json  chat_template.ji
 modeling_baichuan_m1.py  galenic.json (how it was made)  README.md (model card)
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from galenic.model.modeling_baichuan_m1 import (
     BaichuanM1ForCausalLM,
     BaichuanM1ForSequenceClassification,
 )
+from galenic.report.model_card import Card, fenced, licences, listed, render
 from galenic.runtime import UserError, atomic_path, nearest, read_json, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -310,17 +310,14 @@ def _generation_config(config: BaichuanM1Config) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-CARD = """\
-# {title}
-
+_ABOUT = """\
 {description}
 
 {parameters} parameters, {layers} layers, hidden size {hidden}, vocabulary {vocabulary}. The architecture is that of
 Baichuan-M1 (arXiv 2502.12671): global and sliding-window attention layers in turn, a two-tap convolution on keys and
 values, {head}.
-
-## Use
-
+"""
+_USE = """\
 ```python
 from transformers import {opener}, AutoTokenizer
 
@@ -329,67 +326,43 @@ tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 ```
 
 `trust_remote_code` runs `modeling_baichuan_m1.py`, which lies in this folder. Nothing else is needed.
-{parents}{licences}
-## How it was made
-
-```json
-{recipe}
-```
-
-`galenic.json` holds the whole record.
-
-## Intended use and limits
-
-Research on training, merging and evaluating medical language models. It has not been assessed for safety or
-clinical accuracy, can state falsehoods fluently, and knows only what its training texts say.
-
-**It is not a medical device and its output is not medical advice.** Do not use it to diagnose, treat or triage.
-"""
-
-
-LICENCES = """
-## Texts it learned from
-
-{sources}
-
-Whoever passes the model on takes over the duties of these licences.
 """
 
 
 def _card(model: Network, provenance: dict[str, Any], parents: list[str]) -> str:
     """Renders the model card. Nothing in it depends on when or where it is written."""
     config, writes = model.config, isinstance(model, BaichuanM1ForCausalLM)
-    tags = ["medical", "baichuan_m1", "galenic"] + (["merge"] if len(parents) > 1 else [])
-    front = [f"license: {json.dumps(provenance.get('license', 'other'))}", "language: [en, zh]"]
-    front += [
-        "library_name: transformers",
-        f"pipeline_tag: text-{'generation' if writes else 'classification'}",
-    ]
-    front += [f"base_model: {json.dumps(parents, ensure_ascii=False)}"] if parents else []
-    front += [f"tags: [{', '.join(tags)}]"]
-    recipe = json.dumps(provenance, ensure_ascii=False, indent=2).splitlines()
-    if len(recipe) > 60:
-        recipe = [*recipe[:60], f"... {len(recipe) - 60} more lines in galenic.json"]
-    listed = "\n".join(f"* {parent}" for parent in parents)
-    sources = "\n".join(f"* {name}: {licence}" for name, licence in provenance.get("licences", {}).items())
+    made = (
+        "A causal language model for medical text, made with Galenic."
+        if writes
+        else "A reward model: it gives a conversation one number, made with Galenic."
+    )
     head = "an output head with unit-length rows" if config.norm_head else "a plain output head"
-    head = head if writes else "a linear score of the last token"
-    body = CARD.format(
-        title=provenance.get("title", "A Galenic medical language model"),
-        description=provenance.get(
-            "description",
-            "A causal language model for medical text, made with Galenic."
-            if writes
-            else "A reward model: it gives a conversation one number, made with Galenic.",
-        ),
-        opener="AutoModelForCausalLM" if writes else "AutoModelForSequenceClassification",
+    about = _ABOUT.format(
+        description=provenance.get("description", made),
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocabulary=f"{config.vocab_size:,}",
-        head=f"and {head}",
-        parents=f"\n## Made from\n\n{listed}\n" if parents else "",
-        licences=LICENCES.format(sources=sources) if sources else "",
-        recipe="\n".join(recipe),
+        head=f"and {head if writes else 'a linear score of the last token'}",
     )
-    return "\n".join(["---", *front, "---", "", body])
+    return render(
+        Card(
+            title=provenance.get("title", "A Galenic medical language model"),
+            description=about,
+            licence=provenance.get("license", "other"),
+            languages=["en", "zh"],
+            pipeline=f"text-{'generation' if writes else 'classification'}",
+            parents=parents,
+            tags=["medical", "baichuan_m1", "galenic"] + (["merge"] if len(parents) > 1 else []),
+            sections=[
+                (
+                    "Use",
+                    _USE.format(opener=f"AutoModelFor{'CausalLM' if writes else 'SequenceClassification'}"),
+                ),
+                ("Made from", listed(parents)),
+                ("Texts it learned from", licences(provenance.get("licences", {}))),
+                ("How it was made", f"{fenced(provenance)}\n\n`galenic.json` holds the whole record."),
+            ],
+        )
+    )

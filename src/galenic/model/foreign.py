@@ -3,7 +3,6 @@
 `load_any` opens a folder of ours or another's, `save_any` writes one. Code that lies in a folder is never run.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,6 +32,7 @@ from galenic.model.folder import (
     save,
 )
 from galenic.model.modeling_baichuan_m1 import BaichuanM1ForCausalLM, BaichuanM1ForSequenceClassification
+from galenic.report.model_card import Card, fenced, render
 from galenic.runtime import UserError, atomic_path, read_json, write_json
 
 Kind = Literal["causal language model", "masked language model", "text classifier", "image classifier"]
@@ -283,13 +283,12 @@ def copy_companions(base: Path, folder: Path) -> None:
 
 
 def write_card(folder: Path, provenance: dict[str, Any], parents: Iterable[str], what: str) -> None:
-    """Writes a short model card."""
+    """Writes the model card of a network that is not ours."""
     parents = list(parents)
-    recipe = json.dumps(provenance, ensure_ascii=False, indent=2)
-    (folder / "README.md").write_text(
-        f"---\nbase_model: {json.dumps(parents, ensure_ascii=False)}\ntags: [galenic]\n---\n\n"
-        f"# {provenance.get('title', 'A fine-tuned language model')}\n\n"
-        f"Made with Galenic from {', '.join(parents)}: {what}. The base's licence holds for it.\n\n"
-        f"```json\n{recipe}\n```\n\nNot a medical device; nothing it writes is medical advice.\n",
-        encoding="utf-8",
+    card = Card(
+        title=provenance.get("title", "A fine-tuned language model"),
+        description=f"Made with Galenic from {', '.join(parents)}: {what}. The base's licence holds for it.",
+        parents=parents,
+        sections=[("How it was made", fenced(provenance))],
     )
+    (folder / "README.md").write_text(render(card), encoding="utf-8")

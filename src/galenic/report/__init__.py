@@ -1,15 +1,19 @@
-"""Room 8: one page that shows how a run went.
+"""Room 8: pages that show how a run went and how models compare, and the card of a model.
 
-In: the step folders of a run, any of them missing. Out: `report.html`, one file with everything inside it: no
-network, no scripts, readable on a phone, in the dark and on paper.
+In: a run folder, or the step folders of one, any of them missing. Out: `report.html`, one file with everything inside
+it: no network, no scripts, readable on a phone, in the dark, by a screen reader and on paper.
 
-    step folders --inputs--> plain dictionaries --sections--> tables and sentences --+
-                                     |                                               +--template.html--> report.html
-                                     +----------charts--> SVG in the page's colours -+
+    run --steps--> step folders --inputs--> plain dictionaries --sections--> tables and sentences --+
+                                                 |                                                  +--> report.html
+                                                 +----------charts--> SVG and its numbers ----------+
+
+`report` is the verb. `inputs` reads; `sections`, `learning`, `weights`, `alignment`, `scores`, `benchmarks`,
+`failures`, `cost` and `summary` compute what is shown; `charts` and `score_charts` draw; `template.html` lays out, with
+`macros.html`. `compare` and `versus` do the same for models side by side (`compare.html`), with the statistics of
+`paired`. `cards` writes the card of a model folder, by `model_card`, which every saved model's card is from.
 
 Beside it, `merge_page` and `flatten_page` write the page that lies beside every merged or flattened model; they draw by
 `svg`, without a library, and share `page` with the report.
 
-`inputs` reads, `sections`, `scores` and `summary` compute what is shown, `charts` draws, `template.html` lays out,
-`report` is the verb. The same inputs give the same bytes.
+The same inputs give the same bytes.
 """

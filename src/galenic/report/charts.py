@@ -19,17 +19,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from galenic.runtime import human
 
+from .data import Chart, Row
 from .svg import SERIES
 
 COLOURS = (
     *("ink", "muted", "line", "card"),
     *("general", "medical-basic", "medical-advanced"),
     *("base", "expert", "merge", "aligned", "flattened", "other"),
-    *("bad", "first", "second", "third", "fourth", "fifth", "sixth"),
+    *("bad", "good", "first", "second", "third", "fourth", "fifth", "sixth"),
 )
 """Names of the page's CSS variables `--<name>`."""
 MARKERS = ("o", "s", "D", "^", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+LONG = 18
+"""Letters of a name that fit on one line beside a drawing."""
 WIDTH = 4.8  # inches; with 9.5 point letters it reads well on a phone and beside another chart on a desk
 _STYLE = {
     "svg.hashsalt": "galenic",
@@ -107,6 +110,15 @@ def _inline(text: str, key: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", text)
 
 
+def _joined(
+    x_name: str, lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+) -> tuple[tuple[str, ...], list[Row]]:
+    """Columns and rows of lines over one axis: a row for each place where any has a value."""
+    tables = [dict(zip(*line, strict=True)) for line in lines.values()]
+    places = sorted({place for table in tables for place in table})
+    return (x_name, *lines), [(place, *(table.get(place) for table in tables)) for place in places]
+
+
 def _counts(axis: str, axes: Axes) -> None:
     getattr(axes, f"{axis}axis").set_major_formatter(FuncFormatter(lambda value, _: human(value)))
     getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(5))
@@ -138,7 +150,7 @@ def curves(
     crosses: Sequence[tuple[float, float]] = (),
     smoothed: bool = True,
     log: bool = False,
-) -> Markup:
+) -> Chart:
     """Draws quantities over training tokens.
 
     Args:
@@ -195,7 +207,9 @@ def curves(
         if len(lines) > 1 or crosses:
             axes.legend(loc="best")
 
-    return draw(key, label, 2.7, paint)
+    columns, rows = _joined("training tokens", lines)
+    names = (columns[0], y_title.split(" (")[0]) if len(lines) == 1 else columns
+    return Chart(svg=draw(key, label, 2.7, paint), columns=names, rows=rows)
 
 
 Line = tuple[Sequence[float], Sequence[float]]
@@ -209,7 +223,7 @@ def panels(
     *,
     smoothed: bool,
     phases: Sequence[tuple[str, float, float]] = (),
-) -> Markup:
+) -> Chart:
     """Draws a small field for each quantity over training tokens, all on the same scales.
 
     Args:
@@ -245,10 +259,11 @@ def panels(
         for axes in fields[len(lines) :]:
             axes.set_visible(False)
 
-    return draw_figure(key, label, 0.35 + 0.95 * rows, paint)
+    names, table = _joined("training tokens", {name: line for name, (_, line) in lines.items()})
+    return Chart(svg=draw_figure(key, label, 0.35 + 0.95 * rows, paint), columns=names, rows=table)
 
 
-def measures(key: str, label: str, lines: dict[str, Line], *, smoothed: bool = True) -> Markup:
+def measures(key: str, label: str, lines: dict[str, Line], *, smoothed: bool = True) -> Chart:
     """Draws a small field for each quantity over training steps, each on a scale of its own.
 
     Args:
@@ -277,12 +292,13 @@ def measures(key: str, label: str, lines: dict[str, Line], *, smoothed: bool = T
         for axes in fields[len(lines) :]:
             axes.set_visible(False)
 
-    return draw_figure(key, label, 0.4 + 1.1 * rows, paint)
+    names, table = _joined("step", lines)
+    return Chart(svg=draw_figure(key, label, 0.4 + 1.1 * rows, paint), columns=names, rows=table)
 
 
 def dots(
     key: str, label: str, rows: Sequence[str], columns: dict[str, Sequence[float | None]], *, x_title: str
-) -> Markup:
+) -> Chart:
     """Draws one line a row with one mark a column: how a number moves from column to column.
 
     Args:
@@ -292,6 +308,8 @@ def dots(
         columns: name -> a value for each row, or None.
         x_title: axis title with its unit.
     """
+    beside = min(len(columns), 3 if max(map(len, columns)) <= LONG else 1)
+    deep = -(-len(columns) // beside)
 
     def paint(axes: Axes) -> None:
         for row in range(len(rows)):
@@ -310,16 +328,31 @@ def dots(
                 markersize=5.5,
                 label=name,
             )
-        _rows(axes, rows)
+        rows_axis(axes, rows)
         axes.set_xlabel(x_title)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(3, len(columns)), columnspacing=1.0,
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=beside, columnspacing=1.0,
                     handletextpad=0.2)  # fmt: skip
 
-    return draw(key, label, 1.3 + 0.23 * len(rows), paint)
+    return Chart(
+        svg=draw(key, label, 0.9 + row_height(rows) * len(rows) + 0.2 * deep, paint),
+        columns=("", *(f"{name}: {x_title}" for name in columns)),
+        rows=[(name, *(values[i] for values in columns.values())) for i, name in enumerate(rows)],
+    )
 
 
-def _rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
+def fold(name: str) -> str:
+    """Breaks a long name of a run and a model after the run."""
+    return name.replace(": ", ":\n", 1) if len(name) > LONG else name
+
+
+def row_height(names: Sequence[str]) -> float:
+    """Inches that a row of a drawing needs, more where a name takes two lines."""
+    return 0.38 if any("\n" in fold(name) for name in names) else 0.24
+
+
+def rows_axis(axes: Axes, names: Sequence[str]) -> None:
+    """Makes the upright axis a list of names, from the top."""
+    axes.set_yticks(range(len(names)), [fold(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=colour("line"), linewidth=0.5, alpha=0.6)
@@ -329,7 +362,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 # ---------------------------------------------------------------------------- flattening
 
 
-def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]], *, x_title: str) -> Markup:
+def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]], *, x_title: str) -> Chart:
     """Draws (name, mean, half width of its 95% interval) as points with whiskers."""
 
     def paint(axes: Axes) -> None:
@@ -344,57 +377,12 @@ def before_after(key: str, label: str, values: Sequence[tuple[str, float, float]
                 capsize=4,
                 linewidth=1.6,
             )
-        _rows(axes, [name for name, _, _ in values])
+        rows_axis(axes, [name for name, _, _ in values])
         axes.set_xlabel(x_title)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
-    return draw(key, label, 1.0 + 0.35 * len(values), paint)
-
-
-# ---------------------------------------------------------------------------- evaluation
-
-Bar = tuple[str, str, float, float, float]
-"""(name, group, value, low, high); low = value = high draws no whisker."""
-
-
-def bars(
-    key: str, label: str, models: Sequence[Bar], *, mark: float | None, mark_name: str, x_title: str
-) -> Markup:
-    """Draws one bar a model with its interval, and a line to compare with.
-
-    Args:
-        key: unique on the page.
-        label: for those who cannot see it.
-        models: from the top.
-        mark: where the line stands; none draws no line.
-        mark_name: what the line means.
-        x_title: axis title with its unit.
-    """
-
-    def paint(axes: Axes) -> None:
-        places = np.arange(len(models))
-        shades = [colour(group) for _, group, *_ in models]
-        values, low, high = np.array([numbers for _, _, *numbers in models]).T
-        axes.barh(places, values, height=0.66, color=shades, alpha=0.85, linewidth=0)
-        if np.any(low < high):
-            whiskers = [values - low, high - values]
-            axes.errorbar(
-                values, places, xerr=whiskers, fmt="none", ecolor=colour("ink"), capsize=2.5, elinewidth=1.1
-            )
-        right = 1.06 * max(mark or 0.0, *(high for *_, high in models)) or 1.0
-        if mark is not None:
-            axes.axvline(mark, color=colour("ink"), linewidth=1.3, linestyle=(0, (4, 2)))
-            axes.annotate(
-                mark_name,
-                (mark, 1.0),
-                xycoords=("data", "axes fraction"),
-                ha="right" if mark > 0.7 * right else "center",
-                va="bottom",
-                color=colour("ink"),
-                fontsize=9,
-            )
-        _rows(axes, [name for name, *_ in models])
-        axes.set_xlim(0, right)
-        axes.set_xlabel(x_title)
-
-    return draw(key, label, 1.0 + 0.24 * len(models), paint)
+    return Chart(
+        svg=draw(key, label, 1.0 + max(0.35, row_height([name for name, *_ in values])) * len(values), paint),
+        columns=("", x_title, "low", "high"),
+        rows=[(name, mean, mean - half, mean + half) for name, mean, half in values],
+    )

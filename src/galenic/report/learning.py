@@ -6,9 +6,8 @@ Every function takes the run and returns a dictionary for the template, or None 
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from . import charts
+from .data import Chart
 from .inputs import Run
 from .sections import by_group, groups
 
@@ -244,7 +243,7 @@ def experts(run: Run) -> dict[str, Any] | None:
     return {"table": table, "chart": chart, "heldout": _answers(table)}
 
 
-def _answers(table: list[dict[str, Any]]) -> Markup | None:
+def _answers(table: list[dict[str, Any]]) -> Chart | None:
     rows = [
         (row["name"], *values) for row in table for values in row.get("heldout", []) if None not in values
     ]

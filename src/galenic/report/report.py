@@ -5,13 +5,32 @@ from typing import Any
 
 from galenic.runtime import Plan, UserError, human
 
-from . import alignment, learning, page, scores, sections, summary, weights
+from . import (
+    alignment,
+    benchmarks,
+    cards,
+    compare,
+    cost,
+    data,
+    failures,
+    learning,
+    page,
+    scores,
+    sections,
+    summary,
+    weights,
+)
 from .config import ReportConfig
-from .inputs import Run, read_run
+from .inputs import Run, read_run, read_runs, resolve
 
 
 def plan(config: ReportConfig) -> Plan:
     """Says which steps there are to report on."""
+    if config.card:
+        cards.card(config)
+        return Plan(reads=config.reads(), writes=[f"{config.out}/README.md"])
+    if config.compare:
+        return Plan(reads=config.reads(), writes=[f"{config.out}/report.html"], facts=_chosen(config))
     run = read_run(config)
     states = {
         "corpus": run.corpus.state,
@@ -27,12 +46,16 @@ def plan(config: ReportConfig) -> Plan:
 
 
 def run(config: ReportConfig) -> None:
-    """Writes `report.html`.
+    """Writes `report.html`, or the `README.md` of a model card.
 
     Raises:
         UserError: a step folder holds something else than its step writes.
     """
-    page.write(Path(config.out) / "report.html", render(config, read_run(config)))
+    if config.card:
+        page.write(Path(config.out) / "README.md", cards.card(config))
+        return
+    html = render_comparison(config) if config.compare else render(config, read_run(config))
+    page.write(Path(config.out) / "report.html", html)
 
 
 def render(config: ReportConfig, run: Run) -> str:
@@ -41,14 +64,35 @@ def render(config: ReportConfig, run: Run) -> str:
     Raises:
         UserError: see `run`.
     """
-    filters = {
-        "human": human,
-        "spell": sections.spell,
-        "size": _size,
-        "percent": _percent,
-        "fixed": _fixed,
+    config = resolve(config)
+    return page.render("template.html", FILTERS, title=config.title, **_content(config, run))
+
+
+def render_comparison(config: ReportConfig) -> str:
+    """Returns the page that sets models side by side.
+
+    Raises:
+        UserError: see `run`; also a model that no run has, or none at all.
+    """
+    runs = read_runs(config)
+    try:
+        found = compare.content(config, runs)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"runs: a step of {', '.join(runs)} is not what its verb writes ({error!r}); "
+            "`galenic report RUN` says which"
+        ) from error
+    return page.render("compare.html", FILTERS, **found)
+
+
+def _chosen(config: ReportConfig) -> dict[str, str]:
+    runs = read_runs(config)
+    return {
+        "runs": ", ".join(runs),
+        "models": ", ".join(model.name for model in compare.choose(config, runs)),
     }
-    return page.render("template.html", filters, title=config.title, **_content(run))
 
 
 def _size(value: float) -> str:
@@ -64,7 +108,36 @@ def _fixed(value: float | None, digits: int = 3) -> str:
     return "\u2013" if value is None else f"{value:.{digits}f}"
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _counted(rows: list[tuple[str, float, str, str]]) -> str:
+    """Returns the CSV file of bars, as a link."""
+    return data.csv_uri(("name", "number"), [(name, number) for name, number, *_ in rows])
+
+
+def _measured(rows: list[tuple[Any, ...]]) -> str:
+    """Returns the CSV file of scores, as a link."""
+    return data.csv_uri(("model", "kind", "right", "low", "high", "questions"), rows)
+
+
+def _signed(value: float) -> str:
+    """Formats points: the sign always, and a true minus."""
+    return f"{value:+.1f}".replace("-", "\u2212")
+
+
+FILTERS = {
+    "human": human,
+    "spell": sections.spell,
+    "size": _size,
+    "percent": _percent,
+    "fixed": _fixed,
+    "slug": data.slug,
+    "signed": _signed,
+    "counted": _counted,
+    "measured": _measured,
+}
+"""Of the templates: name -> function."""
+
+
+def _content(config: ReportConfig, run: Run) -> dict[str, Any]:
     """Computes every section; a step that does not hold what it should is named."""
     makers = {
         "corpus": (run.corpus, sections.corpus),
@@ -78,6 +151,10 @@ def _content(run: Run) -> dict[str, Any]:
         "evaluation": (run.evaluate, scores.evaluation),
         "shown": (run.evaluate, scores.shown),
         "timings": (None, sections.timings),
+        "benchmarks": (run.evaluate, lambda run: benchmarks.benchmarks(_models(run))),
+        "probes": (run.evaluate, lambda run: benchmarks.probes(_models(run))),
+        "failures": (run.evaluate, lambda run: _failures(run, config.failures)),
+        "cost": (None, lambda run: cost.cost(run, config.watts)),
     }
     content: dict[str, Any] = {"recipe": run.recipe}
     for name, (step, make) in makers.items():
@@ -90,3 +167,12 @@ def _content(run: Run) -> dict[str, Any]:
     content["tiles"] = summary.tiles(run, content)
     content["summary"] = summary.sentences(run, content)
     return content
+
+
+def _models(run: Run) -> dict[str, Any]:
+    return (run.evaluate.get("results.json") or {}).get("models", {})
+
+
+def _failures(run: Run, most: int) -> dict[str, Any] | None:
+    results = run.evaluate.get("results.json")
+    return failures.failures(run, scores.headline(results)[0], most) if results else None

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from markupsafe import Markup
-
-from . import charts
+from . import score_charts
+from .data import Chart
 from .inputs import Run
 from .sections import by_group, groups
 
@@ -75,7 +74,7 @@ def _kind(models: dict[str, Any], kind: str) -> dict[str, Any]:
         "name": kind,
         "words": ", ".join([*filter(None, [KIND_WORDS.get(kind)]), *written]),
         "n": first["n"],
-        "chart": charts.bars(
+        "chart": score_charts.bars(
             f"accuracy-{kind}",
             f"Accuracy on {first['n']} {kind} questions: {words}{'' if chance is None else f'; chance {chance:g}%'}.",
             [
@@ -84,12 +83,12 @@ def _kind(models: dict[str, Any], kind: str) -> dict[str, Any]:
             ],
             mark=chance,
             mark_name="" if chance is None else f"chance {chance:g}%",
-            x_title="right answers, % (whiskers: 95% interval)",
+            x_title="right answers, % (95% interval)",
         ),
     }
 
 
-def _averages(models: dict[str, Any]) -> Markup | None:
+def _averages(models: dict[str, Any]) -> Chart | None:
     """The chart of normalised averages."""
     found = [
         (name, model["group"], *[model["normalised_average"]] * 3)
@@ -99,7 +98,7 @@ def _averages(models: dict[str, Any]) -> Markup | None:
     if not found:
         return None
     words = ", ".join(f"{name} {value:.3f}" for name, _, value, *_ in found)
-    return charts.bars(
+    return score_charts.bars(
         "averages",
         f"Normalised average: {words}.",
         found,

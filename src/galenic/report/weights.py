@@ -6,6 +6,7 @@ Every function takes the run and returns a dictionary for the template, or None 
 from typing import Any
 
 from . import charts, svg
+from .data import Chart
 from .flattening import MODES, half_width, trace_name, verdict
 from .inputs import Run
 
@@ -28,10 +29,14 @@ def merging(run: Run) -> dict[str, Any] | None:
     return {
         "experts": reference["experts"],
         "norms": reference["norms"],
-        "heat": svg.heat(
-            f"Cosines between task vectors: {'; '.join(pairs)}.",
-            reference["experts"],
-            reference["cosines"],
+        "heat": Chart(
+            svg=svg.heat(
+                f"Cosines between task vectors: {'; '.join(pairs)}.",
+                reference["experts"],
+                reference["cosines"],
+            ),
+            columns=("cosine", *reference["experts"]),
+            rows=[(name, *row) for name, row in zip(reference["experts"], reference["cosines"], strict=True)],
         ),
         "table": [
             {
@@ -82,7 +87,7 @@ def flattening(run: Run) -> dict[str, Any] | None:
                 for name, estimate in estimates.items()
             ),
             [(name, estimate["mean"], half_width(estimate)) for name, estimate in estimates.items()],
-            x_title=f"{trace_name(trace)}, of the loss (whiskers: 95% interval)",
+            x_title=f"{trace_name(trace)} (95% intervals)",
         )
         if trace
         else None,
