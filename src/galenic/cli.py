@@ -108,9 +108,9 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "one self-contained HTML page of a whole run",
     ),
     "chat": (
-        "galenic.evaluate.config:ChatConfig",
-        "galenic.evaluate.chat",
-        "talk to a model in the terminal",
+        "galenic.chat.config:ChatConfig",
+        "galenic.chat.chat",
+        "talk to a model in the terminal or on a page (--web)",
     ),
 }
 
@@ -224,6 +224,17 @@ def _loader(verb: str) -> str:
     return name
 
 
+def spell_out(words: list[str], config: type) -> list[str]:
+    """Writes options of the kind yes or no that stand alone (`--web`) with their value (`--web=true`)."""
+    hints = typing.get_type_hints(config)
+    switches = {f"--{field.name}" for field in dataclasses.fields(config) if hints[field.name] is bool}
+    alone = [following.startswith("--") for following in [*words[1:], "--"]]
+    return [
+        f"{word}=true" if word in switches and ends else word
+        for word, ends in zip(words, alone, strict=False)
+    ]
+
+
 def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bool]:
     """Builds a verb's config from command-line words or a mapping; returns it and whether `--plan` was given.
 
@@ -239,7 +250,7 @@ def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bo
             translate = load_object(OTHER_WORDS[verb]) if verb in OTHER_WORDS else dict
             namespace = parser.parse_object(translate(copy.deepcopy(source)))  # it changes what it is given
         else:
-            namespace = parser.parse_args(source)
+            namespace = parser.parse_args(spell_out(source, config))
         namespace = parser.instantiate(namespace)
     except (ArgumentError, TypeError, ValueError) as error:
         cause: BaseException | None = error
