@@ -70,12 +70,13 @@ class Endpoint:
         place = f"{self.url}/models"
         try:
             response = self._http.get(place)
-            if response.status_code != 200:
-                said = self._said(response.status_code, response.content)
-                raise UserError(f"url: {place} answers {said}; name the model with --model")
-            return str(response.json()["data"][0]["id"])
         except (self._library.HTTPError, self._library.InvalidURL) as error:
             raise UserError(f"url: no server answers at {self.url} ({self._hide(str(error))})") from None
+        if response.status_code != 200:
+            said = self._said(response.status_code, response.content)
+            raise UserError(f"url: {place} answers {said}; name the model with --model")
+        try:
+            return str(response.json()["data"][0]["id"])
         except (ValueError, LookupError, TypeError):
             raise UserError(f"url: {place} lists no models; name the model with --model") from None
 
