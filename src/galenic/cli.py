@@ -235,7 +235,7 @@ def spell_out(words: list[str], config: type) -> list[str]:
     hints = typing.get_type_hints(config)
     names = {f"--{field.name}" for field in dataclasses.fields(config)}
     written = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
         name, mark, value = word.partition("=")
         if name.startswith("--") and "--" + name[2:].replace("-", "_") in names:
             name = "--" + name[2:].replace("-", "_")

@@ -11,6 +11,7 @@ from galenic.chat.config import Sampling
 from galenic.chat.endpoint import Failed
 from galenic.corpus.tokens.chat_template import encode_chat
 from galenic.model import load_tokenizer
+from galenic.model.export.quantize import is_quantized, load_quantized
 from galenic.model.foreign import load_any
 from galenic.runtime import UserError
 
@@ -29,7 +30,7 @@ class Local:
 
     def __init__(self, folder: str) -> None:
         self.tokenizer = talking_tokenizer(folder)
-        self.model = load_any(folder)
+        self.model = load_quantized(folder) if is_quantized(folder) else load_any(folder)
         self.context = int(getattr(self.model.config, "max_position_embeddings", 4096))
 
     def answer(

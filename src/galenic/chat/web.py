@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Shorten:
             raise Failed(str(error)) from None
         if not ids:
             raise Failed(f"too long: the model reads at most {self.context - length} tokens")
-        return Sampling(**asdict(sampling) | {"max_new_tokens": length}), dropped
+        return replace(sampling, max_new_tokens=length), dropped
 
 
 @contextmanager
@@ -192,9 +192,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """GET /TOKEN/ is the page, POST /TOKEN/chat an answer: lines of JSON, the last one with `finish` or `error`."""
 
     protocol_version = "HTTP/1.1"
-    server: PageServer
+    server: PageServer  # pyrefly: ignore[bad-override-mutable-attribute]
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: questions are nobody's business."""
 
     def do_GET(self) -> None:

@@ -1,6 +1,7 @@
 """What is exported: the same model, in another dtype, with a plain head, with an adapter in it, in fewer bits."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -16,12 +17,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from galenic import build
 from galenic import model as model_room
+from galenic.chat import chat
+from galenic.chat.config import ChatConfig
 from galenic.cli import main
 from galenic.corpus.tokens.chat_format import SYSTEM_PROMPT
 from galenic.corpus.tokens.shards import write_meta, write_shard
 from galenic.corpus.tokens.tokenizer import save_tokenizer, train_bpe
 from galenic.model.export import export, losses
 from galenic.model.export.config import NO_GGUF, ExportConfig
+from galenic.model.export.quantize import is_quantized, load_quantized
 from galenic.model.export.text import TEXT
 from galenic.runtime import NO_SPACE, UserError, read_json
 
@@ -151,7 +155,7 @@ def test_a_model_of_another_architecture(llama_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("kind", "agreement"), [("int8", 0.93), ("int4", 0.45)])
-def test_quantised_weights_are_read_by_transformers(folder, tmp_path, kind, agreement, capsys):
+def test_quantised_weights_are_read_by_transformers(folder, tmp_path, kind, agreement, capsys, monkeypatch):
     """What transformers makes of the folder is what the cost was measured on; nothing is pickled."""
     pytest.importorskip("compressed_tensors")
     copy = run(folder, tmp_path / "out", quantize=kind)
@@ -178,6 +182,15 @@ def test_quantised_weights_are_read_by_transformers(folder, tmp_path, kind, agre
     with pytest.raises(UserError, match="quant"):
         model_room.load(copy)
     assert f"stored in {kind}" in (copy / "README.md").read_text()
+    with torch.inference_mode():
+        torch.testing.assert_close(load_quantized(copy)(IDS).logits, quantised, rtol=1e-5, atol=1e-5)
+    assert is_quantized(copy) and not is_quantized(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Fever?\n"))
+    chat.run(ChatConfig(model=str(copy), max_new_tokens=3))
+    assert capsys.readouterr().out.endswith("\n")
+    (copy / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_quantized(copy)
 
 
 def test_a_quantised_folder_needs_no_galenic(folder, tmp_path):
@@ -338,7 +351,7 @@ def test_the_missing_package_is_named(folder, tmp_path, monkeypatch):
     real = importlib.import_module
 
     def without(name, *rest):
-        if name == "compressed_tensors":
+        if name.startswith("compressed_tensors"):
             raise ImportError(name)
         return real(name, *rest)
 

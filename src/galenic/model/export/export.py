@@ -63,18 +63,18 @@ def run(config: ExportConfig) -> None:
 
     from galenic.evaluate.config import model_parts
     from galenic.evaluate.models import open_model, weight_files
-    from galenic.model import load_tokenizer
-    from galenic.model.folder import Network
+    from galenic.model.folder import load_tokenizer
+    from galenic.model.modeling_baichuan_m1 import BaichuanM1ForCausalLM
 
     files = weight_files("model", config.model)
     base = Path(model_parts(config.model)[0])
     stored = stored_dtype(base)
     dtype = config.dtype or stored
     model = open_model(config.model, getattr(torch, max(stored, dtype, key=SIZES.__getitem__)))
-    ours = isinstance(model, Network)
+    ours = isinstance(model, BaichuanM1ForCausalLM)
     if config.plain_head and not ours:
         print("  plain_head: this architecture has a plain head already", file=sys.stderr)
-    if ours and (config.plain_head or config.quantize):
+    if isinstance(model, BaichuanM1ForCausalLM) and (config.plain_head or config.quantize):
         model.materialize_norm_head()
     model.to(getattr(torch, dtype))
     tokenizer = load_tokenizer(base) if (base / "tokenizer.json").is_file() else None

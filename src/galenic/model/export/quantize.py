@@ -6,12 +6,14 @@ Rounding to nearest needs no data and no GPU. int4 scales are the best of a few,
 """
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from galenic.runtime import UserError
+from galenic.runtime import UserError, read_json
 
+INSTALL = "pip install 'galenic[quantize]'"
 GROUPS = (128, 64, 32, 16)
 """Widths of a group, the widest that divides every layer's inputs is taken; 128 is what kernels are written for."""
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -88,13 +90,12 @@ def quantize(model: Any, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         UserError: the library is not installed, or see `group_width`.
     """
     try:
-        importlib.import_module("compressed_tensors")
+        library = importlib.import_module("compressed_tensors.quantization")
+        compressors = importlib.import_module("compressed_tensors.compressors")
     except ImportError:
         raise UserError(
-            "quantize: weights are packed with a package: pip install 'galenic[quantize]'"
+            f"quantize: weights are packed with a package: {INSTALL}"
         ) from None
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     layers = linear_layers(model)
     head = next((name for name, layer in layers.items() if layer is model.get_output_embeddings()), None)
@@ -105,14 +106,14 @@ def quantize(model: Any, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, 
 
     def scheme(targets: list[str], bits: int, width: int | None) -> Any:
         strategy = "channel" if width is None else "group"
-        weights = QuantizationArgs(num_bits=bits, symmetric=True, strategy=strategy, group_size=width)
-        return QuantizationScheme(targets=targets, weights=weights, format="pack-quantized")
+        weights = library.QuantizationArgs(num_bits=bits, symmetric=True, strategy=strategy, group_size=width)
+        return library.QuantizationScheme(targets=targets, weights=weights, format="pack-quantized")
 
     last_names = sorted({name.rsplit(".", 1)[-1] for name in body})
     schemes = {"group_0": scheme([rf"re:.*\.({'|'.join(last_names)})$"], 8 if group is None else 4, group)}
     if head is not None:
         schemes["group_1"] = scheme([head], 8, None)
-    packer = BaseCompressor.get_value_from_registry("pack-quantized")
+    packer = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
     stored = dict(model.state_dict())
     for name, layer in layers.items():
         own = schemes["group_1" if name == head else "group_0"]
@@ -130,8 +131,39 @@ def quantize(model: Any, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and name not in layers
     ]
-    config = QuantizationConfig(
+    config = library.QuantizationConfig(
         config_groups=schemes, format="pack-quantized", ignore=others, quantization_status="compressed"
     )
     settings = config.model_dump(mode="json", exclude_none=True)
     return stored, {"quant_method": "compressed-tensors", **settings}
+
+
+def load_quantized(folder: str | Path) -> Any:
+    """Loads a model that was exported in int8 or int4, offline; transformers makes whole weights of the packed ones.
+
+    Raises:
+        UserError: the library is not installed, or the folder is damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from galenic.model.folder import _quiet  # which also tells transformers our class
+
+    try:
+        importlib.import_module("compressed_tensors.quantization")
+    except ImportError:
+        raise UserError(f"{folder}: packed weights are read with a package: {INSTALL}") from None
+    try:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            ).eval()
+    except Exception as error:  # transformers raises whatever it meets
+        raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+
+
+def is_quantized(folder: str | Path) -> bool:
+    """Whether a model folder holds weights in the compressed-tensors format."""
+    file = Path(folder) / "config.json"
+    settings = read_json(file) if file.is_file() else {}
+    named = settings.get("quantization_config") if isinstance(settings, dict) else None
+    return isinstance(named, dict) and named.get("quant_method") == "compressed-tensors"
