@@ -220,6 +220,14 @@ def run_step(verb: str, config: Any, marks: dict[str, Any]) -> None:
         raise
     seconds = round(time.monotonic() - started, 1)
     write_json(out / "done.json", {**provenance, "seconds": seconds, "peak_rss_bytes": peak_memory_bytes()})
+    _afterwards(verb, config)
+
+
+def _afterwards(verb: str, config: Any) -> None:
+    """Does what a verb was asked to do outside its folder, such as an upload; also where the folder was done before."""
+    afterwards = getattr(importlib.import_module(VERBS[verb][1]), "afterwards", None)
+    if afterwards is not None:
+        afterwards(config)
 
 
 def _remove_marks(out: Path) -> None:
@@ -272,6 +280,8 @@ def run_verb(verb: str, config: Any) -> None:
         if state == "refused":
             sys.exit(2)  # process 0 says why
         if state == "done":
+            if rank() == 0:
+                _afterwards(verb, config)
             return
         if rank() == 0:
             run_step(verb, config, marks)

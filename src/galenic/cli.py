@@ -63,6 +63,11 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "galenic.model.convert",
         "make a model folder of a GGUF file, also of one inside a pinned wheel",
     ),
+    "export": (
+        "galenic.model.export.config:ExportConfig",
+        "galenic.model.export.export",
+        "take a model out: another dtype, a plain head, an adapter merged in, int8 or int4, to the Hub",
+    ),
     "sft": (
         "galenic.align.config:SftConfig",
         "galenic.align.sft",
@@ -114,13 +119,13 @@ VERBS: dict[str, tuple[str, str, str]] = {
         "one self-contained HTML page of a whole run",
     ),
     "chat": (
-        "galenic.evaluate.config:ChatConfig",
-        "galenic.evaluate.chat",
-        "talk to a model in the terminal",
+        "galenic.chat.config:ChatConfig",
+        "galenic.chat.chat",
+        "talk to a model in the terminal or on a page (--web)",
     ),
 }
 
-PLACE = {"chat": "--model", "ledger": "--corpus", "compare": "--a --b"}
+PLACE = {"chat": "--model", "export": "--model", "ledger": "--corpus", "compare": "--a --b"}
 """Verb -> the options that its first words without dashes mean."""
 
 SPELLED = {("corpus", "fit-mixture"): "mixture", ("evaluate", "--compare"): "compare"}
@@ -141,6 +146,7 @@ EXTRAS = {
     "spacy": "deidentify",
     "matplotlib": "report",
     "PIL": "images",
+    "compressed_tensors": "quantize",
 }
 """Module -> the extra that installs it, of those that a verb may find missing."""
 
@@ -235,6 +241,20 @@ def _loader(verb: str) -> str:
     return name
 
 
+def spell_out(words: list[str], config: type) -> list[str]:
+    """Writes options as the parser knows them: `--push-to-hub` with `_`, and `--web` alone as `--web=true`."""
+    hints = typing.get_type_hints(config)
+    names = {f"--{field.name}" for field in dataclasses.fields(config)}
+    written = []
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        name, mark, value = word.partition("=")
+        if name.startswith("--") and "--" + name[2:].replace("-", "_") in names:
+            name = "--" + name[2:].replace("-", "_")
+        alone = not mark and name in names and hints[name[2:]] is bool and following.startswith("--")
+        written.append(f"{name}=true" if alone else name + mark + value)
+    return written
+
+
 def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bool]:
     """Builds a verb's config from command-line words or a mapping; returns it and whether `--plan` was given.
 
@@ -250,7 +270,7 @@ def parse_config(verb: str, source: list[str] | dict[str, Any]) -> tuple[Any, bo
             translate = load_object(OTHER_WORDS[verb]) if verb in OTHER_WORDS else dict
             namespace = parser.parse_object(translate(copy.deepcopy(source)))  # it changes what it is given
         else:
-            namespace = parser.parse_args(source)
+            namespace = parser.parse_args(spell_out(source, config))
         namespace = parser.instantiate(namespace)
     except (ArgumentError, TypeError, ValueError) as error:
         cause: BaseException | None = error

@@ -1,6 +1,5 @@
 """Models of another architecture and tokenizer than ours, and LoRA adapters of them."""
 
-import io
 import json
 
 import numpy as np
@@ -9,8 +8,8 @@ import torch
 from evaluate_helpers import naive_log_probs, question, write_rows
 
 from galenic.corpus.tokens.chat_template import encode_chat
-from galenic.evaluate import chat, evaluate
-from galenic.evaluate.config import ChatConfig, EvaluateConfig
+from galenic.evaluate import evaluate
+from galenic.evaluate.config import EvaluateConfig
 from galenic.evaluate.models import open_model
 from galenic.evaluate.multiple_choice import PromptFormat, tokenize
 from galenic.model import load_tokenizer
@@ -107,11 +106,3 @@ def test_what_cannot_be_evaluated_is_refused(llama_folder, adapter, questions, t
     refused("is not a LoRA adapter", models={"a": f"{llama_folder}+{llama_folder}"})
     write_rows(tmp_path / "q" / "recall.jsonl", [question(0) | {"question": "Is it <|im_end|>?"}])
     refused("a question cannot be put: a message holds", questions=str(tmp_path / "q"), prompt="chat")
-
-
-def test_one_can_talk_to_a_model_of_another_architecture(llama_folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("fever?\n<|im_end|>\nfever?\n"))
-    chat.run(ChatConfig(model=str(llama_folder), max_new_tokens=8, temperature=0))
-    shown = capsys.readouterr()
-    assert shown.out.strip() and "<|im_" not in shown.out
-    assert "holds <|im_end|>" in shown.err

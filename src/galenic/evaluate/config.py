@@ -1,4 +1,4 @@
-"""What the verbs `evaluate` and `chat` can be told. Torch-free."""
+"""What the verb `evaluate` can be told. Torch-free."""
 
 import os
 import re
@@ -135,33 +135,3 @@ class EvaluateConfig:
             raise UserError(f"shown is {self.shown}; it must be 0 or more")
         if self.written_tokens < 0:
             raise UserError(f"written_tokens is {self.written_tokens}; it must be 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """Talks to one model in the terminal."""
-
-    model: str
-    """Model folder."""
-    system: str | None = None
-    """System message; none takes the chat format's own."""
-    max_new_tokens: int = 200
-    """Longest answer; never more than half the model's context."""
-    temperature: float = 0.7
-    """Sampling temperature; 0 always takes the likeliest token."""
-    top_p: float = 0.9
-    """Sample from the smallest set of tokens that holds this probability."""
-    seed: int = 0
-    """Seeds the sampling: the same questions give the same answers."""
-
-    def reads(self) -> list[str]:
-        """Inputs, for the plan."""
-        return [self.model]
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")

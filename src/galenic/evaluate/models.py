@@ -35,14 +35,14 @@ def weight_files(name: str, model: str) -> list[Path]:
     return found
 
 
-def open_model(model: str) -> Any:
-    """Loads a model, with its adapter's updates in the weights if it has one.
+def open_model(model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads a model, with its adapter's updates in the weights if it has one, rounded once.
 
     Raises:
         UserError: see `weight_files` and `load_any`; also an adapter that does not fit the base.
     """
     base, *adapters = model_parts(model)
-    loaded = load_any(base)
+    loaded = load_any(base, dtype)
     for adapter in adapters:
         _add(loaded, Path(base), Path(adapter))
     return loaded

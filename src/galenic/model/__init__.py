@@ -12,6 +12,7 @@ In: a model folder, or a `BaichuanM1Config` for fresh weights. Out: a model fold
   caches split anywhere, beams and sampling, under every attention implementation.
 * `folder.py`: `load`, `save`, `load_tokenizer`. Written atomically, the same bytes for the same inputs, read
   offline, and refused with one line when something is missing or damaged.
+* `export/`: the verb that takes a model out: another dtype, a plain head, fewer bits, to the Hub.
 
 Packing: `model(input_ids, position_ids=..., labels=...)`; positions that restart at 0 begin a new document.
 

@@ -273,25 +273,37 @@ def save(
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         _write_weights(model, temporary, weights)
-        config = deepcopy(model.config)
-        config.dtype = str(model.dtype).removeprefix("torch.")
-        with _quiet():
-            config.save_pretrained(temporary)
-        for file in temporary.glob("*.py"):
-            file.unlink()  # only the modelling file below, whichever class the model came from
-        config = read_json(temporary / "config.json")
-        name = next(kind.__name__ for kind in get_args(Network) if isinstance(model, kind))
-        config |= {"architectures": [name], "auto_map": AUTO_MAP}
-        write_json(temporary / "config.json", dict(sorted(config.items())))
-        if isinstance(model, BaichuanM1ForCausalLM):
-            write_json(temporary / "generation_config.json", _generation_config(model.config))
-        shutil.copyfile(MODELING_FILE, temporary / MODELING_FILE.name)
-        if tokenizer is not None:
-            for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):
-                if file.is_file():
-                    shutil.copyfile(file, temporary / file.name)
-        write_json(temporary / "galenic.json", provenance)
-        (temporary / "README.md").write_text(_card(model, provenance, list(parents)), encoding="utf-8")
+        write_companions(model, temporary, tokenizer=tokenizer, provenance=provenance, parents=list(parents))
+
+
+def write_companions(
+    model: Network,
+    folder: Path,
+    *,
+    tokenizer: str | Path | None,
+    provenance: dict[str, Any],
+    parents: list[str],
+) -> None:
+    """Writes what a model folder holds besides weights; see `save`."""
+    config = deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    with _quiet():
+        config.save_pretrained(folder)
+    for file in folder.glob("*.py"):
+        file.unlink()  # only the modelling file below, whichever class the model came from
+    config = read_json(folder / "config.json")
+    name = next(kind.__name__ for kind in get_args(Network) if isinstance(model, kind))
+    config |= {"architectures": [name], "auto_map": AUTO_MAP}
+    write_json(folder / "config.json", dict(sorted(config.items())))
+    if isinstance(model, BaichuanM1ForCausalLM):
+        write_json(folder / "generation_config.json", _generation_config(model.config))
+    shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+    if tokenizer is not None:
+        for file in (Path(tokenizer) / name for name in TOKENIZER_FILES):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    write_json(folder / "galenic.json", provenance)
+    (folder / "README.md").write_text(_card(model, provenance, parents), encoding="utf-8")
 
 
 def _write_weights(model: Network, folder: Path, weights: Iterable[tuple[str, torch.Tensor]] | None) -> None:

@@ -838,21 +838,23 @@ class BaichuanM1Attention(nn.Module):
         """Convolves raw keys and values [B, T, 2 H_kv, D] along T, after the raw ones the cache kept."""
         length, heads = self.history + kv.shape[1], kv.shape[2:]
         taps = self._taps()
-        if layout.padding is None:
+        _, _, age, padding = layout  # by place: hooks of other software hand named tuples on as plain ones
+        if padding is None:
             if cache is None:
-                return convolve(last_columns(kv, length), taps, layout.age)
+                return convolve(last_columns(kv, length), taps, age)
             full = self._remember(cache, kv)
-            return convolve(last_columns(full.transpose(1, 2).unflatten(2, heads), length), taps, layout.age)
+            return convolve(last_columns(full.transpose(1, 2).unflatten(2, heads), length), taps, age)
 
         state: Any = None if cache is None else cache.layers[self.layer_idx]
         if state is not None and state.has_previous_state[0]:
             kept = state.conv_states[0].transpose(1, 2).unflatten(2, heads)
             kv = torch.cat((kept, kv), dim=1)
         rows = torch.arange(kv.shape[0], device=kv.device)[:, None]
-        full = last_columns(kv, length)[rows, layout.padding.gather]
+        gather, place = padding
+        full = last_columns(kv, length)[rows, gather]
         if cache is not None:
             self._remember(cache, full)
-        return convolve(full, taps)[rows, layout.padding.place]
+        return convolve(full, taps)[rows, place]
 
     def _remember(self, cache: Cache, kv: torch.Tensor) -> torch.Tensor:
         """Gives the cache raw keys and values [B, T, 2 H_kv, D]; returns them after what it held, [B, 2 H_kv D, S]."""
