@@ -12,7 +12,7 @@ PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard test
 
 .PHONY: help starter smollm2 smoke test test-slow test-long parity peers lint types check env data clean
 help:
-	@echo "make starter    train, merge, align, flatten, evaluate and report the starter model (less than an hour)"
+	@echo "make starter    train, merge, align, flatten, evaluate and report the starter model (under half an hour)"
 	@echo "make smollm2    three experts of an existing model, merged, flattened, evaluated (well over an hour)"
 	@echo "make smoke      the same steps with tiny budgets (about a minute)"
 	@echo "make test       the tests; make test-slow: the long ones; make test-long: still longer ones"
