@@ -285,6 +285,13 @@ def test_points_outside_the_scale(server, tmp_path):
     assert verdicts[0].reason == "out of range: points is '5', not one of 0, 1, 2, 3, 4"
 
 
+def test_an_answer_that_is_no_text_is_kept_too(server, tmp_path):
+    items = mcq("I choose A", "x\ud800y")
+    server.fault = lambda number, body: ("status", 400) if "x?y" in body["messages"][0]["content"] else None
+    assert [verdict.score for verdict in judge(server, tmp_path).judge(items)] == [1, None]
+    assert [row["answer"] for row in read_jsonl(tmp_path / "unusable.jsonl")] == ["x?y"]
+
+
 def test_a_useless_reply_is_mended_when_told(server, tmp_path):
     def fault(number, body):
         return ("text", "Splendid!") if len(body["messages"]) == 1 else None

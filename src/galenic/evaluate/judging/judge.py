@@ -187,8 +187,10 @@ class Judge:
         if endpoint.json_mode or self.config.json != "find-out":
             return "object" if endpoint.json_mode else self.config.json
         who = {"base_url": endpoint.base_url, "model": endpoint.model}
-        if place.exists() and (kept := read_json(place)).items() >= who.items() and kept.get("json") in FORMS:
-            return kept["json"]
+        kept = read_json(place) if place.exists() else None
+        for form in FORMS:
+            if kept == {**who, "json": form}:
+                return form
         for form in FORMS:
             messages, sampling = [{"role": "user", "content": _PROBE}], self._sampling(form, _PROBE_SCHEMA)
             try:
@@ -221,7 +223,7 @@ class Judge:
                 "prompt": one.item["prompt"],
                 "reason": verdict.reason,
                 "raw": verdict.raw,
-                "answer": str(one.item["answer"])[:_RAW],
+                "answer": str(one.item["answer"])[:_RAW].encode("utf-8", "replace").decode(),
             }
             for one, verdict in zip(cases, verdicts, strict=True)
             if verdict.score is None
@@ -240,6 +242,7 @@ def _verdict(one: Case, outcomes: dict[Question, _Outcome]) -> Verdict:
     if one.first is None:
         return Verdict(score=0.0, reason="the answer is empty", raw="", blank=True)
     first, again = outcomes[one.first], None
+    # Of a pair, `again` is turned where `first` is not.
     if one.again is not None and (second := outcomes[one.again].said) is not None:
         again = str(unturned(second, one.first.prompt.pair and not one.turned))
     if first.said is None:
