@@ -17,7 +17,7 @@ import pytest
 from markupsafe import Markup
 
 from galenic import cli
-from galenic.report import benchmarks, cost, data, failures, published, report, steps
+from galenic.report import benchmarks, cost, data, failures, probes, published, report, steps
 from galenic.report.config import ReportConfig
 from galenic.report.inputs import read_run, read_runs, resolve
 from galenic.report.paired import holm, paired_difference, verdict
@@ -95,6 +95,14 @@ def test_words_of_the_command_line():
     ]
     assert cli._report_words(["--compare", "false"]) == ["--compare", "false"]
     assert cli._report_words(["--help"]) == ["--help"]
+
+
+def test_the_command_line_compares_and_plans(runs, tmp_path, capsys):
+    words = ["report", *runs, "--compare", "--out", str(tmp_path / "page")]
+    assert cli.main([*words, "--plan"]) == 0
+    assert re.search(r"runs +one, two\n", capsys.readouterr().out) and not (tmp_path / "page").exists()
+    assert cli.main(words) == 0
+    assert "Comparison of 4 models of 2 runs" in (tmp_path / "page/report.html").read_text()
 
 
 # ---------------------------------------------------------------------------- a page written anew
@@ -342,7 +350,74 @@ def test_benchmarks_stand_beside_published_numbers(runs, tmp_path):
         average = re.search(r'<tr><th scope="row">Average of the 22.*?</tr>', html, re.DOTALL)[0]
         assert "not all measured" in average and "30.0%" in average and "72.23" in average
         assert "depth 50" in html and "80.0%" in html and "0.0625" in html
-    assert benchmarks.benchmarks({"a": {}}) is None and benchmarks.probes({"a": {}}) is None
+    assert benchmarks.benchmarks({"a": {}}) is None and probes.probes({"a": {}}) is None
+
+
+def share(value, n=40, **more):
+    return {"value": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "n": n} | more
+
+
+PROBED = {
+    "needle": share(0.625, chance=0.25, too_long=3, written=share(0.5, unanswered=7))
+    | {
+        "by": {"depth": {"0.0": share(0.75), "1.0": share(0.5)}},
+        "grid": {"256": {"0.0": share(0.875), "1.0": share(0.125)}, "512": {"0.0": share(0.375)}},
+    },
+    "calibration": {
+        "recall": {
+            "pmi": {
+                "n": 240,
+                "error": share(0.15625, by_chance=0.03125)
+                | {
+                    "bins": [
+                        {"confidence": 0.3, "accuracy": 0.25, "n": 90},
+                        {"confidence": 0.9, "accuracy": 0.4, "n": 9},
+                    ]
+                },
+            }
+        }
+    },
+    "contamination": {
+        "recall": share(0.0) | {"unsearched": 0, "found": {"value": None, "low": None, "high": None, "n": 0}}
+    },
+}
+
+
+def test_every_number_of_a_probe_is_told():
+    found = probes.probes({"a": {"probes": PROBED}, "b": {}})
+    told = {(row["probe"], row["what"]): row["scores"][0] for row in found["rows"]}
+    assert found["models"] == ["a"]
+    assert told["needle", "all"]["value"] == 0.625 and told["needle", "written"]["value"] == 0.5
+    assert told["needle", "too long"] == {"value": 3} and told["needle", "written, unanswered"] == {
+        "value": 7
+    }
+    assert told["needle", "by, depth, 0.0"]["value"] == 0.75
+    assert told["calibration", "recall, pmi, error"]["value"] == 0.15625
+    assert told["calibration", "recall, pmi, error, by chance"] == {"value": 0.03125}
+    assert told["contamination", "recall, found"]["value"] is None
+    assert not any("grid" in what or "bins" in what for _, what in told)
+
+
+def test_probes_are_drawn_of_the_product(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    file = run / "70-evaluate/results.json"
+    results = json.loads(file.read_text())
+    results["models"]["flattened"]["probes"] = PROBED
+    fake_run.write(file, results)
+    config = ReportConfig(runs=[str(run)])
+    for html in (
+        report.render(config, read_run(config)),
+        report.render_comparison(ReportConfig(runs=[str(run)], compare=True)),
+    ):
+        table = tables(html)["a-fact-in-a-long-text-flattened.csv"]
+        assert table[1:] == [
+            ["256", "0.0", "0.875", "0.775", "0.975", "40"],
+            ["256", "1.0", "0.125", "0.025", "0.225", "40"],
+            ["512", "0.0", "0.375", "0.275", "0.475", "40"],
+        ]
+        assert "256 tokens, depth 0.0: 88%" in html and "62.5%" in html
+        assert tables(html)["is-it-right-to-be-sure-flattened.csv"][1] == ["recall", "0.3", "0.25", "90"]
 
 
 # ---------------------------------------------------------------------------- cost

@@ -1,6 +1,5 @@
-"""What the page says about benchmarks beside their published numbers, and about probes."""
+"""What the page says about benchmarks: measured here, beside the numbers that were published."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from . import published
@@ -44,30 +43,3 @@ def benchmarks(models: Results) -> dict[str, Any] | None:
         "published_averages": published.AVERAGE,
         "measured": sum(any(row["scores"]) for row in rows[: len(published.ROWS)]),
     }
-
-
-def probes(models: Results) -> dict[str, Any] | None:
-    """The table of probes: every number of every probe, a row each, a column a model."""
-    found = {name: dict(_numbers(model["probes"])) for name, model in models.items() if model.get("probes")}
-    if not found:
-        return None
-    names = list(dict.fromkeys(path for numbers in found.values() for path in numbers))
-    return {
-        "models": list(found),
-        "rows": [
-            {"probe": path[0], "what": " ".join(path[1:]), "scores": [n.get(path) for n in found.values()]}
-            for path in names
-        ],
-    }
-
-
-def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Walks through nested numbers; a number with its interval is one."""
-    for key, inner in value.items():
-        here = (*path, str(key).replace("_", " "))
-        if isinstance(inner, dict) and "value" in inner:
-            yield here, inner
-        elif isinstance(inner, dict):
-            yield from _numbers(inner, here)
-        elif isinstance(inner, int | float) and not isinstance(inner, bool):
-            yield here, {"value": inner}

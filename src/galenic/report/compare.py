@@ -8,7 +8,7 @@ from typing import Any
 
 from galenic.runtime import UserError, human, nearest, read_json
 
-from . import benchmarks, charts, cost, failures, score_charts
+from . import benchmarks, charts, cost, failures, probes, score_charts
 from .config import TITLE, ReportConfig
 from .data import Chart
 from .flattening import half_width, trace_name, verdict
@@ -47,7 +47,8 @@ def content(config: ReportConfig, runs: Runs) -> dict[str, Any]:
         "versus": pairs,
         "comparisons": [comparison(found) for found in _comparisons(config, runs)],
         "benchmarks": benchmarks.benchmarks(numbers),
-        "probes": benchmarks.probes(numbers),
+        "probes": probes.probes(numbers),
+        "probed": probes.drawings({model.name: model.numbers for model in marked[:4]}),
         "training": training(runs),
         "merging": merging(runs),
         "curvature": curvature(runs),

@@ -15,6 +15,7 @@ from . import (
     failures,
     learning,
     page,
+    probes,
     scores,
     sections,
     summary,
@@ -152,7 +153,8 @@ def _content(config: ReportConfig, run: Run) -> dict[str, Any]:
         "shown": (run.evaluate, scores.shown),
         "timings": (None, sections.timings),
         "benchmarks": (run.evaluate, lambda run: benchmarks.benchmarks(_models(run))),
-        "probes": (run.evaluate, lambda run: benchmarks.probes(_models(run))),
+        "probes": (run.evaluate, lambda run: probes.probes(_models(run))),
+        "probed": (run.evaluate, _probed),
         "failures": (run.evaluate, lambda run: _failures(run, config.failures)),
         "cost": (None, lambda run: cost.cost(run, config.watts)),
     }
@@ -171,6 +173,14 @@ def _content(config: ReportConfig, run: Run) -> dict[str, Any]:
 
 def _models(run: Run) -> dict[str, Any]:
     return (run.evaluate.get("results.json") or {}).get("models", {})
+
+
+def _probed(run: Run) -> list[tuple[str, str, data.Chart]]:
+    results = run.evaluate.get("results.json")
+    if results is None:
+        return []
+    name, _ = scores.headline(results)
+    return probes.drawings({name: results["models"][name]})
 
 
 def _failures(run: Run, most: int) -> dict[str, Any] | None:

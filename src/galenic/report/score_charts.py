@@ -148,3 +148,39 @@ def radar(key: str, label: str, measures: Sequence[str], models: dict[str, Seque
     ]
     svg = charts.draw_figure(key, label, 4.1 + 0.22 * -(-len(models) // 2), paint)
     return Chart(svg=svg, columns=("model", "measure", "right, %", "low", "high"), rows=rows)
+
+
+def reliability(key: str, label: str, lines: dict[str, Sequence[tuple[float, float, float]]]) -> Chart:
+    """Draws how often a model is right by how sure it is, a line a kind of questions; the diagonal is as it should be.
+
+    Args:
+        key: unique on the page.
+        label: for those who cannot see it.
+        lines: name -> (mean confidence, accuracy, answers) of each bin, all shares in [0, 1].
+    """
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=colour("muted"), linewidth=1.0, linestyle=(0, (4, 3)))
+        for place, (name, bins) in enumerate(lines.items()):
+            axes.plot(
+                [100 * sure for sure, *_ in bins],
+                [100 * right for _, right, _ in bins],
+                color=colour(SERIES[place % len(SERIES)]),
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle=DASHES[place % len(DASHES)],
+                markersize=4.5,
+                linewidth=1.4,
+                label=name,
+            )
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("how sure, %")
+        axes.set_ylabel("right, %")
+        axes.legend(loc="upper left")
+
+    rows = [(name, *numbers) for name, bins in lines.items() for numbers in bins]
+    return Chart(
+        svg=charts.draw(key, label, 3.2, paint),
+        columns=("kind", "confidence", "accuracy", "answers"),
+        rows=rows,
+    )

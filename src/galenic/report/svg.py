@@ -47,6 +47,42 @@ def heat(label: str, names: Sequence[str], matrix: Sequence[Sequence[float]]) ->
     return drawing(label, bottom + 12, parts)
 
 
+def shares(
+    label: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    title: str,
+) -> Markup:
+    """Draws shares as shaded cells with their percents, the stronger the more; a cell without one stays empty.
+
+    Args:
+        label: what the drawing shows, for those who cannot see it.
+        rows: names, from the top.
+        columns: names.
+        values: a row of shares in [0, 1] for each of `rows`.
+        title: what rows and columns are.
+    """
+    left, height = 14 + LETTER * max(map(len, rows)), 34
+    width = (WIDTH - left) / len(columns)
+    parts = []
+    for row, (name, line) in enumerate(zip(rows, values, strict=True)):
+        middle = (row + 0.5) * height
+        parts.append(text(left - 8, middle, name, "end"))
+        for column, value in enumerate(line):
+            if value is None:
+                continue
+            parts.append(
+                f'<rect x="{left + column * width:.1f}" y="{row * height}" width="{width:.1f}" height="{height}" '
+                f'fill="var(--merge)" fill-opacity="{0.6 * value:.3f}"/>'
+            )
+            parts.append(text(left + (column + 0.5) * width, middle, f"{100 * value:.0f}%"))
+    bottom = len(rows) * height + 14
+    parts += [text(left + (i + 0.5) * width, bottom, name) for i, name in enumerate(columns)]
+    parts.append(text(left + (WIDTH - left) / 2, bottom + 20, title))
+    return drawing(label, bottom + 32, parts)
+
+
 def profile(label: str, series: Sequence[tuple[str, Sequence[float]]], x_title: str) -> Markup:
     """Draws one line a name over the units of a network, in their order.
 
