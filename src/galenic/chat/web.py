@@ -54,7 +54,10 @@ def run(config: ChatConfig) -> None:
             flush=True,
         )
         with server:
-            server.serve_forever()
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- the model
@@ -174,6 +177,11 @@ class PageServer(http.server.ThreadingHTTPServer):
         port = self.server_address[1]
         self.hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
         self.address = f"http://127.0.0.1:{port}/{self.token}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of a browser that left."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def page(self, nonce: str) -> bytes:
         """Returns the page with the options it begins with."""

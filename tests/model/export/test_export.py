@@ -237,6 +237,7 @@ def test_quantising_a_tied_head_leaves_it_alone(llama_folder, tmp_path):
     assert read_json(copy / "config.json")["quantization_config"]["ignore"] == ["lm_head"]
     model = AutoModelForCausalLM.from_pretrained(copy, dtype="auto").eval()
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == torch.bfloat16
     with torch.inference_mode():
         assert torch.isfinite(model(IDS).logits).all()
 
@@ -269,6 +270,7 @@ def test_the_cost_is_that_of_the_text_that_is_given(folder, tmp_path):
     lines.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in [*texts, " "]))
     step = tmp_path / "step"
     (step / "tokens").mkdir(parents=True)
+    shutil.copyfile(folder / "tokenizer.json", step / "tokenizer.json")
     rows = [
         ([1, *tokenizer.encode(text, add_special_tokens=False), 2], len(text.encode()), 1.0) for text in texts
     ]
@@ -282,6 +284,10 @@ def test_the_cost_is_that_of_the_text_that_is_given(folder, tmp_path):
     assert costs[0]["documents"] == costs[1]["documents"] == 3
     assert costs[0]["bits_per_byte"]["before"] == pytest.approx(costs[1]["bits_per_byte"]["before"], abs=1e-9)
     assert costs[0]["top_1_agreement"] == costs[1]["top_1_agreement"]
+    other = train_bpe(list(TEXT), vocab_size=500, character_coverage=0.98, max_characters=200)
+    save_tokenizer(other, step, SYSTEM_PROMPT)
+    with pytest.raises(UserError, match="holds tokens of another tokenizer than the model's"):
+        run(folder, tmp_path / "other", quantize="int8", heldout=str(step))
     model, bits = model_room.load(folder), 0.0
     with torch.inference_mode():
         for text in (texts[0], texts[2]):
@@ -334,6 +340,12 @@ def test_what_cannot_be_exported_is_refused(folder, llama_folder, tmp_path):
     refused("lines.jsonl:1: 'text' must be a text", quantize="int8", heldout=str(lines))
     lines.write_text('{"text": " "}\n')
     refused("holds no text", quantize="int8", heldout=str(lines))
+    lines.write_text('{"text": ""}\n{"text": "."}\n')
+    bare = tmp_path / "bare"  # without a first token, one token predicts nothing
+    shutil.copytree(llama_folder, bare)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
+    refused("no text in it is longer than one token", model=bare, quantize="int8", heldout=str(lines))
 
 
 def test_layers_of_odd_widths_take_int8_only(tmp_path, folder):

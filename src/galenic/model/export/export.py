@@ -143,10 +143,10 @@ def companion_names(base: Path) -> list[str]:
 
     settings = read_json(base / "config.json")
     ours = isinstance(settings, dict) and settings.get("model_type") == "baichuan_m1"
-    names = {"config.json", "galenic.json", "README.md", "generation_config.json"}
+    names = {"config.json", "galenic.json", "README.md"}
     patterns = (*TOKENIZER_FILES, "LICEN*", "NOTICE*") if ours else COMPANIONS
     names |= {file.name for pattern in patterns for file in base.glob(pattern) if file.is_file()}
-    return sorted(names | ({"modeling_baichuan_m1.py"} if ours else set()))
+    return sorted(names | ({"generation_config.json", "modeling_baichuan_m1.py"} if ours else set()))
 
 
 def _quantize(
@@ -194,9 +194,9 @@ def _write(
             for file in base.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
     else:
+        model.config.dtype = record["dtype"]
         with _quiet():
             model.config.save_pretrained(folder)
-            model.generation_config.save_pretrained(folder)
         copy_companions(base, folder)
         write_json(folder / "galenic.json", provenance)
         write_card(folder, provenance, parents, "a model folder of Hugging Face's")

@@ -16,6 +16,7 @@ import torch
 from galenic.evaluate.likelihood import target_log_probs, windows
 from galenic.evaluate.statistics import wilson
 from galenic.model.export.text import TEXT
+from galenic.model.folder import load_tokenizer
 from galenic.runtime import Bar, UserError, numbered_jsonl
 
 RESAMPLES = 2000
@@ -38,7 +39,7 @@ def load(heldout: str | None, tokenizer: Any, limit: int) -> list[Text]:
         limit: most tokens; the last document may go beyond it.
 
     Raises:
-        UserError: no such file, no text in it, or shards of another tokenizer.
+        UserError: no such file, no text of two tokens in it, or shards of another tokenizer.
     """
     if heldout is None:
         return _limited([_encoded(tokenizer, text) for text in TEXT], limit)
@@ -68,10 +69,10 @@ def _shards(folder: str, tokenizer: Any) -> list[Text]:
     from galenic.corpus.tokens.shards import read_meta, read_shard
 
     meta = read_meta(folder)
-    if meta["vocab_size"] != len(tokenizer):
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"heldout: {folder} holds tokens of a vocabulary of {meta['vocab_size']}, the model's has "
-            f"{len(tokenizer)}; give the texts themselves (JSON lines with 'text')"
+            f"heldout: {folder} holds tokens of another tokenizer than the model's; give the texts themselves (JSON "
+            "lines with 'text')"
         )
     found = []
     for source in sorted(name for name, entry in meta["sources"].items() if entry["heldout"]["documents"]):
@@ -91,6 +92,8 @@ def _limited(texts: Any, limit: int) -> list[Text]:
             break
         if len(text.ids) > 1:
             kept.append(text)
+    if not kept:
+        raise UserError("heldout: no text in it is longer than one token")
     return kept
 
 

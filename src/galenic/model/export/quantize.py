@@ -93,9 +93,7 @@ def quantize(model: Any, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, 
         library = importlib.import_module("compressed_tensors.quantization")
         compressors = importlib.import_module("compressed_tensors.compressors")
     except ImportError:
-        raise UserError(
-            f"quantize: weights are packed with a package: {INSTALL}"
-        ) from None
+        raise UserError(f"quantize: weights are packed with a package: {INSTALL}") from None
 
     layers = linear_layers(model)
     head = next((name for name, layer in layers.items() if layer is model.get_output_embeddings()), None)
@@ -155,7 +153,11 @@ def load_quantized(folder: str | Path) -> Any:
     try:
         with _quiet():
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             ).eval()
     except Exception as error:  # transformers raises whatever it meets
         raise UserError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
