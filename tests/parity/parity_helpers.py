@@ -39,7 +39,11 @@ def surroundings(cache: Path) -> dict[str, str]:
     open_doors = dict.fromkeys(("NO_PROXY", "no_proxy"), "localhost,127.0.0.1")
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1"}
     # vLLM takes 90% of the machine's memory unless told otherwise, and binds its threads to cores.
-    vllm = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CACHE_ROOT": str(cache)}
+    vllm = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CACHE_ROOT": str(cache),
+    }
     return {**kept, **offline, **silent, **walls, **open_doors, **threads, **vllm, "HF_HOME": str(cache)}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -73,16 +74,21 @@ def test_same_tokens_however_they_are_scheduled(tmp_path):
         "whole prompts": (common | alone | {"enable_chunked_prefill": False}, [PROMPTS]),
         "chunks of 40": (common | alone | {"max_num_batched_tokens": 40, "max_num_seqs": 8}, [PROMPTS]),
         "prefixes from the cache": (common, [PROMPTS, longer]),
-        "chunks and prefixes": (common | {"max_num_batched_tokens": 72, "max_num_seqs": 16}, [PROMPTS, longer]),
+        "chunks and prefixes": (
+            common | {"max_num_batched_tokens": 72, "max_num_seqs": 16},
+            [PROMPTS, longer],
+        ),
         "few blocks": (common | alone | few, [PROMPTS]),
         "few blocks and prefixes": (common | {"num_gpu_blocks_override": 160}, [PROMPTS, longer]),
     }
     found = continuations(tmp_path, setups)
     for name, (_, rounds) in setups.items():
         tokens, cached = found[f"{name}/tokens"], found[f"{name}/cached"]
-        ties, largest = compare(model, sum(rounds, []), tokens)
+        ties, largest = compare(model, list(chain(*rounds)), tokens)
         preempted = int(found[f"{name}/preempted"])
-        print(f"{name}: {len(tokens)} prompts, {ties} part at a tie (lead {largest:.1e}), {cached.sum()} tokens")
+        print(
+            f"{name}: {len(tokens)} prompts, {ties} part at a tie (lead {largest:.1e}), {cached.sum()} tokens"
+        )
         print(f"    from the cache in {np.count_nonzero(cached)} prompts, {preempted} times thrown out")
         assert len(np.unique(tokens)) > 100  # texts, not one word again and again
         assert ties <= 1
@@ -122,7 +128,10 @@ def test_other_configurations_and_ways_to_run(tmp_path):
     for name, changes in CONFIGURATIONS.items():
         folder = tmp_path / name
         models[name] = random_folder(folder, **(SIZES | changes))
-        setups[name] = (EAGER | {"model": str(folder), "max_num_batched_tokens": 72, "max_num_seqs": 8}, [prompts])
+        setups[name] = (
+            EAGER | {"model": str(folder), "max_num_batched_tokens": 72, "max_num_seqs": 8},
+            [prompts],
+        )
     folder = tmp_path / "model"
     model = random_folder(folder, **SIZES)
     published(folder, tmp_path / "published")
@@ -136,7 +145,7 @@ def test_other_configurations_and_ways_to_run(tmp_path):
         setups[name] = (EAGER | {"model": str(folder)} | options, [prompts, prompts])
     found = continuations(tmp_path, setups)
     for name, (_, rounds) in setups.items():
-        ties, largest = compare(models[name], sum(rounds, []), found[f"{name}/tokens"])
+        ties, largest = compare(models[name], list(chain(*rounds)), found[f"{name}/tokens"])
         print(f"{name}: {len(found[f'{name}/tokens'])} prompts, {ties} part at a tie (lead {largest:.1e})")
         assert ties <= 1
 
@@ -174,5 +183,7 @@ def test_sixteen_requests_at_once(tmp_path):
         theirs = drive("vllm", "with_requests", tmp_path / "client", **job)
     ties, largest = compare(model, prompts, theirs["tokens"])
     running = int(theirs["running"])
-    print(f"{len(prompts)} requests, up to {running} seen running at once, {ties} part at a tie ({largest:.1e})")
+    print(
+        f"{len(prompts)} requests, up to {running} seen running at once, {ties} part at a tie ({largest:.1e})"
+    )
     assert len(prompts) == 16 and running > 4 and ties <= 1

@@ -59,7 +59,9 @@ class Step:
 class StepBuilder(AttentionMetadataBuilder[Step]):
     """Reads a `Step` off what vLLM tells every kind of layer. Full CUDA graphs are left to vLLM's default: none."""
 
-    def __init__(self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: Any):
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: Any
+    ):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
@@ -69,7 +71,11 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         given = common_attn_metadata
         tokens = given.num_actual_tokens
         return Step(
-            tokens, given.query_start_loc, given.seq_lens, given.block_table_tensor, given.slot_mapping[:tokens]
+            tokens,
+            given.query_start_loc,
+            given.seq_lens,
+            given.block_table_tensor,
+            given.slot_mapping[:tokens],
         )
 
 
@@ -151,4 +157,4 @@ class PreviousToken(nn.Module, AttentionLayerBase):
         # Through vLLM's own door for attention, so that compiled code and CUDA graphs are cut here as they are there.
         name = _encode_layer_name(self.name)
         torch.ops.vllm.unified_attention_with_output(key, key, value, before, name)
-        return before.split(self.head_dim, dim=-1)
+        return before[..., : self.head_dim], before[..., self.head_dim :]

@@ -74,10 +74,11 @@ class BaichuanM1Attention(nn.Module):
         self.previous = None
         if config.conv_window == 2:
             self.previous = PreviousToken(self.kv_heads, self.head_dim, prefix=f"{prefix}.previous")
-            for name in ("conv_k", "conv_v"):
-                taps = nn.Parameter(torch.empty(1, 1, self.kv_heads, 1, 2), requires_grad=False)
+            self.conv_k, self.conv_v = (
+                nn.Parameter(torch.empty(1, 1, self.kv_heads, 1, 2), requires_grad=False) for _ in range(2)
+            )
+            for taps in (self.conv_k, self.conv_v):
                 taps.weight_loader = load_taps  # pyrefly: ignore[missing-attribute]
-                self.register_parameter(name, taps)
         self.attn = Attention(
             self.heads,
             self.head_dim,
