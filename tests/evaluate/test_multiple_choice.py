@@ -77,7 +77,7 @@ def test_a_token_across_the_boundary_counts_as_the_options():
     counted = [row[len(row) - length :] for row, length in zip(rows, prompted.lengths, strict=True)]
     assert [len(row) for row in counted] == [1 + 4, 5]  # ': f' e v e r ; ' ' g o u t
     assert counted[0][0] == 500
-    assert all(len(rest) > length for rest, length in zip(prompted.rest, prompted.lengths, strict=True))
+    assert all(len(row) > length for row, length in zip(rows, prompted.lengths, strict=True))
 
 
 @settings(deadline=None, max_examples=30)
@@ -90,7 +90,7 @@ def test_shared_and_rest_are_the_whole_text(tokenizer, question, options):
     for option, rest, length in zip(options, prompted.rest, prompted.lengths, strict=True):
         whole = [1, *encode_text(tokenizer, f"Question: {question}\nAnswer: {option}")]
         assert prompted.shared + rest == whole
-        assert 0 < length < len(rest) or not prompted.shared
+        assert 0 < length < len(whole) and rest
     assert not prompted.truncated
 
 
