@@ -7,28 +7,25 @@ All that the endpoint said is kept on disk, unusable replies too: a resumed run 
 """
 
 import asyncio
-import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from galenic.align.config import JudgeConfig
 from galenic.align.data.tasks import Messages, Task
+from galenic.corpus.synthesis.asking import ask
 from galenic.corpus.synthesis.budget import Budget, BudgetSpent
 from galenic.corpus.synthesis.cache import Cache
 from galenic.corpus.synthesis.checks import Problem, json_object
 from galenic.corpus.synthesis.client import Client, Reply, RequestFailed
-from galenic.corpus.synthesis.steps import PLACE, fill
+from galenic.corpus.synthesis.filling import framed, require_places
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig
 from galenic.runtime import UserError
 
 UNKNOWN = "(none is known)"
 """In the place of the true answer."""
 _NEEDED, _PLACES = {"question", "answer", "points"}, {"question", "answer", "points", "truth"}
-_MARK = re.compile(r"</?(?:question|true_answer|answer)>", re.IGNORECASE)
 _ATTEMPTS = 2  # requests about one answer, those of earlier runs not counted
-_QUOTED = 1000  # characters of an unusable reply that are sent back
 _SHOWN = 200  # characters of it that the user sees
 
 
@@ -87,31 +84,27 @@ class Judge:
             sampling["response_format"] = {"type": "json_object"}
         who = f"rewards.judge: {endpoint.base_url}: asked {endpoint.model} about an answer to task {task.id}"
         again = f"what it judged is kept in {self.kept}, and the same command continues"
-        messages, sent = [{"role": "user", "content": prompt}], 0
-        for attempt in itertools.count(1):
-            key = f"judge/{attempt}"
-            sent += not client.knows(messages, key=key, **sampling)
-            try:
-                reply = await client.complete(messages, key=key, **sampling)
-            except RequestFailed as error:
-                raise UserError(f"{who}, which failed ({error}); mend it: {again}") from None
-            except BudgetSpent:
-                raise UserError(f"{who}, but the budget is spent; raise `budget`: {again}") from None
-            found = read_points(reply, most)
-            if not isinstance(found, Problem):
-                return found
-            if sent >= _ATTEMPTS:
-                raise UserError(
-                    f"{who}, which {_ATTEMPTS} times gave no points from 0 to {most} ({found.reason}) but said "
-                    f"{reply.text[:_SHOWN]!r}; {again} and asks anew; if it stays so, start a new run with "
-                    "endpoint.json_mode, another rewards.judge.prompt, or another judge"
-                )
-            messages = [
-                messages[0],
-                {"role": "assistant", "content": reply.text[:_QUOTED] or "..."},
-                {"role": "user", "content": found.told("en")},
-            ]
-        raise AssertionError  # count() has no end
+        try:
+            found, reply = await ask(
+                client,
+                prompt,
+                lambda reply: read_points(reply, most),
+                key="judge",
+                attempts=_ATTEMPTS,
+                anew=True,
+                **sampling,
+            )
+        except RequestFailed as error:
+            raise UserError(f"{who}, which failed ({error}); mend it: {again}") from None
+        except BudgetSpent:
+            raise UserError(f"{who}, but the budget is spent; raise `budget`: {again}") from None
+        if not isinstance(found, Problem):
+            return found
+        raise UserError(
+            f"{who}, which {_ATTEMPTS} times gave no points from 0 to {most} ({found.reason}) but said "
+            f"{reply.text[:_SHOWN]!r}; {again} and asks anew; if it stays so, start a new run with "
+            "endpoint.json_mode, another rewards.judge.prompt, or another judge"
+        )
 
 
 def prompt_for(template: str, task: Task, text: str, points: int) -> str:
@@ -126,8 +119,7 @@ def prompt_for(template: str, task: Task, text: str, points: int) -> str:
         points: at most.
     """
     parts = {"question": conversation(task.messages), "truth": task.answer or UNKNOWN, "answer": text}
-    values = {name: _MARK.sub("", part).strip() for name, part in parts.items()}
-    return fill(template, {**values, "points": str(points)})
+    return framed(template, {**parts, "points": str(points)})
 
 
 def conversation(messages: Messages) -> str:
@@ -167,8 +159,5 @@ def read_prompt(path: str | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text in UTF-8"
         raise UserError(f"rewards.judge.prompt: {path} cannot be read: {reason}") from None
-    there = set(PLACE.findall(text))
-    for places, verb in ((_NEEDED - there, "lacks"), (there - _PLACES, "cannot have")):
-        if places:
-            raise UserError(f"rewards.judge.prompt: {path} {verb} {{{'}, {'.join(sorted(places))}}}")
+    require_places(f"rewards.judge.prompt: {path}", text, _NEEDED, _PLACES)
     return text

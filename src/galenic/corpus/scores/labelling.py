@@ -16,11 +16,11 @@ from galenic.corpus.scores.labels import Labelled, read_labels
 from galenic.corpus.scores.scorer_config import TeacherConfig
 from galenic.corpus.scores.teacher import label, prompt, write_labels
 from galenic.corpus.starter.holdout import stable_shuffle
+from galenic.corpus.synthesis.asking import Watch
 from galenic.corpus.synthesis.budget import Budget, BudgetSpent
 from galenic.corpus.synthesis.cache import Cache
 from galenic.corpus.synthesis.client import Client, RequestFailed, count_tokens
 from galenic.corpus.synthesis.seeds import open_documents, read_training, unique
-from galenic.corpus.synthesis.synthesise import Watch
 from galenic.runtime import UserError, human, progress
 
 FEWEST_FOR_FAILURE = 20

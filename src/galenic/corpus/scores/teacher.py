@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from galenic.corpus.scores.taxonomy import CLASSES, SCORES, label_number
-from galenic.corpus.synthesis.synthesise import in_order
+from galenic.corpus.synthesis.asking import in_order
 from galenic.runtime import UserError, write_jsonl
 
 BEST = 5

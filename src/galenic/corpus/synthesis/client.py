@@ -31,15 +31,23 @@ Message = dict[str, str]
 
 
 class RequestFailed(Exception):
-    """The endpoint refused one request or failed it for good; the item goes to the ledger."""
+    """The endpoint refused one request or failed it for good; the item goes to the ledger.
+
+    Attributes:
+        status: of the last answer; None if there was none.
+    """
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 class _Transient(Exception):
     """Worth another try, after `wait` seconds if the endpoint says so."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, status: int | None = None) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.status = wait, status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +201,7 @@ class Client:
                 self.usage.retries[str(failure)] = self.usage.retries.get(str(failure), 0) + 1
                 if failure.wait is None:
                     await asyncio.sleep(min(60.0, self.endpoint.backoff * 2**attempt) * (0.5 + dice.random()))
-        raise RequestFailed(f"{failure}, {self.endpoint.retries + 1} times")
+        raise RequestFailed(f"{failure}, {self.endpoint.retries + 1} times", failure.status)
 
     def _cost(self, prompt: int, completion: int) -> Cost:
         money = prompt * self.endpoint.price_prompt + completion * self.endpoint.price_completion
@@ -244,8 +252,8 @@ class Client:
                 raise UserError(
                     f"{place}, the endpoint asks to wait for {duration(wait)}; run the same command then to continue"
                 )
-            raise _Transient(f"status {status}", wait)
-        raise RequestFailed(f"status {status}: {said}")
+            raise _Transient(f"status {status}", wait, status)
+        raise RequestFailed(f"status {status}: {said}", status)
 
     def _parse(self, body: bytes, asked: int) -> Reply:
         try:

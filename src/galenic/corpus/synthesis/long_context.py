@@ -14,10 +14,11 @@ from itertools import chain
 from typing import Any
 
 from galenic.corpus.starter.holdout import stable_key, stable_shuffle, tokens
+from galenic.corpus.synthesis.filling import fill
 from galenic.corpus.synthesis.knowledge_graph import parse
 from galenic.corpus.synthesis.outcome import Outcome, conversation_row, dropped, id_of
 from galenic.corpus.synthesis.seeds import Selection
-from galenic.corpus.synthesis.steps import Seed, fill
+from galenic.corpus.synthesis.steps import Seed
 from galenic.runtime import UserError, numbered_jsonl
 
 BETWEEN = "\n\n---\n\n"

@@ -21,8 +21,8 @@ from galenic.corpus.duplicates.dedup import deduplicate
 from galenic.corpus.records import Document
 from galenic.corpus.starter.holdout import stable_key, stable_shuffle, tokens
 from galenic.corpus.starter.questions import take_in_turn
+from galenic.corpus.synthesis.filling import fill
 from galenic.corpus.synthesis.outcome import Outcome, conversation_row, dropped
-from galenic.corpus.synthesis.steps import fill
 from galenic.corpus.synthesis.synthesise_config import PipelineConfig
 from galenic.runtime import UserError, load_yaml
 

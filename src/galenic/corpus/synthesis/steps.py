@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from galenic.corpus.synthesis.asking import ask
 from galenic.corpus.synthesis.checks import Problem, fields_problem, read_reply, text_problem
-from galenic.corpus.synthesis.client import Client
+from galenic.corpus.synthesis.client import Client, Reply
+from galenic.corpus.synthesis.filling import PLACE, fill, require_places
 from galenic.runtime import UserError
-
-PLACE = re.compile(r"\{([a-z_]+)\}")
-_QUOTED = 1000  # characters of an unusable answer that are sent back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +84,8 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
             raise UserError(f"{path}: no such prompt file; there are {', '.join(own)}")
         given = _sections(path)
         for step, text in own[path.name].items():
-            wanted, there = set(PLACE.findall(text)), set(PLACE.findall(given.get(step, "")))
-            for places, verb in ((wanted - there, "lacks"), (there - wanted, "cannot have")):
-                if places:
-                    raise UserError(f"{path}: section '# {step}' {verb} {{{'}, {'.join(sorted(places))}}}")
+            places = PLACE.findall(text)
+            require_places(f"{path}: section '# {step}'", given.get(step, ""), places, places)
         own[path.name] = given
     return {(name.split(".")[0], name.split(".")[1]): steps for name, steps in own.items()}
 
@@ -96,11 +93,6 @@ def load_prompts(folder: str = "") -> dict[tuple[str, str], dict[str, str]]:
 def _sections(path: Path) -> dict[str, str]:
     parts = re.split(r"^# (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {parts[i].strip(): parts[i + 1].strip() for i in range(1, len(parts), 2)}
-
-
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """Puts values into the places of a template; braces inside a value stay as they are."""
-    return PLACE.sub(lambda match: values[match[1]], template)
 
 
 # ---------------------------------------------------------------------------- asking
@@ -161,25 +153,21 @@ class Ask:
     ) -> Any:
         identity = hashlib.sha256(f"{self.item}\n{step}".encode()).hexdigest()[:8]
         prompt = fill(self.prompts[step], {**values, "id": identity})
-        messages = [{"role": "user", "content": prompt}]
         sampling = dict(self.sampling)
         if as_json and self.client.endpoint.json_mode:
             sampling["response_format"] = {"type": "json_object"}
-        problem, last = Problem("empty"), ""
-        for attempt in range(1, self.attempts + 1):
-            key = f"{self.item}/{step}/{attempt}"
-            reply = await self.client.complete(messages, key=key, **sampling)
-            content, found = read_reply(reply.text, reply.finish, identity, as_json)
-            found = found or check(content)
-            if found is None:
-                return content
-            problem, last = found, reply.text
-            messages = [
-                messages[0],
-                {"role": "assistant", "content": reply.text[:_QUOTED] or "..."},
-                {"role": "user", "content": problem.told(self.language)},
-            ]
-        raise Dropped(problem.reason, f"{step}: {problem.detail}".rstrip(": "), last)
+
+        def read(reply: Reply) -> Any:
+            content, problem = read_reply(reply.text, reply.finish, identity, as_json)
+            return problem or check(content) or content
+
+        key = f"{self.item}/{step}"
+        found, reply = await ask(
+            self.client, prompt, read, key=key, attempts=self.attempts, language=self.language, **sampling
+        )
+        if isinstance(found, Problem):
+            raise Dropped(found.reason, f"{step}: {found.detail}".rstrip(": "), reply.text)
+        return found
 
 
 def choice_text(question: str, options: list[str]) -> str:

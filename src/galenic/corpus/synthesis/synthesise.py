@@ -10,8 +10,7 @@ A killed run continues from its cache: what was answered is not asked again, and
 import asyncio
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from galenic.corpus.starter.holdout import stable_shuffle
 from galenic.corpus.synthesis import cases, encyclopaedia, long_context, online_qa, papers, safety
+from galenic.corpus.synthesis.asking import Watch, in_order
 from galenic.corpus.synthesis.budget import Budget, BudgetSpent
 from galenic.corpus.synthesis.cache import Cache
 from galenic.corpus.synthesis.checks import Problem
@@ -39,11 +39,10 @@ from galenic.corpus.synthesis.seeds import Selection, select
 from galenic.corpus.synthesis.steps import Ask, Draft, Dropped, Pipeline, Seed, load_prompts
 from galenic.corpus.synthesis.synthesise_config import SynthesiseConfig
 from galenic.corpus.synthesis.templates import offline
-from galenic.runtime import Plan, UserError, human, progress, write_json
+from galenic.runtime import Plan, human, progress, write_json
 
 Row = dict[str, Any]
 T = TypeVar("T")
-R = TypeVar("R")
 _MODULES = {"encyclopaedia": encyclopaedia, "cases": cases, "papers": papers, "online-qa": online_qa}
 _LOOK_AHEAD = 4  # seeds under way for each request under way: the slowest must not stop the others
 
@@ -148,50 +147,6 @@ async def _run(config: SynthesiseConfig) -> None:
             counts = statistics(tallies, writer, judge, budget, time.monotonic() - started)
         write_json(out / "stats.json", counts)
     _say(counts)
-
-
-async def in_order(
-    function: Callable[[T], Awaitable[R]], items: Iterable[T], many: int
-) -> AsyncGenerator[R, None]:
-    """Yields `function(item)` in the order of the items, `many` of them under way; an error cancels the rest."""
-    underway: deque[asyncio.Task[R]] = deque()
-    try:
-        for item in items:
-            underway.append(asyncio.ensure_future(_awaited(function, item)))
-            if len(underway) >= many:
-                yield await underway.popleft()
-        while underway:
-            yield await underway.popleft()
-    finally:
-        for task in underway:
-            task.cancel()
-        await asyncio.gather(*underway, return_exceptions=True)
-
-
-async def _awaited(function: Callable[[T], Awaitable[R]], item: T) -> R:
-    return await function(item)
-
-
-class Watch:
-    """Stops a run whose endpoint fails most of the items."""
-
-    def __init__(self, share: float, minimum: int) -> None:
-        self.share, self.minimum = share, minimum
-        self.over = self.failed = 0
-
-    def note(self, error: RequestFailed | None) -> None:
-        """Counts an item.
-
-        Raises:
-            UserError: too many have failed.
-        """
-        self.over += 1
-        self.failed += error is not None
-        if error is not None and self.over >= self.minimum and self.failed > self.share * self.over:
-            raise UserError(
-                f"endpoint: the requests of {self.failed} of {self.over} items failed, the last one with: {error}; "
-                "mend it and run the same command, what was answered is kept"
-            )
 
 
 @dataclass(frozen=True)
