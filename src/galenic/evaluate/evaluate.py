@@ -61,7 +61,7 @@ def plan(config: EvaluateConfig) -> Plan:
             if config.written_tokens
             else {}
         ),
-        **({"benchmarks": benchmarks.fact(config.benchmarks)} if config.benchmarks else {}),
+        **(benchmarks.facts(config.benchmarks) if config.benchmarks else {}),
     }
     return Plan(
         reads=config.reads(),
