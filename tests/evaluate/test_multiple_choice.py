@@ -1,17 +1,26 @@
+import itertools
+
+import numpy as np
 import pytest
+import torch
 from evaluate_helpers import naive_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from galenic.corpus.tokens.chat_format import encode_conversation, encode_text
+from galenic.evaluate import multiple_choice
 from galenic.evaluate.multiple_choice import (
+    Prompted,
     PromptFormat,
     best,
+    by_length,
     most_shared_words,
     option_log_probs,
+    option_scores,
     scores,
     tokenize,
 )
+from galenic.model import BaichuanM1Config, BaichuanM1ForCausalLM
 from galenic.runtime import UserError
 
 OPTIONS = ["a disease of the airways", "fever", "心脏", "Question: drug 12"]
@@ -31,6 +40,96 @@ def test_shared_prefix_equals_one_by_one(llama, tokenizer, name, batch_tokens):
             boundary = len(head + encode_text(tokenizer, prefix))
             assert whole[:boundary] == head + encode_text(tokenizer, prefix)  # no token straddles here
             assert value == pytest.approx(naive_log_probs(llama, whole)[boundary - 1 :].sum(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def baichuan():
+    """A random model with convolutions and a window that is shorter than the prompts."""
+    torch.manual_seed(2)
+    config = BaichuanM1Config(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_swa_attention_heads=2,
+        num_swa_key_value_heads=1,
+        sliding_window=8,
+        initializer_range=0.3,
+    )
+    model = BaichuanM1ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(8)
+    return model
+
+
+def rows_of_many_kinds():
+    """Prompts that begin alike, of every length; options that begin alike, are one token, or begin others."""
+    rng = np.random.default_rng(0)
+    begin = rng.integers(10, 60, 20).tolist()
+    for number in range(24):
+        prompt = begin + rng.integers(10, 60, number % 7).tolist()
+        same = rng.integers(10, 60, number % 3).tolist()
+        options = [same + rng.integers(10, 60, int(n)).tolist() for n in rng.integers(1, 6, 2 + number % 3)]
+        if number % 5 == 0:
+            options = [[11], [12], [13]]
+        if number % 5 == 1:
+            options = [[14], [14, 15], [14, 15, 16]]
+        yield prompt if number else prompt[:1], options
+
+
+@pytest.mark.parametrize("which", ["llama", "baichuan"])
+@pytest.mark.parametrize("price", [0, 64, 10_000])
+def test_whatever_is_shared_the_scores_are_those_of_whole_rows(request, monkeypatch, which, price):
+    model = request.getfixturevalue(which)
+    monkeypatch.setattr(multiple_choice, "_PASS", price)
+    prompts = [
+        Prompted.of([prompt + option for option in options], [len(option) for option in options])
+        for prompt, options in rows_of_many_kinds()
+    ]
+    shared = [
+        len(p.shared) - len(prompt) for p, (prompt, _) in zip(prompts, rows_of_many_kinds(), strict=True)
+    ]
+    assert min(shared) >= 0 and max(shared) >= 2  # options' first tokens are shared too
+    assert any(all(len(rest) == 1 for rest in p.rest) for p in prompts)
+    for batch_tokens in (1, 300, 100_000):
+        found = option_scores(model, prompts, batch_tokens=batch_tokens)
+        for (prompt, options), values in zip(rows_of_many_kinds(), found, strict=True):
+            for option, (value, likeliest) in zip(options, values, strict=True):
+                row = torch.tensor([prompt + option])
+                with torch.inference_mode():
+                    best_next = model(input_ids=row, use_cache=False).logits[0, :-1].argmax(-1)
+                told = naive_log_probs(model, prompt + option)[len(prompt) - 1 :]
+                assert value == pytest.approx(told.sum(), abs=2e-4)
+                assert likeliest == (best_next[len(prompt) - 1 :] == row[0, len(prompt) :]).all()
+
+
+def test_a_token_that_nothing_precedes_is_not_scored(llama):
+    prompted = Prompted.of([[7, 8], [9, 10]], [2, 2])
+    assert prompted.shared == []
+    (values,) = option_log_probs(llama, [prompted], batch_tokens=100)
+    assert values == pytest.approx([naive_log_probs(llama, row).sum() for row in ([7, 8], [9, 10])], abs=1e-4)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), max_size=7), price=st.integers(0, 20))
+def test_rows_are_divided_at_the_least_cost(lengths, price):
+    def cost(parts):
+        return sum(len(part) * max(part) + price for part in parts)
+
+    original, multiple_choice._PASS = multiple_choice._PASS, price
+    try:
+        found = by_length(lengths)
+    finally:
+        multiple_choice._PASS = original
+    assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
+    ordered, best_cost = sorted(lengths), 0 if not lengths else float("inf")
+    for cuts in itertools.product([False, True], repeat=max(0, len(lengths) - 1)):
+        places = [0, *(n + 1 for n, cut in enumerate(cuts) if cut), len(ordered)]
+        parts = [ordered[a:b] for a, b in itertools.pairwise(places)]
+        best_cost = min(best_cost, cost(parts)) if lengths else 0
+    assert cost([[lengths[place] for place in part] for part in found]) == best_cost
 
 
 def test_prompts_are_as_documented(tokenizer):
@@ -77,7 +176,7 @@ def test_a_token_across_the_boundary_counts_as_the_options():
     counted = [row[len(row) - length :] for row, length in zip(rows, prompted.lengths, strict=True)]
     assert [len(row) for row in counted] == [1 + 4, 5]  # ': f' e v e r ; ' ' g o u t
     assert counted[0][0] == 500
-    assert all(len(rest) > length for rest, length in zip(prompted.rest, prompted.lengths, strict=True))
+    assert all(len(row) > length for row, length in zip(rows, prompted.lengths, strict=True))
 
 
 @settings(deadline=None, max_examples=30)
@@ -90,7 +189,7 @@ def test_shared_and_rest_are_the_whole_text(tokenizer, question, options):
     for option, rest, length in zip(options, prompted.rest, prompted.lengths, strict=True):
         whole = [1, *encode_text(tokenizer, f"Question: {question}\nAnswer: {option}")]
         assert prompted.shared + rest == whole
-        assert 0 < length < len(rest) or not prompted.shared
+        assert 0 < length < len(whole) and rest
     assert not prompted.truncated
 
 

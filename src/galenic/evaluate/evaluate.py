@@ -63,7 +63,7 @@ def plan(config: EvaluateConfig) -> Plan:
             else {}
         ),
         **_probes_planned(config, questions),
-        **({"benchmarks": benchmarks.fact(config.benchmarks)} if config.benchmarks else {}),
+        **(benchmarks.facts(config.benchmarks) if config.benchmarks else {}),
     }
     return Plan(
         reads=config.reads(),

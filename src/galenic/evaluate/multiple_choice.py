@@ -15,14 +15,15 @@ option's tokens are those from the first one on that differs from the prompt tok
 the boundary so counts whole as the option's, instead of forcing a split the model never saw. The chat form ends in
 a marker, where no token can straddle. Markers written in a question are spelled out, never taken as special tokens.
 
-A question's prompt is computed once: its keys and values are cached, repeated for the options, and only the
-options' own tokens are run again.
+What the options of a question have in common, the prompt and perhaps their first words, is computed once: its keys and
+values are cached, repeated for the options, and only what differs is run again. An option that is one token is read off
+the prompt's own pass. What all prompts of a batch begin with, such as examples, is computed once for all.
 """
 
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,13 +33,15 @@ from galenic.corpus.tokens.chat_format import BOS, encode_text
 from galenic.corpus.tokens.chat_template import encode_chat, is_ours
 from galenic.runtime import UserError
 
-from .likelihood import Advance, target_log_probs
+from .likelihood import Advance
 
 SCORINGS = ("total", "per_byte", "pmi")
 BARE = "Answer:"
-# Prompts are cut at a multiple of this and the rest is run with each option: prompts of nearly equal length share a
-# batch without any padding in the cache.
-GRAIN = 4
+# Prompts of a batch are equally long, so that nothing in the cache is padded. A batch of fewer than so many takes
+# prompts that are up to so many tokens longer; what is too much of them is run with each option.
+_FEW, _SLACK = 4, 4
+# What one more pass costs, in tokens: as much as it has to save.
+_PASS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +49,26 @@ class Prompted:
     """One prompt with its options as token ids."""
 
     shared: list[int]
-    """Tokens common to all options; run once."""
+    """Tokens that all options begin with, those of the prompt first; run once."""
     rest: list[list[int]]
-    """For each option its remaining tokens: the end of the prompt, at least one token, then the option."""
+    """For each option its remaining tokens, at least one."""
     lengths: list[int]
-    """How many of the last tokens of each row are the option's."""
+    """How many of the last tokens of each row (shared and rest) are the option's."""
     truncated: bool = False
     """The prompt's beginning was cut to fit the context."""
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Sequence[int]], lengths: Sequence[int], *, truncated: bool = False
+    ) -> "Prompted":
+        """Divides rows of tokens, each a prompt and an option, into what they share and what not."""
+        cut = min(_common(min(rows), max(rows)), min(map(len, rows)) - 1)
+        return cls(
+            shared=list(rows[0][:cut]),
+            rest=[list(row[cut:]) for row in rows],
+            lengths=list(lengths),
+            truncated=truncated,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +127,14 @@ def tokenize(
     alone = head + encode_text(tokenizer, prefix)
     rows = [head + encode_text(tokenizer, prefix + prompt.join + option) for option in options]
     starts = [_common(alone, row) for row in rows]
-    cut = max(0, (min(starts) - 1) // GRAIN * GRAIN)
-    longest = max(len(row) for row in rows) - cut
-    if longest > context:
+    excess = max(0, max(map(len, rows)) - context)
+    if excess and excess >= min(starts):
+        longest = max(len(row) - start for row, start in zip(rows, starts, strict=True))
         raise UserError(
             f"an option of {longest} tokens does not fit the model's context of {context}: {options!r}"
         )
-    shared, truncated = alone[:cut], cut + longest > context
-    if truncated:
-        room = (context - longest) // GRAIN * GRAIN
-        shared = shared[:1] + shared[cut - room + 1 :] if room else []
-    return Prompted(
-        shared=shared,
-        rest=[row[cut:] for row in rows],
-        lengths=[len(row) - start for row, start in zip(rows, starts, strict=True)],
-        truncated=truncated,
-    )
+    lengths = [len(row) - start for row, start in zip(rows, starts, strict=True)]
+    return Prompted.of([row[:1] + row[1 + excess :] for row in rows], lengths, truncated=excess > 0)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -158,64 +166,145 @@ def option_scores(
         advance: called with the number of prompts after each batch.
     """
     scores: list[list[tuple[float, bool]]] = [[] for _ in prompts]
-
-    def shape(index: int) -> tuple[int, int]:
-        return len(prompts[index].shared), len(prompts[index].rest)
-
-    def longest(index: int) -> int:
-        return max(len(row) for row in prompts[index].rest)
-
-    order = sorted(range(len(prompts)), key=lambda i: (*shape(i), longest(i), i))
+    order = sorted(range(len(prompts)), key=lambda i: (*_size(prompts[i]), i))
     while order:
-        length, options = shape(order[0])
-        batch: list[int] = []
+        options, length, _ = _size(prompts[order[0]])
+        batch: list[Prompted] = []
         for index in order:
-            tokens = (len(batch) + 1) * max(length, options * longest(index))
-            if batch and (shape(index) != (length, options) or tokens > batch_tokens):
+            more, own, longest = _size(prompts[index])
+            tokens = (len(batch) + 1) * max(length, options * (longest + own - length - 1))
+            slack = _SLACK if len(batch) < _FEW else 0
+            if batch and (more != options or own > length + slack or tokens > batch_tokens):
                 break
-            batch.append(index)
-        order = order[len(batch) :]
-        for index, values in zip(batch, _run(model, [prompts[i] for i in batch]), strict=True):
+            batch.append(_cut(prompts[index], length))
+        done, order = order[: len(batch)], order[len(batch) :]
+        for index, values in zip(done, _run(model, batch), strict=True):
             scores[index] = values
         if advance:
             advance(len(batch))
     return scores
 
 
-def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[tuple[float, bool]]]:
-    """Scores prompts whose shared parts are equally long and that have equally many options."""
+def _size(prompt: Prompted) -> tuple[int, int, int]:
+    """Returns how many options a prompt has, how long its shared part is, and its longest rest."""
+    return len(prompt.rest), len(prompt.shared), max(map(len, prompt.rest))
+
+
+def _cut(prompt: Prompted, length: int) -> Prompted:
+    """Returns a prompt of which fewer tokens are shared."""
+    tail = prompt.shared[length:]
+    return replace(prompt, shared=prompt.shared[:length], rest=[tail + row for row in prompt.rest])
+
+
+def _shared(model: torch.nn.Module, prompts: Sequence[Prompted], keep: int) -> tuple[Any, torch.Tensor]:
+    """Runs the prompts' shared parts, which are equally long; returns their cache and the logits of the last `keep`."""
     device = next(model.parameters()).device
-    options = len(prompts[0].rest)
-    cache = None
-    if prompts[0].shared:
-        shared = torch.tensor([prompt.shared for prompt in prompts], device=device)
-        cache = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
+    first, last = min(prompt.shared for prompt in prompts), max(prompt.shared for prompt in prompts)
+    begin, cache = min(_common(first, last), len(first) - keep), None
+    if begin * (len(prompts) - 1) > _PASS:
+        ids = torch.tensor([first[:begin]], device=device)
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        # reorder_cache takes convolution states along; batch_repeat_interleave leaves them behind.
+        cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    ids = torch.tensor([prompt.shared[0 if cache is None else begin :] for prompt in prompts], device=device)
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    return output.past_key_values, output.logits[:, -keep:]
+
+
+def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[tuple[float, bool]]]:
+    """Scores prompts whose shared parts are equally long and that have equally many options.
+
+    Token t of a row is told by the logits behind token t - 1. So those of the shared part give the option's tokens in
+    it and the first one of its rest, and the rest is run without its last token.
+    """
+    device = next(model.parameters()).device
+    options, length = len(prompts[0].rest), len(prompts[0].shared)
     rows = [row for prompt in prompts for row in prompt.rest]
-    lengths = [length for prompt in prompts for length in prompt.lengths]
-    scores = [(0.0, True)] * len(rows)
-    # Short and long options apart: together the short ones would be half padding.
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    middle = len(order) // 2
-    for part in (order[:middle], order[middle:]):
-        if not part:
-            continue
+    lengths = [count for prompt in prompts for count in prompt.lengths]
+    scores, cache = [(0.0, True)] * len(rows), None
+
+    def add(index: int, log_probs: np.ndarray, likeliest: np.ndarray) -> None:
+        total, greedy = scores[index]
+        scores[index] = total + float(log_probs.sum()), greedy and bool(likeliest.all())
+
+    if length:
+        # Of each option: how many of its tokens stand in the shared part, behind the first.
+        inside = [max(0, min(length - 1, n - len(row))) for n, row in zip(lengths, rows, strict=True)]
+        keep = 1 + max(inside)
+        cache, logits = _shared(model, prompts, keep)
+        ids = [
+            [
+                *([token] * options for token in prompt.shared[length - keep + 1 :]),
+                [r[0] for r in prompt.rest],
+            ]
+            for prompt in prompts
+        ]
+        log_probs, likeliest = _told(logits, torch.tensor(ids, device=device))
+        for index, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            own = slice(keep - 1 - inside[index], keep if n >= len(row) else keep - 1)
+            where = index // options, own, index % options
+            add(index, log_probs[where], likeliest[where])
+    longer = [index for index, row in enumerate(rows) if len(row) > 1]
+    for places in by_length([len(rows[index]) for index in longer]):
+        part = [longer[place] for place in places]
         past = copy.deepcopy(cache)
         if past is not None:
-            # reorder_cache takes convolution states along; batch_repeat_interleave leaves them behind.
             past.reorder_cache(torch.tensor([index // options for index in part], device=device))
         ids = torch.zeros(len(part), len(rows[part[-1]]), dtype=torch.long)
         for place, index in enumerate(part):
             ids[place, : len(rows[index])] = torch.tensor(rows[index])
         ids = ids.to(device)
-        # What follows the last token is nobody's question.
-        logits = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None).logits
-        log_probs = target_log_probs(logits, ids[:, 1:]).double().cpu().numpy()
-        likeliest = (logits.argmax(-1) == ids[:, 1:]).cpu().numpy()
+        output = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None)
+        log_probs, likeliest = _told(output.logits, ids[:, 1:, None])
         for place, index in enumerate(part):
             end = len(rows[index]) - 1
-            own = slice(end - lengths[index], end)
-            scores[index] = float(log_probs[place, own].sum()), bool(likeliest[place, own].all())
+            own = slice(max(0, end - lengths[index]), end)
+            add(index, log_probs[place, own], likeliest[place, own])
     return [scores[start : start + options] for start in range(0, len(scores), options)]
+
+
+def _told(logits: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Returns log p of tokens in nats, and which are the likeliest of their place.
+
+    Args:
+        logits: (rows, places, vocabulary), any float dtype; reduced in float32.
+        ids: (rows, places, tokens) int64: one or several tokens that may stand at a place.
+
+    Returns:
+        (rows, places, tokens) each: float64 and bool.
+    """
+    logits = logits.float()
+    log_probs = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    likeliest = logits.argmax(-1, keepdim=True) == ids
+    return log_probs.double().cpu().numpy(), likeliest.cpu().numpy()
+
+
+def by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Divides rows into parts, each padded to its longest row and run in one pass, at the least cost.
+
+    The parts are runs of the rows in the order of their length. With l(1) < l(2) < ... the distinct lengths and n(i)
+    the number of rows up to l(i), the cheapest way to run the rows up to l(j) is
+    cost(j) = min over i < j of cost(i) + (n(j) - n(i)) l(j) + the price of a pass.
+
+    Args:
+        lengths: of the rows, in tokens.
+
+    Returns:
+        The rows' places, part by part, shortest first.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    ends = [
+        n for n in range(1, len(order) + 1) if n == len(order) or lengths[order[n]] > lengths[order[n - 1]]
+    ]
+    cost, begin = {0: 0}, {}
+    for end in ends:
+        longest = lengths[order[end - 1]]
+        cost[end], begin[end] = min((cost[n] + (end - n) * longest + _PASS, n) for n in cost)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[begin[end] : end])
+        end = begin[end]
+    return parts[::-1]
 
 
 def scores(total: Sequence[float], bare: Sequence[float], options: Sequence[str]) -> dict[str, list[float]]:

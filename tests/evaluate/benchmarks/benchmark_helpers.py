@@ -1,4 +1,7 @@
-"""Fixtures of every row: where they lie, and for each item an answer that is right and one that is wrong."""
+"""Fixtures of every row: where they lie, and for each item an answer that is right.
+
+All items were written for these tests; only their schemas are the data sets'.
+"""
 
 from pathlib import Path
 

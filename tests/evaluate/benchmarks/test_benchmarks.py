@@ -11,11 +11,13 @@ from benchmark_helpers import ANSWERS, FIXTURES, PLACES, place
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from galenic import cli
-from galenic.evaluate import evaluate
+from galenic.corpus.synthesis.synthesise_config import EndpointConfig
+from galenic.evaluate import evaluate, judging
 from galenic.evaluate.benchmarks import benchmarks, items
 from galenic.evaluate.benchmarks.config import BenchmarksConfig
 from galenic.evaluate.benchmarks.rows import ROWS
 from galenic.evaluate.config import EvaluateConfig
+from galenic.evaluate.judging import JudgeConfig, Verdict
 from galenic.evaluate.statistics import wilson
 from galenic.evaluate.written import Written
 from galenic.runtime import UserError
@@ -134,27 +136,22 @@ def test_samples_do_not_depend_on_the_order_of_the_file(tmp_path):
         assert picks[0] == picks[1] and len(picks[0]) == 2
 
 
-@dataclass
-class Points:
-    score: float | None
-    reason: str
+JUDGE = JudgeConfig(endpoint=EndpointConfig(base_url="http://127.0.0.1:9/v1", model="nobody"))
 
 
-def test_a_judge_scores_open_answers_and_diagnoses(told, tokenizer, tmp_path):
+def test_a_judge_scores_open_answers_and_diagnoses(told, tokenizer, tmp_path, monkeypatch):
     shown = []
 
-    def judge(asked):
+    def judge(self, asked):
         shown.append(asked)
-        return [Points([0.75, None, 0.0][n % 3], f"reason {n}") for n in range(len(asked))]
+        values = [0.75, None, 0.0][: len(asked)]
+        return [Verdict(score=v, reason=f"reason {n}", raw="", said=v and "1") for n, v in enumerate(values)]
 
+    monkeypatch.setattr(judging.Judge, "judge", judge)
     rows = {row: place(row) for row in ("CMBClin", "NEJMQA", "MedCalc")}
-    with pytest.raises(
-        UserError, match=r"rows.CMBClin: its answers are open texts, which only a judge can score"
-    ):
-        benchmarks.measure(config_of(rows=rows), told, tokenizer, "m", tmp_path)
     clinical = items.load("CMBClin", place("CMBClin"))
     Told.instead[clinical[2].prompt] = Written(text="痛风" * 50, ended=False, truncated=False)
-    numbers, lines = benchmarks.measure(config_of(rows=rows), told, tokenizer, "m", tmp_path, judge=judge)
+    numbers, lines = benchmarks.measure(config_of(rows=rows, judge=JUDGE), told, tokenizer, "m", tmp_path)
     assert [len(asked) for asked in shown] == [
         2,
         2,
@@ -164,19 +161,36 @@ def test_a_judge_scores_open_answers_and_diagnoses(told, tokenizer, tmp_path):
         "prompt": "cmb-clin",
         "question": clinical[0].question,
         "answer": "说明。",
-        "truth": "急性阑尾炎；转移性右下腹痛。",
+        "truth": ["急性阑尾炎；转移性右下腹痛。"],
+        "language": "zh",
     }
-    assert shown[1][0]["truth"] == "Myocardial infarction; Heart attack; Acute coronary syndrome"
+    assert shown[1][0]["truth"] == ["Myocardial infarction", "Heart attack", "Acute coronary syndrome"]
+    assert shown[1][0]["rule"] == 1
     by_row = {row: [line for line in lines if line["kind"] == row] for row in rows}
     assert [line["right"] for line in by_row["CMBClin"]] == [0.75, 0.0, 0.0]
     assert [line.get("problem") for line in by_row["CMBClin"]] == [None, "judge", "endless"]
     assert numbers["CMBClin"]["value"] == 0.25 and numbers["CMBClin"]["unanswered"] == 1
-    assert numbers["CMBClin"]["judge_failed"] == 1
+    assert numbers["CMBClin"]["judge_failed"] == 1 and numbers["CMBClin"]["judge"]["n"] == 2
     low, high = wilson(0.75, 3)
     assert (numbers["CMBClin"]["low"], numbers["CMBClin"]["high"]) == (low, high)
     assert [line["rule"] for line in by_row["NEJMQA"]] == [1.0, 1.0]  # what the rule said is kept beside it
     assert [line["right"] for line in by_row["NEJMQA"]] == [0.75, 0.0]
-    assert numbers["MedCalc"]["value"] == 1.0
+    assert numbers["MedCalc"]["value"] == 1.0 and "judge" not in numbers["MedCalc"]
+    again = benchmarks.measure(config_of(rows=rows, judge=JUDGE), told, tokenizer, "m", tmp_path)
+    assert again == (numbers, lines) and len(shown) == 2  # nothing is judged twice
+    Told.asked.clear()
+    other = JudgeConfig(endpoint=EndpointConfig(base_url="http://127.0.0.1:9/v1", model="somebody"))
+    benchmarks.measure(config_of(rows=rows, judge=other), told, tokenizer, "m", tmp_path)
+    assert len(shown) == 4 and not Told.asked  # another judge reads the same answers
+
+
+def test_every_row_with_a_judge_has_a_prompt_that_takes_its_items():
+    rows = {row: place(row) for row in PLACES if ROWS[row].judge}
+    config = config_of(rows=rows, judge=JUDGE)
+    facts = benchmarks.facts(config)
+    count = sum(len(items.load(row, place(row))) for row in rows)
+    assert facts["judge"].startswith("nobody at") and str(count) in facts["judge's requests"]
+    assert benchmarks.protocol(config)["benchmarks"].endswith("by nobody as a judge, see `judge`")
 
 
 # ---------------------------------------------------------------------------- the verb

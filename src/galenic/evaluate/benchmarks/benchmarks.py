@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from galenic.evaluate import inputs
+from galenic.evaluate import inputs, judging
 from galenic.evaluate.multiple_choice import PromptFormat
 from galenic.evaluate.statistics import wilson
 from galenic.evaluate.written import Writer, Written
@@ -21,45 +21,29 @@ from .rows import ROWS
 Advance = Callable[[int], None]
 
 
-class Points(Protocol):
-    """What a judge says of an answer."""
-
-    score: float | None
-    """Share of the points, in [0, 1]; none if it said nothing usable."""
-    reason: str
-
-
-Judge = Callable[[list[dict[str, Any]]], Sequence[Points]]
-"""Gives points for answers: {"id", "prompt", "question", "answer", "truth"}."""
-
-
-def load(config: BenchmarksConfig, judged: bool = False) -> dict[str, list[Item]]:
+def load(config: BenchmarksConfig) -> dict[str, list[Item]]:
     """Returns the sampled items of each row.
 
-    Args:
-        config: what is asked.
-        judged: whether there is a judge.
-
     Raises:
-        UserError: see `items.load`; or a row that only a judge can score.
+        UserError: see `items.load`.
     """
     found = {}
     for row, place in config.rows.items():
-        if ROWS[row].metric == "judge" and not judged:
-            raise UserError(
-                f"benchmarks.rows.{row}: its answers are open texts, which only a judge can score; leave the row out"
-            )
         every = items.load(row, place, f"benchmarks.rows.{row}")
         found[row] = inputs.sample(every, [item.id for item in every], config.samples, config.seed)
     return found
 
 
-def fact(config: BenchmarksConfig) -> str:
-    """Says what would be asked, for the plan."""
+def facts(config: BenchmarksConfig) -> dict[str, str]:
+    """Says what would be asked, and what a judge would take, for the plan."""
     rows = load(config)
     parts = [f"{human(sum(map(len, rows.values())))} items of {len(rows)} rows"] if rows else []
     parts += [f"{len(config.tasks)} lm-eval tasks"] if config.tasks else []
-    return ", ".join(parts) + ", each model"
+    told = {"benchmarks": ", ".join(parts) + ", each model"}
+    if config.judge is None:
+        return told
+    shown = [_shown(row, item, {"said": "", "right": 0.0}) for row in rows for item in rows[row]]
+    return told | judging.facts(config.judge, [each for each in shown if each], config.new_tokens)
 
 
 def measure(
@@ -69,11 +53,11 @@ def measure(
     name: str,
     out: Path,
     advance: Advance | None = None,
-    judge: Judge | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Asks a model all items.
 
-    A row that is answered is kept in `out/benchmarks/NAME/`, so that a killed run goes on with the next one.
+    A row that is answered is kept in `out/benchmarks/NAME/`: a killed run goes on with the next one, and another judge
+    judges the same answers.
 
     Args:
         config: what is asked.
@@ -82,41 +66,50 @@ def measure(
         name: what the model is called.
         out: folder of the evaluation.
         advance: called with the number of items that are done.
-        judge: gives points for open answers and diagnoses.
 
     Returns:
-        (row or task -> its numbers, one row an item).
+        (row or task -> its numbers, one line an item).
 
     Raises:
-        UserError: see `load`; lm-eval is not installed, does not know a task or cannot load its data.
+        UserError: see `load` and `judging.Judge`; lm-eval is not installed, does not know a task or cannot load its
+            data.
     """
     numbers: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
-    for row, asked in load(config, judge is not None).items():
-        kept, key = out / "benchmarks" / name / f"{row}.json", _key(config, asked, judge is not None)
+    lines: list[dict[str, Any]] = []
+    judge = None if config.judge is None else judging.Judge(config.judge, out / "judge")
+    for row, asked in load(config).items():
+        kept, key = out / "benchmarks" / name / f"{row}.json", _key(config, asked)
         found = read_json(kept) if kept.exists() else {}
         if found.get("key") == key:
             if advance:
                 advance(len(asked))
         else:
-            lines = ask(config, model, tokenizer, row, asked, advance)
-            found = {"key": key, "items": judged(row, asked, lines, judge) if judge else lines}
+            found = {"key": key, "said": ask(config, model, tokenizer, row, asked, advance)}
             write_json(kept, found)
-        rows += found["items"]
-        numbers[row] = summary(found["items"], ROWS[row].metric)
+        numbers[row], said = {}, found["said"]
+        if judge and ROWS[row].judge:
+            who = [judge.config.endpoint.base_url, judge.config.endpoint.model, judge.config.prompts]
+            if found.get("judge") != who:
+                said, told = judged(row, asked, said, judge)
+                found |= {"judge": who, "judged": said, "told": told}
+                write_json(kept, found)
+            said = found["judged"]
+            numbers[row] = {"judge": found["told"]} if found["told"] else {}
+        lines += said
+        numbers[row] = summary(said, ROWS[row].metric) | numbers[row]
     if config.tasks:
         from .lm import run_tasks  # lm-eval is an optional dependency
 
-        for task, (metric, found) in run_tasks(config, model, tokenizer).items():
-            rows += found
-            numbers[task] = summary(found, metric)
-    return numbers, rows
+        for task, (metric, more) in run_tasks(config, model, tokenizer).items():
+            lines += more
+            numbers[task] = summary(more, metric)
+    return numbers, lines
 
 
-def _key(config: BenchmarksConfig, asked: Sequence[Item], judged: bool) -> str:
+def _key(config: BenchmarksConfig, asked: Sequence[Item]) -> str:
     """Identifies what was asked and how."""
-    how = {name: getattr(config, name) for name in ("prompt", "system", "new_tokens")}
-    text = json.dumps([how, judged, [asdict(item) for item in asked]], sort_keys=True, ensure_ascii=False)
+    how = [config.prompt, config.system, config.new_tokens]
+    text = json.dumps([how, [asdict(item) for item in asked]], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -159,38 +152,40 @@ def scored(row: str, item: Item, answer: Written) -> dict[str, Any]:
     return line | ({"problem": verdict.problem} if verdict.problem else {})
 
 
-def judged(
-    row: str, asked: Sequence[Item], lines: Sequence[dict[str, Any]], judge: Judge
-) -> list[dict[str, Any]]:
-    """Puts a judge's points in the place of the rule's, where the row has a judge; `rule` keeps those.
-
-    What did not end or is empty is not shown to the judge: it stays wrong. So does what the judge failed on, which is
-    told as problem `judge`.
-    """
+def _shown(row: str, item: Item, line: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns what a judge is shown of an answer; none if it is not asked."""
     prompt = ROWS[row].judge
-    if prompt is None:
-        return list(lines)
-    places = [place for place, line in enumerate(lines) if line["said"] and line.get("problem") != "endless"]
-    shown = [
-        {
-            "id": lines[place]["id"],
-            "prompt": prompt,
-            "question": asked[place].question,
-            "answer": lines[place]["said"],
-            "truth": "; ".join(asked[place].answer),
-        }
-        for place in places
-    ]
-    found = list(lines)
-    for place, points in zip(places, judge(shown), strict=True):
+    if prompt is None or line.get("problem") == "endless":
+        return None
+    shown = {"id": item.id, "prompt": prompt, "question": item.question, "answer": line["said"]}
+    shown |= {"truth": list(item.answer), "language": ROWS[row].language}
+    return shown | ({} if item.kind == "judge" else {"rule": int(line["right"])})
+
+
+def judged(
+    row: str, asked: Sequence[Item], lines: Sequence[dict[str, Any]], judge: judging.Judge
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Puts a judge's points in the place of the rule's; `rule` keeps those.
+
+    What did not end is not shown to the judge: it stays wrong. So does what the judge failed on, which is told as
+    problem `judge`.
+
+    Returns:
+        (the lines, what is to be known about the judge: see `judging.summary`).
+    """
+    shown = [_shown(row, item, line) for item, line in zip(asked, lines, strict=True)]
+    places = [place for place, each in enumerate(shown) if each]
+    cases = [each for each in shown if each]
+    if not cases:
+        return list(lines), {}
+    found, verdicts = list(lines), judge.judge(cases)
+    for place, verdict in zip(places, verdicts, strict=True):
         line = {name: value for name, value in lines[place].items() if name != "problem"}
-        if asked[place].kind != "judge":
-            line["rule"] = line["right"]
-        if points.score is None:
-            found[place] = line | {"right": 0.0, "problem": "judge", "judged": points.reason}
-        else:
-            found[place] = line | {"right": float(points.score), "judged": points.reason}
-    return found
+        line |= {"rule": line["right"]} if asked[place].kind != "judge" else {}
+        failed = {"problem": "judge"} if verdict.score is None else {}
+        blank = {"problem": "none"} if verdict.blank else {}
+        found[place] = line | {"right": verdict.score or 0.0, "judged": verdict.reason} | failed | blank
+    return found, judging.summary(cases, verdicts)[str(ROWS[row].judge)]
 
 
 def summary(found: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
@@ -230,6 +225,9 @@ def protocol(config: BenchmarksConfig) -> dict[str, str]:
         "lm-eval's own task and prompt, on its Hub data, scored by likelihood or as the task says; at most "
         f"{config.samples} items, sampled by seed {config.seed}"
     )
+    if config.judge is not None:
+        names = ", ".join(row for row in config.rows if ROWS[row].judge)
+        written += f"; points of {names or 'no row'} by {config.judge.endpoint.model} as a judge, see `judge`"
     return {
         **({"benchmarks": written} if config.rows else {}),
         **({"benchmark_tasks": tasks} if config.tasks else {}),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from galenic.evaluate.judging.config import JudgeConfig
 from galenic.runtime import UserError, nearest
 
 from .rows import ROWS
@@ -29,13 +30,16 @@ class BenchmarksConfig:
     """System message of the chat prompt; none takes the chat format's own."""
     new_tokens: int = 1024
     """Tokens of an answer at most."""
+    judge: JudgeConfig | None = None
+    """Gives points for open answers and, in the place of the rule, for diagnoses. Default: rules only."""
     seed: int = 0
     """Fixes which items are sampled."""
 
     def reads(self) -> list[str]:
         """Inputs, for the fingerprint and the plan: what lies here, not on the Hub."""
         folder = [] if self.task_folder is None else [self.task_folder]
-        return [*(place for place in self.rows.values() if not place.startswith("hub:")), *folder]
+        judge = [] if self.judge is None else self.judge.reads()
+        return [*(place for place in self.rows.values() if not place.startswith("hub:")), *folder, *judge]
 
     def __post_init__(self) -> None:
         if not self.rows and not self.tasks:
@@ -45,6 +49,12 @@ class BenchmarksConfig:
                 raise UserError(
                     f"benchmarks.rows: the report has no row '{row}'{nearest(row, ROWS)}; its rows are "
                     f"{', '.join(ROWS)}"
+                )
+        for row in self.rows:
+            if ROWS[row].metric == "judge" and self.judge is None:
+                raise UserError(
+                    f"benchmarks.rows.{row}: its answers are open texts, which only a judge can score; give one in "
+                    "benchmarks.judge, or leave the row out"
                 )
         for name, value in (("samples", self.samples), ("new_tokens", self.new_tokens)):
             if value < 1:

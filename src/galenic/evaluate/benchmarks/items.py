@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from galenic.corpus.synthesis.steps import fill
+from galenic.corpus.synthesis.filling import fill
 from galenic.runtime import UserError
 
 from . import scoring

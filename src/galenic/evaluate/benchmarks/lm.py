@@ -18,7 +18,7 @@ from galenic.align.rollouts.sampling import end_tokens, ends_with, sample
 from galenic.corpus.tokens.chat_format import BOS
 from galenic.corpus.tokens.chat_template import is_ours
 from galenic.evaluate import inputs
-from galenic.evaluate.multiple_choice import GRAIN, Prompted, option_scores
+from galenic.evaluate.multiple_choice import Prompted, option_scores
 from galenic.runtime import UserError, nearest
 
 if TYPE_CHECKING:
@@ -124,17 +124,7 @@ class GalenicLM(TemplateLM):
             fits = len(context) + longest <= self.max_length + 1
             for part in [numbers] if fits else [[number] for number in numbers]:
                 rows = [(list(context) + requests[n][2])[-(self.max_length + 1) :] for n in part]
-                cut = max(
-                    0, min(len(row) - len(requests[n][2]) for n, row in zip(part, rows, strict=True)) - 1
-                )
-                cut = cut // GRAIN * GRAIN
-                prompts.append(
-                    Prompted(
-                        shared=rows[0][:cut],
-                        rest=[row[cut:] for row in rows],
-                        lengths=[len(requests[n][2]) for n in part],
-                    )
-                )
+                prompts.append(Prompted.of(rows, [len(requests[n][2]) for n in part]))
                 members.append(part)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         scores = option_scores(self.model, prompts, batch_tokens=self.batch_tokens)
