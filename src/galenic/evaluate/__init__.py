@@ -8,10 +8,13 @@ Out: `results.json` (one entry a model) and `items/<model>.jsonl` (one row a que
     conversations ------> bits per byte of the assistant's answers --+--> results.json --> report
     questions ----------> accuracy with its 95% interval ------------+
       by the options' likelihood, or by an answer of the model's own
+    benchmarks, probes -> folders of their own here ------------------+
                             |
                             +--> normalised average over the experts' domains (MetaGPT, arXiv 2406.11385, section 4)
 
 `statistics` holds the intervals and averages, `likelihood` the log-probabilities of tokens, `bits_per_byte` and
 `multiple_choice` two measures, `written` the answers that models write themselves, `models` opens a model, `inputs`
-what is read and refused. `evaluate` is the verb that runs them over all models.
+what is read and refused. `evaluate` is the verb that runs them over all models. Beside it: `benchmarks` (the report's
+rows, lm-eval's tasks), `judging` (a model that scores answers), `probes` (long context, safety, calibration), and the
+verb `compare` (two models on the same items).
 """
