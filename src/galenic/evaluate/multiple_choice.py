@@ -58,9 +58,7 @@ class Prompted:
     """The prompt's beginning was cut to fit the context."""
 
     @classmethod
-    def of(
-        cls, rows: Sequence[Sequence[int]], lengths: Sequence[int], *, truncated: bool = False
-    ) -> "Prompted":
+    def of(cls, rows: Sequence[list[int]], lengths: Sequence[int], *, truncated: bool = False) -> "Prompted":
         """Divides rows of tokens, each a prompt and an option, into what they share and what not."""
         cut = min(_common(min(rows), max(rows)), min(map(len, rows)) - 1)
         return cls(

@@ -117,7 +117,7 @@ def _parquet(path: Path) -> Iterator[Doc]:
 
 def _hub(place: str, key: str) -> Iterator[Doc]:
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyrefly: ignore[missing-import]
     except ImportError:
         raise UserError(f"{key}: {place} needs the datasets library: pip install 'galenic[eval]'") from None
     name, *rest = place.removeprefix(HUB).split(":")

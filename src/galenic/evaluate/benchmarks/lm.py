@@ -5,7 +5,7 @@ What differs is the work: the options of a question share their prompt, which is
 
 Needs `galenic[eval]`. Importing this module registers the model as `galenic`:
 
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
     simple_evaluate(model=GalenicLM(model, tokenizer), tasks=["medqa_4options"])
 """
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from .config import BenchmarksConfig
 
 try:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.metrics import mean
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval import simple_evaluate  # pyrefly: ignore[missing-import]
+    from lm_eval.api.metrics import mean  # pyrefly: ignore[missing-import]
+    from lm_eval.api.model import TemplateLM  # pyrefly: ignore[missing-import]
+    from lm_eval.tasks import TaskManager  # pyrefly: ignore[missing-import]
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyrefly: ignore[missing-import]
 except ImportError as error:
     raise UserError(f"lm-eval's tasks need lm-eval: pip install 'galenic[eval]' ({error})") from None
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset  # pyrefly: ignore[missing-import]
 
 from galenic.evaluate.benchmarks import items
 
