@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import math
 import re
 import shutil
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 from markupsafe import Markup
 
 from galenic import cli
-from galenic.report import benchmarks, cost, data, failures, probes, published, report, steps
+from galenic.evaluate.benchmarks import rows as published
+from galenic.report import benchmarks, cost, data, failures, probes, report, steps
 from galenic.report.config import ReportConfig
 from galenic.report.inputs import read_run, read_runs, resolve
-from galenic.report.paired import holm, paired_difference, verdict
 from galenic.runtime import UserError
 
 
@@ -134,47 +133,6 @@ def test_a_run_tells_its_settings_without_its_place(runs):
 
 
 # ---------------------------------------------------------------------------- differences
-
-
-def test_paired_difference_is_the_mean_of_differences():
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 2, 400).astype(float), rng.random(400)
-    found = paired_difference(list(a), list(b))
-    gaps = b - a
-    error = gaps.std(ddof=1) / math.sqrt(400)
-    assert found.value == pytest.approx(gaps.mean())
-    assert (found.low, found.high) == pytest.approx(
-        (gaps.mean() - 1.959964 * error, gaps.mean() + 1.959964 * error)
-    )
-    assert found.p == pytest.approx(2 * 0.5 * math.erfc(abs(gaps.mean()) / error / math.sqrt(2)))
-    same = paired_difference([1.0, 0.0], [1.0, 0.0])
-    assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
-    assert paired_difference([0.0, 0.0], [1.0, 1.0]).p == 0.0
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(1000):
-        both = rng.random((300, 2)) < (0.5, 0.6)
-        found = paired_difference(list(both[:, 0].astype(float)), list(both[:, 1].astype(float)))
-        hits += found.low <= 0.1 <= found.high
-    assert 0.93 <= hits / 1000 <= 0.97
-
-
-def test_holm_rejects_what_stepping_down_rejects():
-    rng = np.random.default_rng(2)
-    for _ in range(50):
-        p = [float(x) for x in rng.random(5) ** 3]
-        adjusted = holm(p)
-        rejected = set()
-        for rank, i in enumerate(sorted(range(5), key=lambda i: p[i])):
-            if p[i] > 0.05 / (5 - rank):
-                break
-            rejected.add(i)
-        assert {i for i in range(5) if adjusted[i] <= 0.05} == rejected
-    assert holm([]) == [] and holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
-    assert [verdict(1.0, 0.01), verdict(-1.0, 0.01), verdict(1.0, 0.05)] == ["better", "worse", "undecided"]
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +267,7 @@ def test_older_items_tell_the_options_picked_only():
 
 
 def test_published_averages_are_those_of_the_report():
-    means = [sum(row[i] for row in published.ROWS.values()) / 22 for i in range(5)]
+    means = [sum(row.published[i] for row in published.ROWS.values()) / 22 for i in range(5)]
     assert len(published.ROWS) == 22
     assert means == pytest.approx(published.AVERAGE, abs=0.01)
 

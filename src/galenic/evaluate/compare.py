@@ -16,6 +16,7 @@ from galenic.runtime import Plan, UserError, nearest, read_json, read_jsonl, wri
 
 from .compare_config import CompareConfig, place
 from .statistics import (
+    RESAMPLES,
     holm,
     interval,
     mcnemar,
@@ -182,14 +183,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     a, b = _read(config)
     kinds = _by_kind(_paired(config, a, b))
-    found: dict[str, dict[str, Any]] = {}
-    for kind, keys in kinds.items():
-        x, y = _scores(a.items, keys), _scores(b.items, keys)
-        found[kind] = {"n": len(keys), "a": summary(x), "b": summary(y), **_difference(config, x, y)}
-    for kind, adjusted in holm({kind: row["p"] for kind, row in found.items()}).items():
-        sign = found[kind]["difference"]["value"]
-        found[kind]["p_holm"] = adjusted
-        found[kind]["verdict"] = "undecided" if adjusted > LEVEL else "better" if sign > 0 else "worse"
+    scores = {kind: (_scores(a.items, keys), _scores(b.items, keys)) for kind, keys in kinds.items()}
+    found = differences(scores, resamples=config.resamples, seed=config.seed)
     compared = sum(map(len, kinds.values()))
     average = _normalised(config, a, b, kinds)
     return {
@@ -217,19 +212,37 @@ def _scores(rows: Mapping[Key, Mapping[str, Any]], keys: Sequence[Key]) -> np.nd
     return np.array([rows[key]["right"] for key in keys], dtype=np.float64)
 
 
-def _difference(config: CompareConfig, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    change = paired_bootstrap(x, y, resamples=config.resamples, seed=config.seed)
-    whole = bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
-    only_a, only_b = int((x > y).sum()), int((y > x).sum())
-    return {
-        "difference": {"value": change.value, "low": change.low, "high": change.high},
-        "only_a": only_a,
-        "only_b": only_b,
-        "test": "mcnemar" if whole else "sign flips",
-        "p": mcnemar(only_a, only_b)
-        if whole
-        else sign_flip(x, y, resamples=config.resamples, seed=config.seed),
-    }
+def differences(
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Compares two models kind by kind: values, the difference b - a with its interval, p, and a plain word.
+
+    Args:
+        scores: kind -> (scores of a, scores of b on the same items), each (items) in [0, 1].
+        resamples: draws of the bootstrap and of the sign flips.
+        seed: of the draws.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for kind, (x, y) in scores.items():
+        change = paired_bootstrap(x, y, resamples=resamples, seed=seed)
+        whole = bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
+        only_a, only_b = int((x > y).sum()), int((y > x).sum())
+        p = mcnemar(only_a, only_b) if whole else sign_flip(x, y, resamples=resamples, seed=seed)
+        found[kind] = {
+            "n": len(x),
+            "a": summary(x),
+            "b": summary(y),
+            "difference": {"value": change.value, "low": change.low, "high": change.high},
+            "only_a": only_a,
+            "only_b": only_b,
+            "test": "mcnemar" if whole else "sign flips",
+            "p": p,
+        }
+    for kind, adjusted in holm({kind: row["p"] for kind, row in found.items()}).items():
+        sign = found[kind]["difference"]["value"]
+        found[kind]["p_holm"] = adjusted
+        found[kind]["verdict"] = "undecided" if adjusted > LEVEL else "better" if sign > 0 else "worse"
+    return found
 
 
 def _normalised(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import published
+from galenic.evaluate.benchmarks import rows as published
 
 Results = dict[str, Any]
 
@@ -26,7 +26,9 @@ def benchmarks(models: Results) -> dict[str, Any] | None:
                 "name": row,
                 "metric": sure[0].get("metric", "") if sure else "",
                 "scores": scores,
-                "published": published.ROWS.get(row, (None,) * len(published.MODELS)),
+                "published": published.ROWS[row].published
+                if row in published.ROWS
+                else (None,) * len(published.MODELS),
             }
         )
     whole = [

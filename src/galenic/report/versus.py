@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from galenic.evaluate import compare
 from galenic.runtime import UserError
 
 from . import score_charts
 from .failures import Item, right
 from .inputs import Run
-from .paired import holm, paired_difference, verdict
 
 MOST = 6
 """Models whose differences are drawn; the table has all."""
@@ -46,29 +48,23 @@ def differences(runs: dict[str, Run], models: Sequence[Model], against: Model) -
         if model.name == against.name:
             continue
         theirs = _scores(runs[model.run], model.own)
-        found = []
+        scores = {}
         for kind in sorted(mine.keys() & theirs.keys()):
             if not _same(runs[against.run], runs[model.run], mine[kind], theirs[kind]):
                 left_out.append(f"{model.name} on {kind}")
                 continue
             items = sorted(mine[kind])
-            found.append(
-                (
-                    kind,
-                    paired_difference([mine[kind][i] for i in items], [theirs[kind][i] for i in items]),
-                )
-            )
-        adjusted = holm([difference.p for _, difference in found])
+            scores[kind] = tuple(np.array([each[kind][item] for item in items]) for each in (mine, theirs))
         rows += [
             {
                 "model": model.name,
                 "kind": kind,
-                "n": d.n,
-                "measure": (100 * d.value, 100 * d.low, 100 * d.high),
-                "p": p,
-                "verdict": verdict(d.value, p),
+                "n": told["n"],
+                "measure": tuple(100 * told["difference"][key] for key in ("value", "low", "high")),
+                "p": told["p_holm"],
+                "verdict": told["verdict"],
             }
-            for (kind, d), p in zip(found, adjusted, strict=True)
+            for kind, told in compare.differences(scores).items()
         ]
     if not rows:
         return None
