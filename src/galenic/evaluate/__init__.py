@@ -13,6 +13,7 @@ Out: `results.json` (one entry a model) and `items/<model>.jsonl` (one row a que
 
 `statistics` holds the intervals and averages, `likelihood` the log-probabilities of tokens, `bits_per_byte` and
 `multiple_choice` two measures, `written` the answers that models write themselves, `models` opens a model, `inputs`
-what is read and refused. `evaluate` is the verb that runs them over all models; `chat` talks to one model in the
-terminal.
+what is read and refused. `evaluate` is the verb that runs them over all models; `compare` says which of two
+models is better on the same items; `chat` talks to one model in the terminal. `probes/` holds measures of our own: long
+context, safety, calibration, position bias, contamination.
 """
