@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from evaluate_helpers import write_rows
 from test_evaluate import config_of, evaluated, folders  # noqa: F401  # fixtures: a real evaluation
 
-from galenic import cli
+from galenic import build, cli
 from galenic.evaluate import compare
 from galenic.evaluate.compare_config import CompareConfig
 from galenic.evaluate.statistics import holm, mcnemar, normalised_average, paired_bootstrap, wilson
@@ -188,7 +189,7 @@ def test_a_folder_with_a_colon_in_its_name(tmp_path):
     first = evaluation(tmp_path / "run:1", {"one": {"x": [1.0]}})
     second = evaluation(tmp_path / "run:2", {"one": {"x": [1.0]}})
     found = compare.compare(CompareConfig(a=str(first), b=f"{second}:one"))
-    assert found["b"] == f"{second}:one" and found["kinds"]["x"]["verdict"] == "undecided"
+    assert found["b"] == f"{tmp_path.name}/run:2:one" and found["kinds"]["x"]["verdict"] == "undecided"
 
 
 def test_on_the_command_line(both, tmp_path, capsys):
@@ -197,7 +198,7 @@ def test_on_the_command_line(both, tmp_path, capsys):
     assert "recall" in capsys.readouterr().out
     assert cli.main(words) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == f"a  {both}:one" and table[1] == f"b  {both}:two"
+    assert table[:2] == [f"a  {both.parent.name}/run:one", f"b  {both.parent.name}/run:two"]
     assert table[3].split() == [
         "n",
         "a",
@@ -223,6 +224,19 @@ def test_on_the_command_line(both, tmp_path, capsys):
     assert cli.main([*words[:3], f"{both}:tow"]) == 2
     assert "did you mean 'two'" in capsys.readouterr().err
     assert cli.main(words[:3]) == 2
+
+
+def test_as_a_step_of_a_recipe(both, tmp_path):
+    recipe, run = tmp_path / "recipe", tmp_path / "built"
+    recipe.mkdir()
+    (recipe / "70-evaluate.yaml").write_text("models: {one: m, two: n}\nquestions: q\n")
+    (recipe / "75-compare.yaml").write_text("a: RUN/70-evaluate/:one\nb: RUN/70-evaluate/:two\n")
+    step = build.read_recipe(recipe, run)[1]
+    shutil.copytree(both, run / "70-evaluate")
+    (run / "70-evaluate/done.json").write_text('{"fingerprint": "x"}')
+    build.run_step("compare", step.config, build.fingerprint("compare", step.config, run))
+    found = json.loads((run / "75-compare/compare.json").read_text())
+    assert found["kinds"]["recall"]["verdict"] == "better" and (run / "75-compare/done.json").exists()
 
 
 def test_comparing_needs_no_torch(both):

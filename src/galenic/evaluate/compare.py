@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from galenic.runtime import Plan, UserError, nearest, read_json, read_jsonl, write_json
+from galenic.runtime import Plan, UserError, folder_name, nearest, read_json, read_jsonl, write_json
 
 from .compare_config import CompareConfig, place
 from .statistics import (
@@ -104,6 +104,11 @@ class Evaluated:
         """What the model is called in a message."""
         return f"{self.folder}:{self.model}"
 
+    @property
+    def name(self) -> str:
+        """What the model is called in a result, wherever on this machine it lies."""
+        return f"{folder_name(str(self.folder))}:{self.model}"
+
     def experts(self) -> dict[str, dict[Key, dict[str, Any]]]:
         """Returns kind -> the items of that kind's expert, of the same evaluation."""
         return {
@@ -188,8 +193,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     compared = sum(map(len, kinds.values()))
     average = _normalised(config, a, b, kinds)
     return {
-        "a": a.label,
-        "b": b.label,
+        "a": a.name,
+        "b": b.name,
         "items": {"compared": compared, "only_a": len(a.items) - compared, "only_b": len(b.items) - compared},
         "kinds": found,
         "normalised_average": None if isinstance(average, str) else average,

@@ -59,7 +59,7 @@ def mean_interval(scores: Sequence[float] | np.ndarray, z: float = Z95) -> tuple
     variance: as many right-or-wrong answers as would leave m equally uncertain. For scores of 0 and 1 it is `wilson`
     exactly. Where all scores are the same nothing is known of their spread, and the largest one possible is taken, n.
 
-    Source: P. S. Kott, P. G. Andersson, O. Nerman, ISI Proceedings 53 (2001), who put an effective sample size into
+    Source: P. S. Kott, P. G. Andersson, O. Nerman, FCSM Research Conference 2001, who put an effective sample size into
     Wilson's interval; E. L. Korn, B. I. Graubard, Survey Methodology 24 (1998), pages 193-201, for that size.
     """
     values = _scores(scores)

@@ -1,6 +1,9 @@
 """All probes in a real evaluation, killed and resumed, compared; and what their configuration refuses."""
 
 import json
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -129,36 +132,23 @@ def test_probes_can_be_compared(probed):
     assert found["kinds"]["probe-positions-code"]["test"] in ("sign flips", "mcnemar")
 
 
-def test_progress_counts_every_prompt(probed, folders):  # noqa: F811
+def test_progress_counts_every_prompt(probed, tmp_path, monkeypatch):
     counts = probes.prompts(probed.probes, {"recall": [question(i) for i in range(7)], "code": []})
     assert counts == {
         "needle": 12, "hops": 2, "safety": 160, "positions": 12, "calibration": 0, "contamination": 0,
     }  # fmt: skip
     plan = evaluate.plan(probed)
     assert "needle (12 prompts), hops (2 prompts), safety (160 prompts)" in plan.facts["probes"]
-    done = []
-    real = evaluate.progress
-
-    class Bar:
-        def update(self, n=1, note=""):
-            done.append(n)
-
-    from contextlib import contextmanager
+    done, totals = [], []
 
     @contextmanager
     def counted(total, *args, **kwargs):
-        yield Bar()
-        assert sum(done) == total
+        totals.append(total)
+        yield SimpleNamespace(update=lambda n=1, note="": done.append(n))
 
-    evaluate.progress = counted
-    try:
-        import tempfile
-        from dataclasses import replace
-
-        with tempfile.TemporaryDirectory() as out:
-            evaluate.run(replace(probed, out=out))
-    finally:
-        evaluate.progress = real
+    monkeypatch.setattr(evaluate, "progress", counted)
+    evaluate.run(replace(probed, out=str(tmp_path)))
+    assert [sum(done)] == totals
 
 
 def test_probes_alone_from_yaml(folders, tmp_path, capsys):  # noqa: F811

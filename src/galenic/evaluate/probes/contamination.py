@@ -16,9 +16,6 @@ from galenic.runtime import UserError, read_json, write_json
 
 from .haystack import documents
 
-BATCH = 2000
-"""Documents searched at a time."""
-
 PROTOCOL = (
     "share of the questions asked that occur in training documents: a run of 13 words or 20 Han characters, the whole "
     "of a shorter one with its answer near, or a near copy (docs/corpus-decontamination.md); unsearched: too short "
@@ -39,13 +36,14 @@ def search(files: Sequence[Path], corpus: str) -> dict[str, dict[str, list[str]]
     evaluations = Evaluations.read([str(file) for file in files])
     owners, starts = evaluations.piece_items
     found: set[int] = set()
-    texts = [text for text, split in documents(Path(corpus)) if split != "heldout"]
-    if not texts:
-        raise UserError(f"probes.contamination.corpus: {corpus} holds no training documents")
-    for first in range(0, len(texts), BATCH):
-        for spans in find_spans(column(texts[first : first + BATCH]), evaluations).values():
+    read = 0
+    for texts in documents(Path(corpus), heldout=False):
+        read += len(texts)
+        for spans in find_spans(column(texts), evaluations).values():
             for span in spans:
                 found |= set(owners[starts[span.piece] : starts[span.piece + 1]].tolist())
+    if not read:
+        raise UserError(f"probes.contamination.corpus: {corpus} holds no training documents")
     searched = set(owners.tolist())
     told: dict[str, dict[str, list[str]]] = {file.stem: {"found": [], "unsearched": []} for file in files}
     for number, (name, file) in enumerate(zip(evaluations.items, evaluations.files, strict=True)):

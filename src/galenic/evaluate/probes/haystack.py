@@ -86,15 +86,14 @@ def source(path: str | None) -> Source:
     """
     if path is None:
         return made
-    documents = [sentences(text) for text in read(path)]
-    documents = [document for document in documents if document]
-    if not documents:
+    texts = [found for text in read(path) if (found := sentences(text))]
+    if not texts:
         raise UserError(f"probes.haystack: {path} holds no text")
 
     def given(random: np.random.Generator, language: str) -> Iterator[str]:
         while True:
-            for place in random.permutation(len(documents)):
-                yield from documents[place]
+            for place in random.permutation(len(texts)):
+                yield from texts[place]
 
     return given
 
@@ -107,7 +106,7 @@ def read(path: str) -> list[str]:
     """
     place = Path(path)
     if (place / "documents.parquet").exists():
-        texts = [text for text, split in documents(place) if split == "heldout"]
+        texts = [text for batch in documents(place, heldout=True) for text in batch]
         if not texts:
             raise UserError(
                 f"probes.haystack: {path} holds no held-out documents; raise the corpus' held-out share"
@@ -130,15 +129,21 @@ def read(path: str) -> list[str]:
     return texts
 
 
-def documents(corpus: Path) -> Iterator[tuple[str, str]]:
-    """Yields (text, split) of a corpus step's documents; without a split all are for training."""
+def documents(corpus: Path, *, heldout: bool) -> Iterator[list[str]]:
+    """Yields the texts of a corpus step's held-out documents, or of all others, in batches of a few thousand."""
     from pyarrow import dataset
 
     found = dataset.dataset(str(corpus / "documents.parquet"), format="parquet")
-    columns = [name for name in ("text", "split") if name in found.schema.names]
-    for batch in found.to_batches(columns=columns):
-        for row in batch.to_pylist():
-            yield row["text"], row.get("split", "train")
+    if "split" in found.schema.names:
+        split = dataset.field("split")
+        chosen = split == "heldout" if heldout else (split != "heldout") | split.is_null()
+    elif heldout:
+        return
+    else:
+        chosen = None
+    for batch in found.to_batches(columns=["text"], filter=chosen, batch_size=4096):
+        if len(batch):
+            yield batch.column("text").to_pylist()
 
 
 def sentences(text: str) -> list[str]:
