@@ -18,6 +18,7 @@ def benchmarks(models: Results) -> dict[str, Any] | None:
         return None
     others = sorted({row for found in measured.values() for row in found if row not in published.ROWS})
     rows: list[dict[str, Any]] = []
+    unknown = (None,) * len(published.MODELS)
     for row in (*published.ROWS, *others):
         scores = [found.get(row) for found in measured.values()]
         sure = [score for score in scores if score]
@@ -26,9 +27,7 @@ def benchmarks(models: Results) -> dict[str, Any] | None:
                 "name": row,
                 "metric": sure[0].get("metric", "") if sure else "",
                 "scores": scores,
-                "published": published.ROWS[row].published
-                if row in published.ROWS
-                else (None,) * len(published.MODELS),
+                "published": published.ROWS[row].published if row in published.ROWS else unknown,
             }
         )
     whole = [

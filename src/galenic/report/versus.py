@@ -54,7 +54,8 @@ def differences(runs: dict[str, Run], models: Sequence[Model], against: Model) -
                 left_out.append(f"{model.name} on {kind}")
                 continue
             items = sorted(mine[kind])
-            scores[kind] = tuple(np.array([each[kind][item] for item in items]) for each in (mine, theirs))
+            ours, others = (np.array([each[kind][item] for item in items]) for each in (mine, theirs))
+            scores[kind] = ours, others
         rows += [
             {
                 "model": model.name,

@@ -79,7 +79,7 @@ def measure(
     judge = None if config.judge is None else judging.Judge(config.judge, out / "judge")
     for row, asked in load(config).items():
         kept, key = out / "benchmarks" / name / f"{row}.json", _key(config, asked)
-        found = read_json(kept) if kept.exists() else {}
+        found: dict[str, Any] = read_json(kept) if kept.exists() else {}
         if found.get("key") == key:
             if advance:
                 advance(len(asked))

@@ -90,7 +90,7 @@ def load(row: str, place: str, key: str | None = None) -> list[Item]:
         raise UserError(f"{key}: there are no items of this row in {place}")
     ids = [item.id for item in found]
     if len(set(ids)) < len(ids):  # some number each of their files anew
-        found = [Item(**{**item.__dict__, "id": str(n)}) for n, item in enumerate(found)]
+        found = [replace(item, id=str(n)) for n, item in enumerate(found)]
     return found
 
 

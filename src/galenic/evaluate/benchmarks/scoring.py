@@ -226,7 +226,7 @@ def score_number(text: str, low: float, high: float) -> Verdict:
     return verdict([f"{number:g}" for number in found], inside)
 
 
-_MONTHS: list[str] = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTHS: list[str] = list("jan feb mar apr may jun jul aug sep oct nov dec".split())
 _MONTH = rf"(?P<month>{'|'.join(_MONTHS)})[a-z]*"
 _DATES = tuple(
     re.compile(pattern, re.IGNORECASE)
