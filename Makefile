@@ -10,13 +10,13 @@ MODELS := data/models
 BROWSER := data/browser
 PEERS := $(patsubst tests/parity/peers/%.txt,.venvs/%/.installed,$(wildcard tests/parity/peers/*.txt))
 
-.PHONY: help starter smollm2 smoke test test-slow test-long parity peers lint types check env data clean
+.PHONY: help starter smollm2 smoke test test-slow test-long parity parity-vllm peers lint types check env data clean
 help:
 	@echo "make starter    train, merge, align, flatten, evaluate and report the starter model (under half an hour)"
 	@echo "make smollm2    three experts of an existing model, merged, flattened, evaluated (well over an hour)"
 	@echo "make smoke      the same steps with tiny budgets (about a minute)"
 	@echo "make test       the tests; make test-slow: the long ones; make test-long: still longer ones"
-	@echo "make parity     other people's software against ours, in environments of its own (make peers)"
+	@echo "make parity     other people's software against ours, in environments of its own (make peers); make parity-vllm"
 	@echo "make check      ruff and types"
 	@echo "make clean      remove the environments and the downloaded data"
 
@@ -76,8 +76,12 @@ peers: $(PEERS)
 	test ! -f $(<:.txt=.remove) || $(@D)/bin/python -m pip uninstall --quiet --yes -r $(<:.txt=.remove)
 	@touch $@
 
-parity: env peers
-	$(BIN)/python -m pytest tests/parity
+parity: env $(filter-out .venvs/vllm/.installed,$(PEERS))
+	$(BIN)/python -m pytest tests/parity --ignore tests/parity/test_vllm.py
+
+# vLLM by itself: its environment takes gigabytes and its tests a quarter of an hour.
+parity-vllm: env .venvs/vllm/.installed
+	$(BIN)/python -m pytest tests/parity/test_vllm.py
 
 lint: env
 	$(BIN)/ruff check src tests benchmarks
