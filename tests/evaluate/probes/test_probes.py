@@ -224,7 +224,7 @@ def test_the_haystack_is_told(folders, tmp_path):  # noqa: F811
             ),
             "probes.calibration needs questions",
         ),
-        (lambda: EvaluateConfig(out="o", models={"a": "m"}), "questions, conversations or probes"),
+        (lambda: EvaluateConfig(out="o", models={"a": "m"}), "conversations, benchmarks or probes"),
     ],
 )
 def test_config_refuses_contradictions(make, message):
