@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from galenic.evaluate.judging import Verdict, agreement, kappa, summary
-from galenic.evaluate.judging.agreement import chance_agreement, confusion, label, share
+from galenic.evaluate.judging import Verdict, kappa, summary
+from galenic.evaluate.judging.agreement import agreement, chance_agreement, confusion, label, share
 from galenic.evaluate.statistics import wilson
 
 

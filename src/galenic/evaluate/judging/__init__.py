@@ -11,8 +11,23 @@ reply is worth, `judge` asks, `agreement` measures. Baichuan-M1 (arXiv 2502.1267
 its medical benchmarks with such a judge.
 """
 
-from .agreement import agreement, kappa, summary
-from .config import JudgeConfig
-from .judge import Judge, Verdict, facts
+from typing import Any
 
-__all__ = ["Judge", "JudgeConfig", "Verdict", "agreement", "facts", "kappa", "summary"]
+NAMES = {
+    "Judge": "judge",
+    "JudgeConfig": "config",
+    "Verdict": "judge",
+    "facts": "judge",
+    "kappa": "agreement",
+    "summary": "agreement",
+}
+"""What is used from elsewhere -> the file it is in."""
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a file only when something of it is used: configurations are read without its libraries."""
+    if name not in NAMES:
+        raise AttributeError(f"module 'galenic.evaluate.judging' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"galenic.evaluate.judging.{NAMES[name]}"), name)
