@@ -13,22 +13,35 @@ alignment = pytest.importorskip("alignment")
 from galenic.runtime import read_jsonl, write_jsonl  # noqa: E402
 
 
-def test_every_chain_goes_on_from_one_of_an_earlier_round():
-    done = [()]
-    for chains in alignment.rounds():
-        assert all(chain == () or chain[:-1] in done for chain in chains)
-        if any(chain[-1:] == ("ppo",) for chain in chains):
-            assert alignment.REWARD in done
-        done += chains
-    assert len(done) == len(set(done)) + 1  # the base: before all, and measured last
-    assert {*alignment.ARMS, alignment.REWARD} <= set(done)
-    assert next(alignment.rounds()) == [("sft",)]  # what every other one is measured from
+def test_every_unit_needs_what_it_goes_on_from():
+    units = {
+        name: (task, tuple(stages), seed, needs)
+        for name, task, stages, seed, needs in alignment.plan_units(2)
+    }
+    for task, stages, seed, needs in units.values():
+        needed = [units[name] for name in needs]
+        assert all(other[0] == "train" and other[2] == seed for other in needed)
+        chains = [other[1] for other in needed]
+        if task == "train":
+            assert chains == [
+                *([stages[:-1]] if stages[1:] else []),
+                *([alignment.REWARD] if stages[-1] == "ppo" else []),
+            ]
+        else:  # held against SFT of the same seed
+            assert chains == [chain for chain in (stages, ("sft",)) if chain]
+    trained = [(stages, seed) for task, stages, seed, _ in units.values() if task == "train"]
+    measured = [(stages, seed) for task, stages, seed, _ in units.values() if task == "measure"]
+    assert len(set(trained)) == len(trained) and trained[0][0] == ("sft",)  # what most others wait for
+    assert set(measured) == {((), 0), *((arm, seed) for arm in alignment.ARMS if arm for seed in range(2))}
 
 
 def test_the_arms_are_the_chain_and_each_stage_left_out():
     assert alignment.CHAIN in alignment.ARMS
     for stage in alignment.CHAIN:
-        assert tuple(other for other in alignment.CHAIN if other != stage) in alignment.ARMS
+        left = [other for other in alignment.CHAIN if other != stage]
+        if stage == "sft":
+            left[0] = "elo-30"
+        assert tuple(left) in alignment.ARMS
     for one, other in alignment.COMPARED:
         assert one in alignment.ARMS and other in alignment.ARMS
 
@@ -71,15 +84,14 @@ def test_curves_hold_what_every_step_tells():
 def results():
     """Two seeds of every chain; each stage adds one to every measure, the second seed a little more."""
     found = {}
-    for chains in alignment.rounds():
-        for chain in chains:
-            units = []
-            for seed in range(2):
-                measures = {name: len(chain) * (1 + 0.01 * seed) for name, *_ in alignment.COLUMNS}
-                curves = {"reward": [-2.0 + seed, -1.0], "accuracy": [0.1, 0.2 + seed / 10]}
-                heldout = [{"kind": "heldout", "step": 5, "accuracy": 0.7 + seed / 10, "loss": 0.6}]
-                units.append({"measures": measures, "curves": curves, "heldout": heldout, "seconds": 1.0})
-            found[alignment.named(chain)] = units
+    for _, task, stages, seed, _ in alignment.plan_units(2):
+        measures = {name: len(stages) * (1 + 0.01 * seed) for name, *_ in alignment.COLUMNS}
+        told = {
+            "curves": {"reward": [-2.0 + seed, -1.0], "accuracy": [0.1, 0.2 + seed / 10]},
+            "heldout": [{"kind": "heldout", "step": 5, "accuracy": 0.7 + seed / 10, "loss": 0.6}],
+        }
+        arm = found.setdefault(alignment.named(stages), {})
+        arm.setdefault(task, []).append(told if task == "train" else measures)
     return found
 
 

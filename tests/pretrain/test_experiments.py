@@ -153,6 +153,22 @@ def test_units_are_made_once_and_again_when_their_settings_change(tmp_path):
     assert units.run_units(dict, work, tmp_path, workers=1, settings="b")["one"]["x"] == 1
 
 
+def noted(file: str, name: str) -> dict:
+    with open(file, "a") as lines:
+        lines.write(name + "\n")
+    return {}
+
+
+def test_units_begin_when_what_they_need_is_done(tmp_path):
+    order = tmp_path / "order"
+    work = {name: {"file": str(order), "name": name} for name in ("last", "first", "second")}
+    needs = {"last": ["second"], "second": ["first"]}
+    units.run_units(noted, work, tmp_path / "out", workers=2, needs=needs)
+    assert order.read_text().split() == ["first", "second", "last"]
+    with pytest.raises(ValueError, match="need each other"):
+        units.run_units(noted, work, tmp_path / "ring", workers=2, needs=needs | {"first": ["last"]})
+
+
 def test_figures_are_the_same_bytes(tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("a", "b"):
