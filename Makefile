@@ -60,7 +60,7 @@ test: env $(BROWSER)/.fetched
 test-slow: env data
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long"
 
-# More of what test-slow has one of each: kills of every verb, whole and with an adapter, on one process and on two.
+# More of what test-slow has one of each: kills, and two processes against one, of every verb, model and adapter.
 test-long: env
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long
 

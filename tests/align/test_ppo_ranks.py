@@ -63,9 +63,9 @@ LORA, OFFLOADED = {"lora": {"rank": 4}}, {"reference": {"offload": True}}
     [
         ("ours", {}),
         ("ours", LORA),
-        ("llama", LORA),
+        pytest.param("llama", LORA, marks=pytest.mark.long),
         ("llama", OFFLOADED),
-        ("llama", {"parallel": {"micro_rows": 1}}),
+        pytest.param("llama", {"parallel": {"micro_rows": 1}}, marks=pytest.mark.long),
     ],
 )
 def test_two_processes_align_as_one(ranks, inputs, tmp_path, model, changes):

@@ -163,45 +163,50 @@ QUICK = [
     ("reward", "ours", "full"),
 ]
 SLOW = [
-    ("sft", "ours", "full"),
-    ("sft", "ours", "lora"),
     ("sft", "ours", "parts"),
     ("sft", "ours", "shift"),
+    ("sft", "capped", "lora"),
+    ("tdpo", "ours", "copies"),
+    ("tdpo", "untied", "head"),
+    ("tdpo", "capped", "full"),
+    ("reward", "llama", "lora"),
+    ("elo", "gpt2", "full"),
+    ("elo", "ours", "offloaded"),
+    ("ppo", "ours", "lora"),
+    ("ppo", "gpt2", "offloaded"),
+]
+LONG = [
+    ("sft", "ours", "full"),
+    ("sft", "ours", "lora"),
     ("sft", "llama", "lora"),
     ("tdpo", "ours", "full"),
     ("tdpo", "ours", "lora"),
     ("tdpo", "ours", "parts"),
-    ("tdpo", "ours", "copies"),
-    ("tdpo", "untied", "head"),
-    ("tdpo", "capped", "full"),
     ("tdpo", "gpt2", "lora"),
-    ("sft", "capped", "lora"),
     ("sft", "gpt2", "full"),
-    ("elo", "gpt2", "full"),
     ("ppo", "capped", "lora"),
-    ("ppo", "gpt2", "offloaded"),
     ("tdpo", "llama", "full"),
     ("tdpo", "llama", "offloaded"),
     ("reward", "ours", "lora"),
     ("reward", "ours", "parts"),
     ("reward", "llama", "full"),
-    ("reward", "llama", "lora"),
     ("elo", "ours", "full"),
-    ("elo", "ours", "offloaded"),
     ("elo", "llama", "lora"),
     ("elo", "llama", "parts"),
     ("ppo", "ours", "full"),
-    ("ppo", "ours", "lora"),
     ("ppo", "ours", "parts"),
     ("ppo", "llama", "full"),
     ("ppo", "llama", "offloaded"),
     ("ppo", "llama", "lora"),
 ]
+MARKED = [
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    *(pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.long]) for case in LONG),
+]
+"""In CI each verb, each kind of model and each variant once; the others in `make test-long`."""
 
 
-@pytest.mark.parametrize(
-    ("verb", "model", "variant"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-)
+@pytest.mark.parametrize(("verb", "model", "variant"), [*QUICK, *MARKED])
 def test_two_processes_align_as_one(ranks, inputs, tmp_path, verb, model, variant):
     outs = [tmp_path / str(count) for count in (1, 2)]
     for count, out in enumerate(outs, start=1):
@@ -230,7 +235,9 @@ def test_rows_that_do_not_divide_stop_all_with_a_line(ranks, inputs, tmp_path):
     [
         ("elo", "ours"),
         *(
-            pytest.param(verb, model, marks=pytest.mark.slow)
+            pytest.param(
+                verb, model, marks=[pytest.mark.slow, *([pytest.mark.long] if model == "llama" else [])]
+            )
             for verb in VERBS
             for model in ("ours", "llama")
             if (verb, model) != ("elo", "ours")

@@ -81,6 +81,7 @@ def test_killed_many_times(tmp_path, ranks, config, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_two_processes_killed_many_times(tmp_path, ranks, config, whole):
     assert survives(tmp_path, ranks, config, whole, 2, 15, seed=2) >= 15
