@@ -13,7 +13,8 @@ from parity_helpers import ANSWERS, ROOT, executable, surroundings
 
 pytestmark = pytest.mark.parity
 CODE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in what a shell runs in the background
 from galenic.chat import chat
 from galenic.chat.config import ChatConfig
 chat.run(ChatConfig(model=sys.argv[1], web=True))
