@@ -106,7 +106,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "evaluate": (
         "galenic.evaluate.config:EvaluateConfig",
         "galenic.evaluate.evaluate",
-        "bits per byte and multiple choice with 95% intervals",
+        "measure models: text, questions, benchmarks, probes, all with 95% intervals",
     ),
     "compare": (
         "galenic.evaluate.compare_config:CompareConfig",
@@ -116,7 +116,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "report": (
         "galenic.report.config:ReportConfig",
         "galenic.report.report",
-        "one self-contained HTML page of a whole run",
+        "one self-contained HTML page of a run, or of several side by side",
     ),
     "chat": (
         "galenic.chat.config:ChatConfig",
