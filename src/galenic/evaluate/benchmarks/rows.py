@@ -169,7 +169,7 @@ ROWS: Mapping[str, Row] = {
         published=(83.40, 66.80, 79.90, 88.80, 90.20),
         size=1000,
         source="MediQ (iMedQA), github.com/stellalisy/mediQ",
-        licence="CC BY 4.0",
+        licence="not checked",
     ),
     "PubMedQA": Row(
         metric="label",
