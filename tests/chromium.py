@@ -54,7 +54,9 @@ class Chromium:
         self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # what is typed arrives, whatever else runs
+        self.call(
+            "Emulation.setFocusEmulationEnabled", enabled=True
+        )  # what is typed arrives, whatever else runs
         return self
 
     def __exit__(self, *_):

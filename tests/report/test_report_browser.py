@@ -5,13 +5,13 @@ import re
 import zipfile
 from pathlib import Path
 
-import chromium
 import compare_run
 import fake_run
 import pytest
 import test_report_flatten_page as flattened
 import test_report_merge_page as merged
 
+import chromium
 from galenic.report import report
 from galenic.report.config import ReportConfig
 from galenic.report.flatten_page import write_flatten_page
@@ -115,13 +115,13 @@ def test_axe_finds_nothing_serious(page, width, scheme):
 
 
 def test_is_used_without_a_mouse(page):
-    page.press("Tab", 9)
+    page.press("Tab")
     assert page.run("document.activeElement.className") == "skip"
     assert page.run("document.activeElement.getBoundingClientRect().top") >= 0
     assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.press("Enter", 13)
+    page.press("Enter")
     assert page.run("location.hash") == "#main" or page.run("document.activeElement.id") == "main"
-    page.press("Tab", 9)
+    page.press("Tab")
     assert page.run("document.activeElement.closest('main') !== null")
     levels = page.run("[...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1

@@ -4,13 +4,12 @@ POST {url}/chat/completions {"stream": true, ...} -> data: {"choices": [{"delta"
 """
 
 import json
-import os
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from galenic.chat.config import Sampling
-from galenic.corpus.synthesis.client import http_library
+from galenic.corpus.synthesis.client import http_library, secret_of
 from galenic.runtime import UserError
 
 CHARACTERS_PER_TOKEN = 64
@@ -50,7 +49,7 @@ class Endpoint:
         library = http_library()
         host = url.split("://", 1)[1]
         self.url = url.rstrip("/") if "/" in host.rstrip("/") else url.rstrip("/") + "/v1"
-        self._secret = _secret(api_key_env)
+        self._secret = secret_of(api_key_env, "api_key_env")
         self._generation_config = generation_config
         headers = {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
         self._http = library.Client(
@@ -216,16 +215,6 @@ class Endpoint:
     def _hide(self, text: str) -> str:
         """A server may repeat the key."""
         return text.replace(self._secret, "***") if self._secret else text
-
-
-def _secret(variable: str) -> str:
-    if not variable:
-        return ""
-    secret = os.environ.get(variable, "").strip()
-    if not secret or not secret.isascii() or not secret.isprintable():
-        state = "holds what is no key" if secret else "is not set"
-        raise UserError(f"api_key_env: the environment variable {variable} {state}")
-    return secret
 
 
 def _lines(parts: Iterator[bytes]) -> Iterator[bytes]:

@@ -90,7 +90,7 @@ class Client:
         self.endpoint, self.cache = endpoint, cache
         self.budget = budget or Budget(BudgetConfig())
         self.usage = Usage()
-        self._secret = _secret(endpoint.api_key_env)
+        self._secret = secret_of(endpoint.api_key_env, "endpoint.api_key_env")
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._requests = Pace(endpoint.requests_per_minute)
         self._tokens = Pace(endpoint.tokens_per_minute)
@@ -289,13 +289,18 @@ def http_library() -> Any:
         return importlib.import_module("httpx")
 
 
-def _secret(variable: str) -> str:
+def secret_of(variable: str, option: str) -> str:
+    """Returns the key that an environment variable holds; none is named, none is used.
+
+    Raises:
+        UserError: it is not set, or holds what cannot be a key; `option` named it.
+    """
     if not variable:
         return ""
     secret = os.environ.get(variable, "").strip()
     if not secret or not secret.isascii() or not secret.isprintable():
         state = "holds what is no key" if secret else "is not set"
-        raise UserError(f"endpoint.api_key_env: the environment variable {variable} {state}")
+        raise UserError(f"{option}: the environment variable {variable} {state}")
     return secret
 
 
