@@ -113,7 +113,7 @@ def _likelihoods(model: Any, tokenizer: Any, path: Path, product: bool) -> dict[
         for start in range(0, len(rows), BATCH):
             part = collate_chains(rows[start : start + BATCH])
             told = statistics(model, {"input_ids": part["input_ids"]}, part["answers"], product=product)
-            sums += per_row(told.log_probs, part["answers"]).tolist()
+            sums += per_row(told.log_probs, part["answers"])[part["row"]].tolist()
         found[name] = _mean(sums)
     return found
 

@@ -124,6 +124,18 @@ def test_padding_and_what_the_sampler_told(question, tokenizer):
     assert (part["input_ids"][1, lengths[1] + 1 :] == 3).all()
 
 
+def test_the_same_chain_lies_in_one_row(question, tokenizer):
+    said, end = encode_text(tokenizer, "chronic cough"), question.answer[-1]
+    one, ended, other = (row(question, tokenizer, ids) for ids in (said, [*said, end], said[:1]))
+    part = collate_chains([one, other, one, ended, one, other])
+    assert one.ids == ended.ids  # but the end was sampled, and is scored
+    assert part["row"].tolist() == [0, 1, 0, 2, 0, 1]
+    apart = collate_chains([one, other, ended])
+    assert apart["row"].tolist() == [0, 1, 2]
+    for name in set(part) - {"row", "told"}:
+        assert torch.equal(part[name], apart[name]), name
+
+
 def test_a_wide_marker_is_followed_without_a_space(tokenizer):
     question = encode_question(TASK, tokenizer, "\n答案：")
     assert decode(tokenizer, question.marker) == "\n答案："
@@ -152,6 +164,9 @@ def test_questions_without_room_are_counted(tokenizer, tmp_path):
 def test_batches_follow_from_the_seed_and_are_sampled_once(question, tokenizer):
     asked = []
 
+    def laid_out(part):
+        return part["input_ids"][part["row"]]
+
     class Sampler:
         run, end = SimpleNamespace(tokenizer=tokenizer), ends(tokenizer)
 
@@ -167,9 +182,9 @@ def test_batches_follow_from_the_seed_and_are_sampled_once(question, tokenizer):
     config = EloConfig(out="x", model="x", tasks="x", steps=5, rows=4, samples=2)
     batches = Questions(questions, Sampler(), config, [2, 3])
     whole = batches.batch(3, [2, 3])
-    parts = [batches.batch(3, [row])["input_ids"] for row in (2, 3)]
+    parts = [laid_out(batches.batch(3, [row])) for row in (2, 3)]
     assert asked == [(3, [2, 3], 2, MARKER)]
-    assert torch.equal(torch.cat(parts), whole["input_ids"]) and len(whole["input_ids"]) == 4
+    assert torch.equal(torch.cat(parts), laid_out(whole)) and len(laid_out(whole)) == 4
     assert batches.documents(3) == Questions(questions, Sampler(), config, [0]).documents(3)
     named = [name for step in range(5) for name in batches.documents(step)]
     for epoch in range(4):

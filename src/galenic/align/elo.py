@@ -91,7 +91,7 @@ class EloObjective:
 
     def units(self, part: Mapping[str, Any]) -> float:
         """Counts questions."""
-        return len(part["input_ids"]) // self.config.samples
+        return len(part["row"]) // self.config.samples
 
     def __call__(
         self, model: Any, part: Mapping[str, Any], units: float
@@ -101,7 +101,7 @@ class EloObjective:
         from galenic.align.token_statistics import token_statistics
 
         config, samples = self.config, self.config.samples
-        inputs, chains = {"input_ids": part["input_ids"]}, part["chains"]
+        inputs, chains, row = {"input_ids": part["input_ids"]}, part["chains"], part["row"]
         other = before(self.reference.states(inputs), chains)
         policy = states(model, inputs, product=self.product)
         chain = token_statistics(
@@ -112,31 +112,36 @@ class EloObjective:
         )
         answers = answer_log_probs(policy, part)
         assert chain.reference_log_probs is not None
-        log_probs = per_row(chain.log_probs, chains)
-        log_ratios = per_row((chain.log_probs - chain.reference_log_probs).detach(), chains)
-        sums = per_row(answers, part["answers"])
-        rewards = sums if config.reduction == "sum" else sums / part["answers"].sum(1)
+
+        def of_chains(values: "torch.Tensor", wanted: "torch.Tensor" = chains) -> "torch.Tensor":
+            """Sums tokens' values by row, and gives each chain those of its row."""
+            return per_row(values, wanted)[row]
+
+        log_probs = of_chains(chain.log_probs)
+        log_ratios = of_chains((chain.log_probs - chain.reference_log_probs).detach())
+        sums = of_chains(answers, part["answers"])
+        rewards = sums if config.reduction == "sum" else sums / part["answers"].sum(1)[row]
         losses = elo_loss(
             rewards.view(-1, samples),
             log_probs.view(-1, samples),
             answer_term=config.answer_term,
             penalties=config.kl * log_ratios.view(-1, samples) if config.kl else None,
         )
-        rows, tokens = len(rewards), int(chains.sum())
+        count, tokens = len(row), int(chains.sum(1)[row].sum())
         worth = rewards.detach().double()
         told = part["told"][chains]
         known = ~told.isnan()
-        stale = (chain.log_probs.detach() - told)[known].abs().double()
+        stale = (chain.log_probs.detach() - told).abs().double().where(known, 0.0)
         return losses.sum() / units, {
-            "reward": (float(worth.sum()), rows),
-            "reward_deviation": (float(_deviations(worth.view(-1, samples)).sum()), rows // samples),
-            "accuracy": (float(sums.detach().double().exp().sum()), rows),
+            "reward": (float(worth.sum()), count),
+            "reward_deviation": (float(_deviations(worth.view(-1, samples)).sum()), count // samples),
+            "accuracy": (float(sums.detach().double().exp().sum()), count),
             "kl": (float(log_ratios.double().sum()), tokens),
-            "entropy": (float(chain.entropy.detach().double().sum()), tokens),
-            "length": (float(tokens), rows),
-            "ended": (float(part["ended"].sum()), rows),
-            "empty": (float(part["empty"].sum()), rows),
-            "stale": (float(stale.sum()), int(known.sum())),
+            "entropy": (float(of_chains(chain.entropy.detach().double()).sum()), tokens),
+            "length": (float(tokens), count),
+            "ended": (float(part["ended"][row].sum()), count),
+            "empty": (float(part["empty"][row].sum()), count),
+            "stale": (float(of_chains(stale).sum()), int(of_chains(known.double()).sum())),
         }
 
 
@@ -264,8 +269,8 @@ def answered(run: "Run", config: EloConfig, questions: "Sequence[Question]") -> 
         with torch.no_grad():
             policy = states(run.model, {"input_ids": part["input_ids"]}, product=run.product)
             sums = per_row(answer_log_probs(policy, part), part["answers"])
-        columns[start : start + size, 1] = sums.cpu()
-        columns[start : start + size, 2] = part["answers"].sum(1).cpu()
+        columns[start : start + size, 1] = sums[part["row"]].cpu()
+        columns[start : start + size, 2] = part["answers"].sum(1)[part["row"]].cpu()
     right, log_likelihood, tokens, ended, length = parallel.added(counted @ columns).tolist()
     return {
         "accuracy": right / len(questions),

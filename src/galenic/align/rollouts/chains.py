@@ -64,6 +64,11 @@ class Chain:
     log_probs: Sequence[float]
     """What the sampler told of the sampled tokens, nats; empty if it did not."""
 
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], int, tuple[int, ...], int]:
+        """All that its probabilities depend on."""
+        return tuple(self.ids), self.prompt, tuple(self.sampled), self.answer
+
 
 def read_questions(
     path: str, tokenizer: Any, *, marker: str, room: int, context: int, limit: int | None = None
@@ -171,29 +176,37 @@ def chain_row(
 
 
 def collate_chains(chains: Sequence[Chain]) -> dict[str, Any]:
-    """Lays rows into tensors, filled up on the right.
+    """Lays chains into tensors; those that are the same share a row, since a sure model samples one again and again.
 
     Returns:
-        `input_ids` (rows, longest) int64; of the same shape `chains` and `answers`, bool, places of what was sampled
-        and of the answer; `targets`, int64, what was sampled or stands there; `told`, float32, log-probabilities that
-        the sampler told, else NaN; `ended` and `empty` (rows,), bool.
+        `row` (chains,) int64, where each chain lies. Of these rows `input_ids` (rows, longest) int64, filled up on the
+        right; of the same shape `chains` and `answers`, bool, places of what was sampled and of the answer;
+        `targets`, int64, what was sampled or stands there; `told`, float32, log-probabilities that the sampler told,
+        else NaN; `ended` and `empty` (rows,), bool.
     """
     import torch
 
     from galenic.align.policy import padded
 
+    distinct: dict[Any, Chain] = {}
+    for chain in chains:
+        distinct.setdefault(chain.tokens, chain)
+    numbers = {tokens: number for number, tokens in enumerate(distinct)}
+    row = torch.tensor([numbers[chain.tokens] for chain in chains])
+    chains = list(distinct.values())
     ids = padded([chain.ids for chain in chains], PAD)
     targets, told = ids.clone(), torch.full(ids.shape, torch.nan)
     scored, answers = (torch.zeros(ids.shape, dtype=torch.bool) for _ in range(2))
-    for row, chain in enumerate(chains):
+    for number, chain in enumerate(chains):
         places = slice(chain.prompt, chain.prompt + len(chain.sampled))
-        scored[row, places] = True
-        targets[row, places] = torch.tensor(chain.sampled, dtype=torch.long)
-        answers[row, len(chain.ids) - chain.answer : len(chain.ids)] = True
+        scored[number, places] = True
+        targets[number, places] = torch.tensor(chain.sampled, dtype=torch.long)
+        answers[number, len(chain.ids) - chain.answer : len(chain.ids)] = True
         if chain.log_probs:
-            told[row, places] = torch.tensor(chain.log_probs, dtype=torch.float32)
+            told[number, places] = torch.tensor(chain.log_probs, dtype=torch.float32)
     flags = {name: torch.tensor([getattr(c, name) for c in chains]) for name in ("ended", "empty")}
     return {
+        "row": row,
         "input_ids": ids,
         "targets": targets,
         "chains": scored,
