@@ -12,6 +12,7 @@ from galenic.evaluate import multiple_choice
 from galenic.evaluate.multiple_choice import (
     Prompted,
     PromptFormat,
+    beginning_lengths,
     best,
     by_length,
     most_shared_words,
@@ -110,6 +111,34 @@ def test_a_token_that_nothing_precedes_is_not_scored(llama):
     assert prompted.shared == []
     (values,) = option_log_probs(llama, [prompted], batch_tokens=100)
     assert values == pytest.approx([naive_log_probs(llama, row).sum() for row in ([7, 8], [9, 10])], abs=1e-4)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 2), max_size=7), max_size=12),
+    price=st.integers(0, 12),
+    most=st.integers(1, 40),
+)
+def test_beginnings_are_shared_where_it_saves_most(rows, price, most):
+    def different(length):
+        return {tuple(row[:length]) for row in rows if len(row) > length}
+
+    def run(lengths):
+        """Tokens that are run, and the price of the passes for beginnings."""
+        total, done = 0, 0
+        for length in lengths:
+            total, done = total + len(different(length)) * (length - done) + price, length
+        return total + sum(len(row) - max([0, *(n for n in lengths if n < len(row))]) for row in rows)
+
+    allowed = [n for n in range(1, 7) if len(different(n)) == 1 or 0 < len(different(n)) * n <= most]
+    best_cost = min(run(some) for k in range(4) for some in itertools.combinations(allowed, k))
+    original, multiple_choice._PASS = multiple_choice._PASS, price
+    try:
+        found = beginning_lengths(rows, most)
+    finally:
+        multiple_choice._PASS = original
+    assert found == sorted(found) and set(found) <= set(allowed)
+    assert run(found) <= best_cost
 
 
 @settings(deadline=None)

@@ -1,12 +1,7 @@
-"""The model being aligned and its reference, as hidden states and a head: logits are made where they are needed.
-
-The states are taken in the model's own forward pass, whose head stands aside, so that adapters, shards and hooks work
-as ever. A few architectures do more to logits than multiply (scale, cap, bias): that is tried on the model itself, and
-theirs are taken whole.
-"""
+"""The model being aligned and its reference, as hidden states and a head: logits are made where they are needed."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,37 +11,10 @@ from galenic.align.config import ReferenceConfig
 from galenic.align.token_statistics import States, TokenStatistics, token_statistics
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any, plain
+from galenic.model.head import head_aside, head_is_product
 from galenic.runtime import UserError
 
 # ---------------------------------------------------------------------------- hidden states and head
-
-
-@contextmanager
-def _giving(head: torch.nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Lets something else stand in a head's place."""
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-@torch.no_grad()
-def head_is_product(model: Any) -> bool:
-    """Whether the model's logits are its last hidden states times its head's weight, and nothing more.
-
-    What the head gives has to come out of the model as it is: tried with numbers so far apart that any scale, cap or
-    bias shows.
-    """
-    head = plain(model).get_output_embeddings()
-    if not (hasattr(head, "normalized_weight") or (type(head) is torch.nn.Linear and head.bias is None)):
-        return False
-    ids = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    size = head.weight.shape[0]
-    given = torch.linspace(-100, 100, 2 * size, device=ids.device).view(1, 2, size)
-    with _giving(head, lambda hidden: given):
-        logits = model(input_ids=ids, use_cache=False).logits
-    return logits.shape == given.shape and torch.equal(logits.float(), given)
 
 
 def states(model: Any, inputs: Mapping[str, torch.Tensor], *, product: bool) -> States:
@@ -59,8 +27,7 @@ def states(model: Any, inputs: Mapping[str, torch.Tensor], *, product: bool) -> 
     """
     if not product:
         return model(**inputs, use_cache=False).logits, None
-    head = plain(model).get_output_embeddings()
-    with _giving(head, lambda hidden: hidden):
+    with head_aside(model) as head:
         hidden = model(**inputs, use_cache=False).logits
     # Sharded weights are whole from the forward pass to the end of the backward pass. Ours has rows of unit length.
     return hidden, head.normalized_weight() if hasattr(head, "normalized_weight") else head.weight

@@ -15,12 +15,17 @@ option's tokens are those from the first one on that differs from the prompt tok
 the boundary so counts whole as the option's, instead of forcing a split the model never saw. The chat form ends in
 a marker, where no token can straddle. Markers written in a question are spelled out, never taken as special tokens.
 
-What the options of a question have in common, the prompt and perhaps their first words, is computed once: its keys and
-values are cached, repeated for the options, and only what differs is run again. An option that is one token is read off
-the prompt's own pass. What all prompts of a batch begin with, such as examples, is computed once for all.
+What rows of tokens have in common is computed once, its keys and values cached and only what differs run again:
+
+    what prompts begin with   each different beginning once, in a pass for each length
+    the rest of a prompt      and what its options begin with; prompts of one length in a pass
+    the rest of an option
+
+An option that is one token is read off the prompt's own pass.
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +36,7 @@ import torch
 
 from galenic.corpus.tokens.chat_format import BOS, encode_text
 from galenic.corpus.tokens.chat_template import encode_chat, is_ours
+from galenic.model.head import head_aside, head_is_product
 from galenic.runtime import UserError
 
 from .likelihood import Advance
@@ -164,6 +170,8 @@ def option_scores(
         advance: called with the number of prompts after each batch.
     """
     scores: list[list[tuple[float, bool]]] = [[] for _ in prompts]
+    network = _Network(model, head_is_product(model))
+    beginnings = _beginnings(network, prompts, batch_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (*_size(prompts[i]), i))
     while order:
         options, length, _ = _size(prompts[order[0]])
@@ -176,7 +184,7 @@ def option_scores(
                 break
             batch.append(_cut(prompts[index], length))
         done, order = order[: len(batch)], order[len(batch) :]
-        for index, values in zip(done, _run(model, batch), strict=True):
+        for index, values in zip(done, _run(network, batch, beginnings), strict=True):
             scores[index] = values
         if advance:
             advance(len(batch))
@@ -194,28 +202,171 @@ def _cut(prompt: Prompted, length: int) -> Prompted:
     return replace(prompt, shared=prompt.shared[:length], rest=[tail + row for row in prompt.rest])
 
 
-def _shared(model: torch.nn.Module, prompts: Sequence[Prompted], keep: int) -> tuple[Any, torch.Tensor]:
-    """Runs the prompts' shared parts, which are equally long; returns their cache and the logits of the last `keep`."""
-    device = next(model.parameters()).device
-    first, last = min(prompt.shared for prompt in prompts), max(prompt.shared for prompt in prompts)
-    begin, cache = min(_common(first, last), len(first) - keep), None
-    if begin * (len(prompts) - 1) > _PASS:
-        ids = torch.tensor([first[:begin]], device=device)
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        # reorder_cache takes convolution states along; batch_repeat_interleave leaves them behind.
-        cache.reorder_cache(torch.zeros(len(prompts), dtype=torch.long, device=device))
-    ids = torch.tensor([prompt.shared[0 if cache is None else begin :] for prompt in prompts], device=device)
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    return output.past_key_values, output.logits[:, -keep:]
+@dataclass(frozen=True)
+class _Network:
+    """A model whose logits are made at the places that are asked for."""
+
+    model: torch.nn.Module
+    product: bool
+    """What `head_is_product` says of it."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def cache(self, rows: Sequence[Sequence[int]], past: Any = None) -> Any:
+        """Runs rows of tokens that are equally long; returns the cache."""
+        ids = torch.tensor(rows, device=self.device)
+        output = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return output.past_key_values
+
+    def logits(
+        self, rows: Sequence[Sequence[int]], past: Any, wanted: Sequence[slice], *, use_cache: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """Runs rows of tokens; returns the logits behind those that are wanted, one row after another, and the cache.
+
+        Args:
+            rows: of tokens, the last of which may be shorter than others: they are filled up.
+            past: cache of what is before them, or None.
+            wanted: of each row.
+            use_cache: whether a new cache is kept.
+        """
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        first = torch.tensor([[own.start] for own in wanted], device=self.device)
+        last = torch.tensor([[own.stop] for own in wanted], device=self.device)
+        keep = longest - min(own.start for own in wanted)
+        column = torch.arange(longest - keep, longest, device=self.device)
+        places = (column >= first) & (column < last)
+        inputs = {"input_ids": ids, "past_key_values": past, "use_cache": use_cache, "logits_to_keep": keep}
+        if not self.product:
+            output = self.model(**inputs)
+            return output.logits[:, -keep:][places], output.past_key_values
+        with head_aside(self.model) as head:
+            output = self.model(**inputs)
+        return head(output.logits[:, -keep:][places]), output.past_key_values
 
 
-def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[tuple[float, bool]]]:
+@dataclass(frozen=True)
+class _Beginnings:
+    """The first tokens of all prompts that are longer, each different beginning run once."""
+
+    length: int
+    rows: dict[tuple[int, ...], int]
+    """Row of the cache by tokens."""
+    cache: Any
+
+
+def _beginnings(network: _Network, prompts: Sequence[Prompted], batch_tokens: int) -> list[_Beginnings]:
+    """Runs what prompts begin with, shortest first, each length on from the one before it."""
+    shared = [prompt.shared for prompt in prompts]
+    found: list[_Beginnings] = []
+    for length in beginning_lengths(shared, batch_tokens):
+        rows: dict[tuple[int, ...], int] = {}
+        for tokens in shared:
+            if len(tokens) > length:
+                rows.setdefault(tuple(tokens[:length]), len(rows))
+        done, past = 0, None
+        if found:
+            done = found[-1].length
+            past = _taken(found[-1].cache, [found[-1].rows[tokens[:done]] for tokens in rows], network.device)
+        found.append(_Beginnings(length, rows, network.cache([tokens[done:] for tokens in rows], past)))
+    return found
+
+
+def beginning_lengths(rows: Sequence[list[int]], batch_tokens: int) -> list[int]:
+    """Finds the lengths at which it saves most tokens to run what rows begin with only once.
+
+    With s(l) = the rows longer than l, less the different ways in which they begin up to l, running them up to
+    lengths l1 < l2 < ... saves s(l1) l1 + s(l2) (l2 - l1) + ... tokens, less the price of a pass for each length.
+
+    Args:
+        rows: of tokens.
+        batch_tokens: most tokens of all beginnings of a length, unless there is but one.
+
+    Returns:
+        Lengths, shortest first; none if nothing would be saved.
+    """
+    ordered = sorted(rows)
+    # Sorted, rows that begin alike are neighbours; one that is no longer than its beginning stands first and is none.
+    alike = np.sort([min(_common(a, b), len(a) - 1) for a, b in itertools.pairwise(ordered)])
+    sizes = np.sort([len(row) for row in ordered])
+    longest = int(alike.max(initial=0))
+    lengths = np.arange(1, longest + 1)
+    if longest > batch_tokens:  # where only one beginning is allowed, which ends where rows part
+        lengths = np.unique(np.append(lengths[:batch_tokens], alike[alike > batch_tokens]))
+    saved = len(alike) - np.searchsorted(alike, lengths)
+    different = len(sizes) - np.searchsorted(sizes, lengths, side="right") - saved
+    fits = (different == 1) | (different * lengths <= batch_tokens)
+    ends, saved = np.append(0, lengths[fits]), np.append(0, saved[fits])
+    gains, before = np.zeros(len(ends)), [0] * len(ends)
+    for place in range(1, len(ends)):
+        after = gains[:place] + saved[place] * (ends[place] - ends[:place]) - _PASS
+        before[place] = int(after.argmax())
+        gains[place] = after.max()
+    chosen, place = [], int(gains.argmax())
+    while place:
+        chosen.append(int(ends[place]))
+        place = before[place]
+    return chosen[::-1]
+
+
+def _taken(cache: Any, rows: Sequence[int], device: torch.device) -> Any:
+    """Returns these rows of a cache, which stays as it is."""
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    for (
+        layer
+    ) in taken.layers:  # states of convolutions stand in dicts; tensors are replaced, never written to
+        vars(layer).update(
+            {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
+        )
+    # batch_repeat_interleave would leave convolutions' states behind.
+    taken.reorder_cache(torch.tensor(rows, device=device))
+    return taken
+
+
+def _shared(
+    network: _Network, prompts: Sequence[Prompted], keep: Sequence[int], beginnings: Sequence[_Beginnings]
+) -> tuple[Any, torch.Tensor]:
+    """Runs the prompts' shared parts, which are equally long.
+
+    Args:
+        network: the model.
+        prompts: of a batch.
+        keep: behind how many last tokens of each the logits are wanted.
+        beginnings: what has been run.
+
+    Returns:
+        The cache, and logits (sum of keep, vocabulary).
+    """
+    shared = [prompt.shared for prompt in prompts]
+    done, rows, cache = 0, [0] * len(prompts), None
+    most = len(shared[0]) - max(keep)
+    for known in beginnings:  # the longest is taken
+        if known.length <= most:
+            done, cache = known.length, known.cache
+            rows = [known.rows[tuple(tokens[:done])] for tokens in shared]
+    begin = min(_common(min(shared), max(shared)), most)
+    if (begin - done) * (len(prompts) - 1) > _PASS:  # a batch whose prompts begin alike for longer
+        past = None if cache is None else _taken(cache, rows[:1], network.device)
+        cache = network.cache([shared[0][done:begin]], past)
+        done, rows = begin, [0] * len(prompts)
+    past = None if cache is None else _taken(cache, rows, network.device)
+    length = len(shared[0]) - done
+    wanted = [slice(length - count, length) for count in keep]
+    logits, cache = network.logits([tokens[done:] for tokens in shared], past, wanted, use_cache=True)
+    return cache, logits
+
+
+def _run(
+    network: _Network, prompts: Sequence[Prompted], beginnings: Sequence[_Beginnings]
+) -> list[list[tuple[float, bool]]]:
     """Scores prompts whose shared parts are equally long and that have equally many options.
 
     Token t of a row is told by the logits behind token t - 1. So those of the shared part give the option's tokens in
     it and the first one of its rest, and the rest is run without its last token.
     """
-    device = next(model.parameters()).device
     options, length = len(prompts[0].rest), len(prompts[0].shared)
     rows = [row for prompt in prompts for row in prompt.rest]
     lengths = [count for prompt in prompts for count in prompt.lengths]
@@ -228,36 +379,32 @@ def _run(model: torch.nn.Module, prompts: Sequence[Prompted]) -> list[list[tuple
     if length:
         # Of each option: how many of its tokens stand in the shared part, behind the first.
         inside = [max(0, min(length - 1, n - len(row))) for n, row in zip(lengths, rows, strict=True)]
-        keep = 1 + max(inside)
-        cache, logits = _shared(model, prompts, keep)
-        ids = [
-            [
-                *([token] * options for token in prompt.shared[length - keep + 1 :]),
-                [r[0] for r in prompt.rest],
-            ]
-            for prompt in prompts
-        ]
-        log_probs, likeliest = _told(logits, torch.tensor(ids, device=device))
+        keep = [1 + max(inside[first : first + options]) for first in range(0, len(rows), options)]
+        cache, logits = _shared(network, prompts, keep, beginnings)
+        ids = []
+        for prompt, count in zip(prompts, keep, strict=True):
+            ids += [[token] * options for token in prompt.shared[length - count + 1 :]]
+            ids.append([row[0] for row in prompt.rest])
+        log_probs, likeliest = _told(logits, torch.tensor(ids, device=network.device))
         for index, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            own = slice(keep - 1 - inside[index], keep if n >= len(row) else keep - 1)
-            where = index // options, own, index % options
+            end = sum(keep[: index // options + 1])  # behind the place that tells the rest's first token
+            own = slice(end - 1 - inside[index], end if n >= len(row) else end - 1)
+            where = own, index % options
             add(index, log_probs[where], likeliest[where])
     longer = [index for index, row in enumerate(rows) if len(row) > 1]
     for places in by_length([len(rows[index]) for index in longer]):
         part = [longer[place] for place in places]
-        past = copy.deepcopy(cache)
-        if past is not None:
-            past.reorder_cache(torch.tensor([index // options for index in part], device=device))
-        ids = torch.zeros(len(part), len(rows[part[-1]]), dtype=torch.long)
-        for place, index in enumerate(part):
-            ids[place, : len(rows[index])] = torch.tensor(rows[index])
-        ids = ids.to(device)
-        output = model(input_ids=ids[:, :-1], past_key_values=past, use_cache=past is not None)
-        log_probs, likeliest = _told(output.logits, ids[:, 1:, None])
-        for place, index in enumerate(part):
-            end = len(rows[index]) - 1
-            own = slice(max(0, end - lengths[index]), end)
-            add(index, log_probs[place, own], likeliest[place, own])
+        past = None if cache is None else _taken(cache, [index // options for index in part], network.device)
+        run = [rows[index][:-1] for index in part]
+        own = [slice(max(0, len(rows[index]) - 1 - lengths[index]), len(rows[index]) - 1) for index in part]
+        logits, _ = network.logits(run, past, own, use_cache=past is not None)
+        ids = [[token] for index, at in zip(part, own, strict=True) for token in rows[index][1:][at]]
+        log_probs, likeliest = _told(logits, torch.tensor(ids, device=network.device))
+        first = 0
+        for index, at in zip(part, own, strict=True):
+            last = first + at.stop - at.start
+            add(index, log_probs[first:last], likeliest[first:last])
+            first = last
     return [scores[start : start + options] for start in range(0, len(scores), options)]
 
 
@@ -265,15 +412,16 @@ def _told(logits: torch.Tensor, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarr
     """Returns log p of tokens in nats, and which are the likeliest of their place.
 
     Args:
-        logits: (rows, places, vocabulary), any float dtype; reduced in float32.
-        ids: (rows, places, tokens) int64: one or several tokens that may stand at a place.
+        logits: (places, vocabulary), any float dtype; reduced in float32. Written over.
+        ids: (places, tokens) int64: one or several tokens that may stand at a place.
 
     Returns:
-        (rows, places, tokens) each: float64 and bool.
+        (places, tokens) each: float64 and bool.
     """
     logits = logits.float()
-    log_probs = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
-    likeliest = logits.argmax(-1, keepdim=True) == ids
+    own, most = logits.gather(-1, ids), logits.amax(-1, keepdim=True)
+    log_probs = own - most - logits.sub_(most).exp_().sum(-1, keepdim=True).log()
+    likeliest = own == most  # argmax, which also says where, takes many times as long
     return log_probs.double().cpu().numpy(), likeliest.cpu().numpy()
 
 

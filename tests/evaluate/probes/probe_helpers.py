@@ -13,10 +13,11 @@ class Cache:
     """What was read, as a Hugging Face cache would hold it."""
 
     def __init__(self, rows):
-        self.rows = rows
+        self.layers = [SimpleNamespace(rows=rows)]
 
     def reorder_cache(self, index):
-        self.rows = [self.rows[i] for i in index.tolist()]
+        for layer in self.layers:
+            layer.rows = [layer.rows[i] for i in index.tolist()]
 
 
 class Reciter(torch.nn.Module):
@@ -27,6 +28,9 @@ class Reciter(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(max_position_embeddings=context)
         self.tokenizer, self.next = tokenizer, {}
+
+    def get_output_embeddings(self):
+        """There is no head: its logits are its own."""
 
     def learn(self, prompt, text, answer, join=True):
         """Learns to answer a question so, and to stop then."""
@@ -43,7 +47,7 @@ class Reciter(torch.nn.Module):
             self.next[(*start, *written[:place])] = token
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=True, logits_to_keep=0):
-        rows = past_key_values.rows if past_key_values is not None else [()] * len(input_ids)
+        rows = past_key_values.layers[0].rows if past_key_values is not None else [()] * len(input_ids)
         logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
         seen = []
         for number, (before, ids) in enumerate(zip(rows, input_ids.tolist(), strict=True)):

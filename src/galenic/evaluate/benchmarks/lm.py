@@ -11,6 +11,7 @@ Needs `galenic[eval]`. Importing this module registers the model as `galenic`:
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ class GalenicLM(TemplateLM):
         ours = is_ours(tokenizer)
         self._first = [BOS] if ours and add_bos is not False else []
         self._special: dict[str, bool] = {} if ours or add_bos is None else {"add_special_tokens": add_bos}
+        self._encoded = lru_cache(2)(self._encode)  # a context is asked for again with each of its options
 
     @property
     def eot_token_id(self) -> int:
@@ -87,6 +89,9 @@ class GalenicLM(TemplateLM):
         """Tokenizes a text; markers in it are taken for markers, as a chat template writes them."""
         if add_special_tokens is not None:
             return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return list(self._encoded(string))
+
+    def _encode(self, string: str) -> list[int]:
         begins = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)
         if begins:
             return self.tokenizer.encode(string, add_special_tokens=False)
