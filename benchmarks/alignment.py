@@ -70,7 +70,14 @@ def configuration(stage: str, recipes: Path, run: Path, changes: dict[str, Any])
     return verb, parse_config(verb, {**yaml.safe_load(text), **variant, **changes})[0]
 
 
-def unit(task: str, stages: list[str], seed: int, run: str, recipes: str, models: str) -> Unit:
+def settings(stages: Sequence[str], recipes: Path) -> list[Any]:
+    """Returns all that the model of a chain of stages was made with, its seed and the starter run aside."""
+    needed = [*stages, *(REWARD if "ppo" in stages else ())]
+    texts = [(recipes / f"{STAGES[stage][0]}.yaml").read_text(encoding="utf-8") for stage in needed]
+    return [[stage, STAGES[stage][1], text] for stage, text in zip(needed, texts, strict=True)]
+
+
+def unit(task: str, stages: list[str], seed: int, run: str, recipes: str, models: dict[str, str]) -> Unit:
     """Trains the last of the stages on what the others gave, or measures what it gave.
 
     Args:
@@ -79,12 +86,11 @@ def unit(task: str, stages: list[str], seed: int, run: str, recipes: str, models
         seed: of the stage.
         run: the starter run.
         recipes: the starter's recipe.
-        models: folder of models, one for each chain of stages and seed.
+        models: folder of the model of each chain of stages that is needed, by its name.
     """
 
     def place(some: Sequence[str]) -> str:
-        base = str(Path(run) / "30-pretrain" / "phase-3-medical-advanced")
-        return str(Path(models) / f"{'-'.join(some)}-{seed}" / "model") if some else base
+        return models[named(some)]
 
     if task == "measure":
         return measure(place(stages), place(["sft"]), Path(run))
@@ -276,21 +282,27 @@ def named_unit(task: str, stages: Sequence[str], seed: int) -> str:
 def main() -> None:
     given = arguments()
     conditions = timing.conditions(1)
-    texts = {step: (given.recipes / f"{step}.yaml").read_text("utf-8") for step, _ in STAGES.values()}
-    settings = [texts, {name: changes for name, (_, changes) in STAGES.items()}, ROOM]
-    models = given.out / f"models-{units.fingerprint(settings)}"
-    models.mkdir(parents=True, exist_ok=True)
-    places = {"run": str(given.run), "recipes": str(given.recipes), "models": str(models)}
+    base = given.run / "30-pretrain" / "phase-3-medical-advanced"
     every = list(plan_units(given.seeds))
+
+    def model(stages: Sequence[str], seed: int) -> str:
+        made_with = units.fingerprint(settings(stages, given.recipes))
+        folder = given.out / f"{'-'.join(stages)}-{seed}-{made_with}"
+        return str(folder / "model" if stages else base)
+
+    def arguments_of(task: str, stages: list[str], seed: int) -> dict[str, Any]:
+        others = [["sft"]] if task == "measure" else [stages[:-1]]
+        chains = [stages, *others, *([list(REWARD)] if stages[-1:] == ["ppo"] else [])]
+        models = {named(chain): model(chain, seed) for chain in chains}
+        places = {"run": str(given.run), "recipes": str(given.recipes), "models": models}
+        return {"task": task, "stages": stages, "seed": seed, **places}
+
     found = units.run_units(
         unit,
-        {
-            name: {"task": task, "stages": stages, "seed": seed, **places}
-            for name, task, stages, seed, _ in every
-        },
+        {name: arguments_of(task, stages, seed) for name, task, stages, seed, _ in every},
         given.out,
         workers=given.workers,
-        settings=settings,
+        settings=ROOM,
         needs={name: needed for name, *_, needed in every},
     )
     results: Results = {}
