@@ -343,17 +343,24 @@ PROBED = {
 
 def test_every_number_of_a_probe_is_told():
     found = probes.probes({"a": {"probes": PROBED}, "b": {}})
-    told = {(row["probe"], row["what"]): row["scores"][0] for row in found["rows"]}
+    told = {(row["probe"], row["what"]): row["scores"][0] for row in found["all"]}
+    first = [(row["probe"], row["what"]) for row in found["first"]]
     assert found["models"] == ["a"]
     assert told["needle", "all"]["value"] == 0.625 and told["needle", "written"]["value"] == 0.5
     assert told["needle", "too long"] == {"value": 3} and told["needle", "written, unanswered"] == {
         "value": 7
     }
-    assert told["needle", "by, depth, 0.0"]["value"] == 0.75
+    assert told["needle", "depth, 0.0"]["value"] == 0.75
     assert told["calibration", "recall, pmi, error"]["value"] == 0.15625
     assert told["calibration", "recall, pmi, error, by chance"] == {"value": 0.03125}
     assert told["contamination", "recall, found"]["value"] is None
     assert not any("grid" in what or "bins" in what for _, what in told)
+    assert first == [
+        ("needle", "all"),
+        ("needle", "written"),
+        ("calibration", "recall, pmi, error"),
+        ("contamination", "recall"),
+    ]
 
 
 def test_probes_are_drawn_of_the_product(runs, tmp_path):

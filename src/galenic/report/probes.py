@@ -11,10 +11,18 @@ LONG_TEXTS = {"needle": "A fact in a long text", "hops": "Facts that lead to eac
 """Probes that measure by length and something else -> the chart's title."""
 NOT_TOLD = ("grid", "bins", "n")
 """Drawn, or told beside a number."""
+FIRST = {
+    "needle": ("needle", "written"),
+    "hops": ("hops",),
+    "safety": ("refusal", "over refusal"),
+    "positions": ("accuracy", "bias", "consistency"),
+    "calibration": ("error",),
+}
+"""Probe -> last words of the numbers that are told first; of others the outermost."""
 
 
 def probes(models: Results) -> dict[str, Any] | None:
-    """The table of probes: a row each number, a column a model.
+    """The tables of probes: a row each number, a column a model; what is told `first`, and `all` of it.
 
     Args:
         models: name -> numbers, as in results.json; models without probes are left out.
@@ -23,17 +31,20 @@ def probes(models: Results) -> dict[str, Any] | None:
     if not found:
         return None
     names = list(dict.fromkeys(path for numbers in found.values() for path in numbers))
-    return {
-        "models": list(found),
-        "rows": [
-            {
-                "probe": path[0],
-                "what": ", ".join(path[1:]) or "all",
-                "scores": [n.get(path) for n in found.values()],
-            }
-            for path in names
-        ],
-    }
+    rows = [
+        {
+            "probe": path[0],
+            "what": ", ".join(word for word in path[1:] if word != "by") or "all",
+            "scores": [numbers.get(path) for numbers in found.values()],
+        }
+        for path in names
+    ]
+    first = [row for row, path in zip(rows, names, strict=True) if _is_first(path)]
+    return {"models": list(found), "first": first, "all": rows}
+
+
+def _is_first(path: tuple[str, ...]) -> bool:
+    return "by" not in path and (path[-1] in FIRST[path[0]] if path[0] in FIRST else len(path) == 2)
 
 
 def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
