@@ -28,6 +28,7 @@ from galenic.runtime import (
 
 from . import inputs, multiple_choice, written
 from .benchmarks import benchmarks
+from .benchmarks.items import Item
 from .bits_per_byte import Scored, bits_per_byte, conversation
 from .config import EvaluateConfig, model_parts
 from .models import open_model, weight_files
@@ -122,13 +123,13 @@ class _Material:
     """Prompts that the probes put to a model."""
     prompted: dict[int, tuple[dict[str, list[Prompted]], dict[str, Prompted]]] = field(default_factory=dict)
     """Context -> what `_prompts` made for it; models of one context share it."""
-    benchmark_items: int = 0
+    benchmark_rows: dict[str, list[Item]] = field(default_factory=dict)
 
     @property
     def work(self) -> int:
         """Progress units of one model: tokens scored, a question or prompt counted as 100."""
         texts = [*self.heldout.values(), *self.answers.values()]
-        asked = sum(len(rows) for rows in self.questions.values()) + self.benchmark_items + self.probed
+        asked = sum(map(len, (*self.questions.values(), *self.benchmark_rows.values()))) + self.probed
         return sum(len(text.ids) - 1 for group in texts for text in group) + 100 * asked
 
 
@@ -148,9 +149,7 @@ def _load(config: EvaluateConfig) -> _Material:
         questions=questions,
         shown=_chosen(config, questions),
         probed=sum(probes.prompts(config.probes, questions).values()) if config.probes else 0,
-        benchmark_items=sum(map(len, benchmarks.load(config.benchmarks).values()))
-        if config.benchmarks
-        else 0,
+        benchmark_rows=benchmarks.load(config.benchmarks) if config.benchmarks else {},
     )
 
 
@@ -216,7 +215,13 @@ def _evaluate(
 
     if config.benchmarks:
         numbers["benchmarks"], more = benchmarks.measure(
-            config.benchmarks, model, material.tokenizer, name, Path(config.out), advance
+            config.benchmarks,
+            material.benchmark_rows,
+            model,
+            material.tokenizer,
+            name,
+            Path(config.out),
+            advance,
         )
         rows += more
     if config.probes is not None:

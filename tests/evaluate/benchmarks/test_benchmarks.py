@@ -25,6 +25,10 @@ from galenic.runtime import UserError
 RULED = {row: place(row) for row in PLACES if ROWS[row].metric != "judge"}
 
 
+def measured(config, *given):
+    return benchmarks.measure(config, benchmarks.load(config), *given)
+
+
 def config_of(**changes):
     return BenchmarksConfig(**{"rows": RULED, "new_tokens": 6, **changes})
 
@@ -67,7 +71,7 @@ def told(monkeypatch, llama):
 
 def test_a_model_that_knows_everything_has_all_points(told, tokenizer, tmp_path):
     done = []
-    numbers, lines = benchmarks.measure(config_of(), told, tokenizer, "m", tmp_path, done.append)
+    numbers, lines = measured(config_of(), told, tokenizer, "m", tmp_path, done.append)
     assert set(numbers) == set(RULED) and sum(done) == len(lines) == sum(map(len, ANSWERS.values()))
     for row, found in numbers.items():
         n = len(ANSWERS[row])
@@ -89,7 +93,7 @@ def test_what_cannot_be_scored_is_wrong_and_counted(told, tokenizer, tmp_path):
     for number, text in enumerate(said):
         answer = Written(text=text, ended=number != 1, truncated=number == 2)
         Told.instead[asked[number].prompt] = answer
-    numbers, lines = benchmarks.measure(config_of(rows={row: place(row)}), told, tokenizer, "m", tmp_path)
+    numbers, lines = measured(config_of(rows={row: place(row)}), told, tokenizer, "m", tmp_path)
     assert [line["problem"] for line in lines] == ["several", "endless", "none"]
     assert [line["said"] for line in lines] == said and [line["right"] for line in lines] == [0.0] * 3
     low, high = wilson(0, 3)
@@ -108,7 +112,7 @@ def test_what_cannot_be_scored_is_wrong_and_counted(told, tokenizer, tmp_path):
 def test_a_row_that_is_answered_is_kept(told, tokenizer, tmp_path, monkeypatch):
     def measure(**changes):
         Told.asked.clear()
-        found = benchmarks.measure(config_of(**changes), told, tokenizer, "m", tmp_path)
+        found = measured(config_of(**changes), told, tokenizer, "m", tmp_path)
         return found, len(Told.asked)
 
     every = sum(map(len, ANSWERS.values()))
@@ -151,7 +155,7 @@ def test_a_judge_scores_open_answers_and_diagnoses(told, tokenizer, tmp_path, mo
     rows = {row: place(row) for row in ("CMBClin", "NEJMQA", "MedCalc")}
     clinical = items.load("CMBClin", place("CMBClin"))
     Told.instead[clinical[2].prompt] = Written(text="痛风" * 50, ended=False, truncated=False)
-    numbers, lines = benchmarks.measure(config_of(rows=rows, judge=JUDGE), told, tokenizer, "m", tmp_path)
+    numbers, lines = measured(config_of(rows=rows, judge=JUDGE), told, tokenizer, "m", tmp_path)
     assert [len(asked) for asked in shown] == [
         2,
         2,
@@ -176,11 +180,11 @@ def test_a_judge_scores_open_answers_and_diagnoses(told, tokenizer, tmp_path, mo
     assert [line["rule"] for line in by_row["NEJMQA"]] == [1.0, 1.0]  # what the rule said is kept beside it
     assert [line["right"] for line in by_row["NEJMQA"]] == [0.75, 0.0]
     assert numbers["MedCalc"]["value"] == 1.0 and "judge" not in numbers["MedCalc"]
-    again = benchmarks.measure(config_of(rows=rows, judge=JUDGE), told, tokenizer, "m", tmp_path)
+    again = measured(config_of(rows=rows, judge=JUDGE), told, tokenizer, "m", tmp_path)
     assert again == (numbers, lines) and len(shown) == 2  # nothing is judged twice
     Told.asked.clear()
     other = JudgeConfig(endpoint=EndpointConfig(base_url="http://127.0.0.1:9/v1", model="somebody"))
-    benchmarks.measure(config_of(rows=rows, judge=other), told, tokenizer, "m", tmp_path)
+    measured(config_of(rows=rows, judge=other), told, tokenizer, "m", tmp_path)
     assert len(shown) == 4 and not Told.asked  # another judge reads the same answers
 
 
@@ -270,13 +274,13 @@ def test_no_room_for_a_question(llama, tokenizer, tmp_path):
     with pytest.raises(
         UserError, match=r"benchmarks.new_tokens: 63 leave no room for a question; the model reads 64"
     ):
-        benchmarks.measure(config_of(new_tokens=63), llama, tokenizer, "m", tmp_path)
+        measured(config_of(new_tokens=63), llama, tokenizer, "m", tmp_path)
 
 
 def test_tasks_need_lm_eval(llama, tokenizer, tmp_path, monkeypatch):
     for name in ("lm_eval", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(UserError, match=r"pip install 'galenic\[eval\]'"):
-        benchmarks.measure(config_of(rows={}, tasks=["pubmedqa"]), llama, tokenizer, "m", tmp_path)
+        measured(config_of(rows={}, tasks=["pubmedqa"]), llama, tokenizer, "m", tmp_path)
     with pytest.raises(UserError, match=r"rows.USMLE: hub:a/b needs the datasets library"):
         items.load("USMLE", "hub:a/b")

@@ -48,6 +48,7 @@ def facts(config: BenchmarksConfig) -> dict[str, str]:
 
 def measure(
     config: BenchmarksConfig,
+    rows: Mapping[str, Sequence[Item]],
     model: Any,
     tokenizer: Any,
     name: str,
@@ -60,7 +61,8 @@ def measure(
     judges the same answers.
 
     Args:
-        config: what is asked.
+        config: what is asked, and how.
+        rows: the items of each row; of `load`.
         model: a Hugging Face causal language model.
         tokenizer: its own.
         name: what the model is called.
@@ -71,13 +73,13 @@ def measure(
         (row or task -> its numbers, one line an item).
 
     Raises:
-        UserError: see `load` and `judging.Judge`; lm-eval is not installed, does not know a task or cannot load its
+        UserError: see `judging.Judge`; lm-eval is not installed, does not know a task or cannot load its
             data.
     """
     numbers: dict[str, dict[str, Any]] = {}
     lines: list[dict[str, Any]] = []
     judge = None if config.judge is None else judging.Judge(config.judge, out / "judge")
-    for row, asked in load(config).items():
+    for row, asked in rows.items():
         kept, key = out / "benchmarks" / name / f"{row}.json", _key(config, asked)
         found: dict[str, Any] = read_json(kept) if kept.exists() else {}
         if found.get("key") == key:
