@@ -49,7 +49,7 @@ ROWS: Mapping[str, Row] = {
         published=(77.40, 71.51, 75.36, 78.37, 75.36),
         size=208,  # 832 = 4 x 208: points from 0 to 4
         source="CMB-Clin, github.com/FreedomIntelligence/CMB",
-        licence="Apache-2.0",
+        licence="not checked",
         judge="cmb-clin",
     ),
     "ClinicalBench-Diagnosis": Row(
@@ -120,7 +120,7 @@ ROWS: Mapping[str, Row] = {
         published=(80.10, 77.70, 82.70, 77.50, 78.00),
         size=1000,
         source="CMExam, github.com/williamliujl/CMExam",
-        licence="Apache-2.0",
+        licence="not checked",
     ),
     "Erke": Row(
         metric="option",
