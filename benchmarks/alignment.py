@@ -18,15 +18,16 @@ from typing import Any
 import timing
 import units
 import yaml
-from alignment_measures import ROOM, measure
+from alignment_measures import ROOM, answers_right, measure
 
 from galenic.cli import VERBS, parse_config
 from galenic.corpus.starter.chains import MARKER
+from galenic.evaluate.statistics import mcnemar
 from galenic.runtime import read_jsonl, write_jsonl
 
 Unit = dict[str, Any]
 Results = dict[str, dict[str, list[Unit]]]
-"""Arm -> `train` and `measure` -> a unit for each seed."""
+"""Arm -> `train`, `measure` and `answers` -> a unit for each seed."""
 
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("55-sft-alignment", {}),
@@ -81,7 +82,7 @@ def unit(task: str, stages: list[str], seed: int, run: str, recipes: str, models
     """Trains the last of the stages on what the others gave, or measures what it gave.
 
     Args:
-        task: `train` or `measure`.
+        task: `train`, `measure`, or `answers`: which held-out calculations are right.
         stages: none: the base model itself, which is only measured.
         seed: of the stage.
         run: the starter run.
@@ -94,6 +95,8 @@ def unit(task: str, stages: list[str], seed: int, run: str, recipes: str, models
 
     if task == "measure":
         return measure(place(stages), place(["sft"]), Path(run))
+    if task == "answers":
+        return {"right": answers_right(place(stages), Path(run))}
     out = Path(place(stages)).parent
     changes: dict[str, Any] = {"model": place(stages[:-1]), "out": str(out), "seed": seed}
     if stages[-1] == "direct":
@@ -191,6 +194,28 @@ def differences_table(results: Results) -> Iterator[str]:
     return units.table(("difference", *(head for _, head, *_ in COLUMNS)), rows)
 
 
+def tasks_table(results: Results) -> Iterator[str]:
+    """Calculation by calculation, seed by seed: which of two arms alone is right, and McNemar's exact p.
+
+    Says whether these models differ, not whether those of other seeds would.
+    """
+    rows = []
+    for arm, other in COMPARED:
+        if not (arm and other):
+            continue
+        sides = [
+            [right for told in results[named(one)]["answers"] for right in told["right"]]
+            for one in (arm, other)
+        ]
+        won = sum(a > b for a, b in zip(*sides, strict=True))
+        lost = sum(a < b for a, b in zip(*sides, strict=True))
+        points = 100 * (won - lost) / len(sides[0])
+        rows.append(
+            (f"{named(arm)} against {named(other)}", won, lost, f"{points:+.1f}", f"{mcnemar(won, lost):.2g}")
+        )
+    return units.table(("difference", "right alone", "other right alone", "points", "p"), rows)
+
+
 def rewards_table(results: Results) -> Iterator[str]:
     """Held-out accuracy and calibration of the reward models that PPO used."""
     ends = [told["heldout"][-1] for told in results[named(REWARD)]["train"]]
@@ -264,14 +289,14 @@ def plan_units(seeds: int) -> Iterator[tuple[str, str, list[str], int, list[str]
             )
     for stages in ARMS:
         for seed in range(seeds if stages else 1):
-            needed = [some for some in (stages, ("sft",)) if some]
-            yield (
-                named_unit("measure", stages, seed),
-                "measure",
-                list(stages),
-                seed,
-                [named_unit("train", some, seed) for some in needed],
-            )
+            for task, others in (("measure", (("sft",),)), ("answers", ())):
+                yield (
+                    named_unit(task, stages, seed),
+                    task,
+                    list(stages),
+                    seed,
+                    [named_unit("train", some, seed) for some in (stages, *others) if some],
+                )
 
 
 def named_unit(task: str, stages: Sequence[str], seed: int) -> str:
@@ -291,7 +316,7 @@ def main() -> None:
         return str(folder / "model" if stages else base)
 
     def arguments_of(task: str, stages: list[str], seed: int) -> dict[str, Any]:
-        others = [["sft"]] if task == "measure" else [stages[:-1]]
+        others = {"train": [stages[:-1]], "measure": [["sft"]], "answers": []}[task]
         chains = [stages, *others, *([list(REWARD)] if stages[-1:] == ["ppo"] else [])]
         models = {named(chain): model(chain, seed) for chain in chains}
         places = {"run": str(given.run), "recipes": str(given.recipes), "models": models}
@@ -314,6 +339,7 @@ def main() -> None:
     for title, lines in (
         ("Means over seeds", arms_table(results)),
         ("Differences", differences_table(results)),
+        ("Calculations, one by one", tasks_table(results)),
         ("Reward models", rewards_table(results)),
     ):
         print(f"\n{title}\n", *lines, sep="\n")

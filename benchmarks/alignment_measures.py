@@ -53,8 +53,7 @@ def measure(folder: str, yardstick: str, run: Path) -> dict[str, float]:
     model, tokenizer = load_any(folder), load_tokenizer(folder)
     model.eval()
     corpus, product = run / "10-corpus", head_is_product(model)
-    mixed = read_tasks(str(corpus / "tasks" / "rewarded.heldout.jsonl"), answers=True)
-    tasks = {name: [task for task in mixed if task.domain == name][:TASKS] for name in ("chains", "choices")}
+    tasks = heldout_tasks(run)
     with torch.no_grad():
         return {
             **_answers(model, tokenizer, tasks),
@@ -82,17 +81,34 @@ def written(
     return prompts, found
 
 
+def answers_right(folder: str, run: Path) -> list[float]:
+    """Lets a model answer the held-out calculations greedily; 1 for each that the tasks' rule finds right, else 0."""
+    model, tokenizer = load_any(folder), load_tokenizer(folder)
+    tasks = heldout_tasks(run)["chains"]
+    with torch.no_grad():
+        return _right(tokenizer, tasks, written(model.eval(), tokenizer, tasks, 0.0)[1])
+
+
+def heldout_tasks(run: Path) -> dict[str, list[Task]]:
+    """Returns the starter's held-out calculations and choices."""
+    mixed = read_tasks(str(run / "10-corpus" / "tasks" / "rewarded.heldout.jsonl"), answers=True)
+    return {name: [task for task in mixed if task.domain == name][:TASKS] for name in ("chains", "choices")}
+
+
 def _answers(model: Any, tokenizer: Any, tasks: dict[str, list[Task]]) -> dict[str, float]:
     """Greedy answers: the share that the tasks' rules find right, their length and whether they end."""
     found = {}
     for name, some in tasks.items():
         _, replies = written(model, tokenizer, some, 0.0)
-        texts = [tokenizer.decode(reply.ids, skip_special_tokens=True) for reply in replies]
-        right = [check(task, text, RewardsConfig()) for task, text in zip(some, texts, strict=True)]
-        found[name] = _mean(right)
+        found[name] = _mean(_right(tokenizer, some, replies))
         found[f"{name} length"] = _mean([len(reply.ids) for reply in replies])
         found[f"{name} ended"] = _mean([reply.ended for reply in replies])
     return found
+
+
+def _right(tokenizer: Any, tasks: Sequence[Task], replies: Sequence[Rollout]) -> list[float]:
+    texts = [tokenizer.decode(reply.ids, skip_special_tokens=True) for reply in replies]
+    return [float(check(task, text, RewardsConfig())) for task, text in zip(tasks, texts, strict=True)]
 
 
 def _likelihoods(model: Any, tokenizer: Any, path: Path, product: bool) -> dict[str, float]:

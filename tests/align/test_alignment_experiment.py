@@ -27,8 +27,10 @@ def test_every_unit_needs_what_it_goes_on_from():
                 *([stages[:-1]] if stages[1:] else []),
                 *([alignment.REWARD] if stages[-1] == "ppo" else []),
             ]
-        else:  # held against SFT of the same seed
+        elif task == "measure":  # held against SFT of the same seed
             assert chains == [chain for chain in (stages, ("sft",)) if chain]
+        else:
+            assert task == "answers" and chains == [chain for chain in (stages,) if chain]
     trained = [(stages, seed) for task, stages, seed, _ in units.values() if task == "train"]
     measured = [(stages, seed) for task, stages, seed, _ in units.values() if task == "measure"]
     assert len(set(trained)) == len(trained) and trained[0][0] == ("sft",)  # what most others wait for
@@ -86,12 +88,15 @@ def results():
     found = {}
     for _, task, stages, seed, _ in alignment.plan_units(2):
         measures = {name: len(stages) * (1 + 0.01 * seed) for name, *_ in alignment.COLUMNS}
+        right = [float(place < len(stages) + seed) for place in range(4)]
         told = {
             "curves": {"reward": [-2.0 + seed, -1.0], "accuracy": [0.1, 0.2 + seed / 10]},
             "heldout": [{"kind": "heldout", "step": 5, "accuracy": 0.7 + seed / 10, "loss": 0.6}],
         }
         arm = found.setdefault(alignment.named(stages), {})
-        arm.setdefault(task, []).append(told if task == "train" else measures)
+        arm.setdefault(task, []).append(
+            {"train": told, "measure": measures, "answers": {"right": right}}[task]
+        )
     return found
 
 
@@ -110,6 +115,14 @@ def test_the_tables_tell_means_and_paired_differences(results):
     assert first[0] == "sft against base" and first[1].startswith("**+100.5 \u00b1 ")
     same = cells(lines[2 + alignment.COMPARED.index((("sft",), ("direct",)))])
     assert same[1] == "+0.0 \u00b1 0.0"  # as long, so no difference, which is not bold
+    lines = list(alignment.tasks_table(results))
+    assert cells(lines[2]) == [
+        "sft > elo against sft",
+        "2",
+        "0",
+        "+25.0",
+        "0.5",
+    ]  # one more of four, two seeds
     (row,) = list(alignment.rewards_table(results))[2:]
     assert cells(row)[1].startswith("0.750 \u00b1 ")
 
