@@ -17,9 +17,9 @@ a marker, where no token can straddle. Markers written in a question are spelled
 
 What rows of tokens have in common is computed once, its keys and values cached and only what differs run again:
 
-    what prompts begin with   each different beginning once, in a pass for each length
-    the rest of a prompt      and what its options begin with; prompts of one length in a pass
-    the rest of an option
+    what prompts begin with   each different beginning once, in a pass for each of a few lengths
+    the rest of a prompt      with what all its options begin with; prompts of one length in a pass
+    the rest of an option     options of about the same length in a pass
 
 An option that is one token is read off the prompt's own pass.
 """
@@ -315,13 +315,11 @@ def _taken(cache: Any, rows: Sequence[int], device: torch.device) -> Any:
     """Returns these rows of a cache, which stays as it is."""
     taken = copy.copy(cache)
     taken.layers = [copy.copy(layer) for layer in cache.layers]
-    for (
-        layer
-    ) in taken.layers:  # states of convolutions stand in dicts; tensors are replaced, never written to
-        vars(layer).update(
-            {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
-        )
-    # batch_repeat_interleave would leave convolutions' states behind.
+    # Taking rows puts new tensors in the place of old ones. States of convolutions stand in dicts, and
+    # batch_repeat_interleave would leave them behind.
+    for layer in taken.layers:
+        dicts = {name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)}
+        vars(layer).update(dicts)
     taken.reorder_cache(torch.tensor(rows, device=device))
     return taken
 
@@ -386,8 +384,9 @@ def _run(
             ids += [[token] * options for token in prompt.shared[length - count + 1 :]]
             ids.append([row[0] for row in prompt.rest])
         log_probs, likeliest = _told(logits, torch.tensor(ids, device=network.device))
+        ends = list(itertools.accumulate(keep))
         for index, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            end = sum(keep[: index // options + 1])  # behind the place that tells the rest's first token
+            end = ends[index // options]  # behind the place that tells the rest's first token
             own = slice(end - 1 - inside[index], end if n >= len(row) else end - 1)
             where = own, index % options
             add(index, log_probs[where], likeliest[where])
