@@ -79,7 +79,7 @@ peers: $(PEERS)
 parity: env $(filter-out .venvs/vllm/.installed,$(PEERS))
 	$(BIN)/python -m pytest tests/parity --ignore tests/parity/test_vllm.py
 
-# vLLM by itself: its environment takes gigabytes and its tests a quarter of an hour.
+# vLLM by itself: its environment takes gigabytes.
 parity-vllm: env .venvs/vllm/.installed
 	$(BIN)/python -m pytest tests/parity/test_vllm.py
 
