@@ -81,7 +81,7 @@ told = simple_evaluate(
 out["told"] = np.array([told["results"][name]["right,none"] for name in names])
 
 config = BenchmarksConfig(tasks=["choices", "answers"], task_folder=job["tasks"], samples=2, prompt="plain")
-numbers, lines = benchmarks.measure(config, model, tokenizer, "m", Path(job["out"]).parent)
+numbers, lines = benchmarks.measure(config, {}, model, tokenizer, "m", Path(job["out"]).parent)
 out["measured"] = np.array(json.dumps([numbers, lines], ensure_ascii=False))
 
 refusals = []
@@ -89,6 +89,7 @@ for change in ({"tasks": ["choises"]}, {"tasks": ["perplexity"]}, {"tasks": ["mi
     try:
         benchmarks.measure(
             BenchmarksConfig(**({"task_folder": job["tasks"]} | change)),
+            {},
             model,
             tokenizer,
             "m",
