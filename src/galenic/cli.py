@@ -190,6 +190,18 @@ def option_names(config: type, prefix: str = "") -> list[str]:
     return names
 
 
+_NO_KIND = (
+    r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: - (?P<errors>.*?) "
+    r"Given value type: \w+ Given value: (?P<value>.*)"
+)
+
+
+def _kinds(found: re.Match[str]) -> str:
+    """Says what an option that may be of several kinds expects."""
+    errors = [error for error in found["errors"].split(" - ") if error != "Expected a NoneType"]
+    return f"{' or '.join(dict.fromkeys(errors))}. Got value: {found['value']}"
+
+
 def _one_line(error: Exception, config: type) -> str:
     """Turns a parser's message into one line in the user's words, with the nearest right name."""
     text = " ".join(str(error).split())
@@ -200,6 +212,7 @@ def _one_line(error: Exception, config: type) -> str:
         text = f"--config: the file is not UTF-8 text ({error.reason})"
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r"Expected a Literal\[(.*?)\]", r"Expected one of \1", text)
+    text = re.sub(_NO_KIND, _kinds, text)
     names = option_names(config)
     unknown = re.search(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.-]+)", text)
     if unknown:
