@@ -40,6 +40,7 @@ def test_every_verb_parses_without_torch_and_says_its_options(verb):
             ["pretrain", "--config", "ok.yaml", "--optim.lr", "fast"],
             "optim.lr: Expected a float. Got value: fast",
         ),
+        (["sft", "--lora", "3"], "lora: Expected options of its own. Got value: 3"),
         (["export", "m", "--quantize", "int3"], "quantize: Expected one of 'int8', 'int4'. Got value: int3"),
         (["pretrain", "--config", "ok.yaml", "--optim.lr", "-1"], "optim.lr: -1.0 is not above 0"),
         (["pretrain", "--config", "broken.yaml"], "while parsing"),

@@ -212,6 +212,7 @@ def _one_line(error: Exception, config: type) -> str:
         text = f"--config: the file is not UTF-8 text ({error.reason})"
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("typing.", "")
     text = re.sub(r"Expected a Literal\[(.*?)\]", r"Expected one of \1", text)
+    text = re.sub(r"Expected a dot import path string: \S+", "Expected options of its own", text)
     text = re.sub(_NO_KIND, _kinds, text)
     names = option_names(config)
     unknown = re.search(r"(?:[Oo]ption|arguments:) '?(?:--)?([\w.-]+)", text)
