@@ -203,17 +203,13 @@ def tasks_table(results: Results) -> Iterator[str]:
     for arm, other in COMPARED:
         if not (arm and other):
             continue
-        sides = [
-            [right for told in results[named(one)]["answers"] for right in told["right"]]
-            for one in (arm, other)
-        ]
-        won = sum(a > b for a, b in zip(*sides, strict=True))
-        lost = sum(a < b for a, b in zip(*sides, strict=True))
-        points = 100 * (won - lost) / len(sides[0])
-        rows.append(
-            (f"{named(arm)} against {named(other)}", won, lost, f"{points:+.1f}", f"{mcnemar(won, lost):.2g}")
-        )
-    return units.table(("difference", "right alone", "other right alone", "points", "p"), rows)
+        ours, theirs = ([told["right"] for told in results[named(one)]["answers"]] for one in (arm, other))
+        pairs = [list(zip(a, b, strict=True)) for a, b in zip(ours, theirs, strict=True)]
+        won = sum(a > b for seed in pairs for a, b in seed)
+        lost = sum(a < b for seed in pairs for a, b in seed)
+        points = " ".join(f"{100 * sum(a - b for a, b in seed) / len(seed):+.1f}" for seed in pairs)
+        rows.append((f"{named(arm)} against {named(other)}", won, lost, points, f"{mcnemar(won, lost):.2g}"))
+    return units.table(("difference", "right alone", "other right alone", "points, seed by seed", "p"), rows)
 
 
 def rewards_table(results: Results) -> Iterator[str]:

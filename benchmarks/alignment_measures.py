@@ -10,7 +10,7 @@ import torch
 from galenic.align.config import ReferenceConfig, RewardsConfig
 from galenic.align.data.pairs import collate_pairs, read_pairs
 from galenic.align.data.tasks import Task, read_tasks
-from galenic.align.policy import Reference, head_is_product, padded, per_row, statistics
+from galenic.align.policy import Reference, padded, per_row, statistics
 from galenic.align.rewards.rules import check
 from galenic.align.rollouts.chains import chain_row, collate_chains, read_questions
 from galenic.align.rollouts.sampling import Rollout, end_tokens, sample
@@ -22,6 +22,7 @@ from galenic.evaluate.inputs import read_questions as read_choices
 from galenic.evaluate.multiple_choice import PromptFormat
 from galenic.model import load_tokenizer
 from galenic.model.foreign import load_any
+from galenic.model.head import head_is_product
 from galenic.runtime import read_jsonl
 
 MARKER = "\nAnswer:"

@@ -14,9 +14,10 @@ from galenic.align import elo
 from galenic.align.config import EloConfig, LimitsConfig, LoraConfig, ReferenceConfig, SamplingConfig
 from galenic.align.data.tasks import Task
 from galenic.align.elo import EloObjective, elo_loss, leave_one_out
-from galenic.align.policy import Reference, head_is_product
+from galenic.align.policy import Reference
 from galenic.align.rollouts.chains import Question, chain_row, collate_chains
 from galenic.align.rollouts.sampling import Rollout, sample
+from galenic.model.head import head_is_product
 from galenic.pretrain.config import CheckpointConfig, OptimConfig
 from galenic.runtime import UserError
 

@@ -29,13 +29,14 @@ from galenic.align.config import (
     SftConfig,
 )
 from galenic.align.data.tasks import read_tasks
-from galenic.align.policy import Reference, head_is_product
+from galenic.align.policy import Reference
 from galenic.align.reward import RewardModel
 from galenic.align.rollouts.experience import Experiences, collate_answers, experience, fitting
 from galenic.align.rollouts.values import ValueHead, value_head_for, with_values
 from galenic.corpus.synthesis.synthesise_config import BudgetConfig, EndpointConfig
 from galenic.model import load, load_tokenizer, save
 from galenic.model.foreign import load_any, load_scorer
+from galenic.model.head import head_is_product
 from galenic.pretrain.config import CheckpointConfig, OptimConfig, ParallelConfig
 from galenic.runtime import UserError, read_json
 

@@ -132,11 +132,9 @@ def test_beginnings_are_shared_where_it_saves_most(rows, price, most):
 
     allowed = [n for n in range(1, 7) if len(different(n)) == 1 or 0 < len(different(n)) * n <= most]
     best_cost = min(run(some) for k in range(4) for some in itertools.combinations(allowed, k))
-    original, multiple_choice._PASS = multiple_choice._PASS, price
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiple_choice, "_PASS", price)
         found = beginning_lengths(rows, most)
-    finally:
-        multiple_choice._PASS = original
     assert found == sorted(found) and set(found) <= set(allowed)
     assert run(found) <= best_cost
 
@@ -147,11 +145,9 @@ def test_rows_are_divided_at_the_least_cost(lengths, price):
     def cost(parts):
         return sum(len(part) * max(part) + price for part in parts)
 
-    original, multiple_choice._PASS = multiple_choice._PASS, price
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiple_choice, "_PASS", price)
         found = by_length(lengths)
-    finally:
-        multiple_choice._PASS = original
     assert sorted(itertools.chain(*found)) == list(range(len(lengths)))
     ordered, best_cost = sorted(lengths), 0 if not lengths else float("inf")
     for cuts in itertools.product([False, True], repeat=max(0, len(lengths) - 1)):

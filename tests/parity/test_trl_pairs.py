@@ -9,11 +9,12 @@ from parity_helpers import drive, random_folder
 from galenic.align import reward
 from galenic.align.config import ReferenceConfig, TdpoConfig
 from galenic.align.data.pairs import collate_pairs, read_pairs
-from galenic.align.policy import Reference, head_is_product
+from galenic.align.policy import Reference
 from galenic.align.tdpo import TdpoObjective
 from galenic.model import load_tokenizer, save
 from galenic.model.folder import as_scorer
 from galenic.model.foreign import load_scorer
+from galenic.model.head import head_is_product
 
 pytestmark = pytest.mark.parity
 

@@ -90,7 +90,7 @@ class Run:
     @cached_property
     def product(self) -> bool:
         """What `head_is_product` says of the model."""
-        from galenic.align.policy import head_is_product
+        from galenic.model.head import head_is_product
 
         return head_is_product(self.model)
 

@@ -341,10 +341,11 @@ def _shared(
     shared = [prompt.shared for prompt in prompts]
     done, rows, cache = 0, [0] * len(prompts), None
     most = len(shared[0]) - max(keep)
-    for known in beginnings:  # the longest is taken
-        if known.length <= most:
-            done, cache = known.length, known.cache
-            rows = [known.rows[tuple(tokens[:done])] for tokens in shared]
+    usable = [known for known in beginnings if known.length <= most]
+    if usable:
+        longest = usable[-1]
+        done, cache = longest.length, longest.cache
+        rows = [longest.rows[tuple(tokens[:done])] for tokens in shared]
     begin = min(_common(min(shared), max(shared)), most)
     if (begin - done) * (len(prompts) - 1) > _PASS:  # a batch whose prompts begin alike for longer
         past = None if cache is None else _taken(cache, rows[:1], network.device)
